@@ -1,0 +1,40 @@
+# `make demo` and `make test` are the two commands a newcomer needs; both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo serve test lint types contracts unit slow clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## one streamed chat answer from a local cluster of one prefill and one decode instance
+	$(BIN)/distserve demo
+
+serve: $(STAMP)  ## the same cluster, kept up with its HTTP endpoint on port 8000
+	$(BIN)/distserve serve --prefill 1 --decode 1 --port 8000
+
+test: lint types contracts unit  ## everything CI checks; pytest's summary comes last
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,265 @@
+"""Messages between owner, router and instances: the whole protocol, one dataclass each.
+
+Who speaks to whom::
+
+    owner   -> router    Hello, Submit
+    router  -> owner     Routed, Rejected, InstanceGone, Status
+    router  -> prefill   Prefill, DecodeAssigned
+    prefill -> router    DecodeWanted, DecodeDropped, Report
+    prefill -> decode    Offer, Leased, Prefilled, Withdrawn
+    decode  -> prefill   Accepted, Refused, Renew, Pulled
+    any instance -> owner    Tokens, Preempted, Failed
+    owner   -> any instance  Abort
+    router  -> any instance  InstanceGone
+    decode, mixed -> router  Report
+
+A message may be delayed without bound or lost with its receiver, but two parts' messages arrive in order. Every request
+message carries ``key = (request_id, attempt)``; whoever does not know the key ignores the message, except that an
+owner answers tokens of an unknown key with :class:`Abort`, which is what makes aborting race-free without tombstones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distserve.core.config import InstanceSpec
+from distserve.core.request import Request, TokenOutput
+
+RequestKey = tuple[str, int]
+"""(request_id, attempt)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """An owner is there and wants Status messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """An owner asks for one attempt at a request."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The router named an instance that may hold the attempt from now on."""
+
+    key: RequestKey
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The attempt is not admitted. ``status`` is 400, 429 or 503; ``retry_after`` in seconds goes with 429."""
+
+    key: RequestKey
+    status: int
+    reason: str
+    retry_after: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """An instance is to serve this attempt: a prefill instance its prompt, a mixed one all of it."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWanted:
+    """A prompt's last chunk starts (or has ended).
+
+    Which decode instance takes ``num_tokens`` tokens of KV for ``num_choices``?
+
+    ``refused_by`` names instances that had no room when asked before.
+    """
+
+    key: RequestKey
+    owner_id: str
+    num_tokens: int
+    num_choices: int
+    refused_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeAssigned:
+    """The decode instance that the router named."""
+
+    key: RequestKey
+    decode_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeDropped:
+    """The prefill instance needs no decode instance after all (aborted, or finished with its first token)."""
+
+    key: RequestKey
+    decode_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Prefill offers KV. Memory on the decode side is reserved on receipt or not at all.
+
+    ``num_tokens`` tokens of KV will be in ``blocks`` (the prefill instance's block ids, in order) once its step
+    ``ready_step`` is done; the first ``num_ready_tokens`` are there already.
+    """
+
+    request: Request
+    blocks: Sequence[int]
+    num_tokens: int
+    num_ready_tokens: int
+    ready_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Blocks are reserved; the decode side asks for a lease, whose term it counts from the sending of this."""
+
+    key: RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No room now; nothing is reserved."""
+
+    key: RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """The offered blocks stay untouched for ``term`` seconds from the receipt of Accepted or Renew."""
+
+    key: RequestKey
+    term: float
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """The pull goes on: extend the lease."""
+
+    key: RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The prompt is done: ``first_tokens[i]`` was sampled for ``request.choices[i]``.
+
+    ``finished`` choices need no decoding.
+    """
+
+    key: RequestKey
+    first_tokens: tuple[int, ...]
+    finished: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The offer is void (abort, finished with the first token, lease run out).
+
+    Stop pulling and free the reservation.
+    """
+
+    key: RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """The decode side has all KV, or wants none of it any more: the prefill side may free its blocks."""
+
+    key: RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """All tokens that one step produced for one owner."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """The choice lost its KV to older ones; its owner resubmits it with the tokens it has."""
+
+    key: RequestKey
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The attempt cannot go on here; ``retryable`` says whether another attempt could succeed."""
+
+    key: RequestKey
+    reason: str
+    retryable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Free everything held for this attempt; ``choice`` None means all its choices."""
+
+    key: RequestKey
+    choice: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceGone:
+    """An instance is lost: no message will come from it, and no memory of it may be read."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """An instance's load, sent at intervals and after changes.
+
+    ``num_seen`` counts Prefill or Offer messages received so far.
+
+    ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now. The
+    last four are totals since the instance started: preemptions, KV pulls, their bytes and seconds.
+    """
+
+    instance_id: str
+    num_waiting: int
+    num_waiting_tokens: int
+    num_running: int
+    num_free_blocks: int
+    num_seen: int
+    num_preempted: int = 0
+    num_pulls: int = 0
+    pulled_bytes: int = 0
+    pull_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The cluster as the router sees it: specification and last report of every live instance."""
+
+    instances: tuple[tuple[InstanceSpec, Report], ...]
+
+
+Message = (
+    Hello
+    | Submit
+    | Routed
+    | Rejected
+    | Prefill
+    | DecodeWanted
+    | DecodeAssigned
+    | DecodeDropped
+    | Offer
+    | Accepted
+    | Refused
+    | Leased
+    | Renew
+    | Prefilled
+    | Withdrawn
+    | Pulled
+    | Tokens
+    | Preempted
+    | Failed
+    | Abort
+    | InstanceGone
+    | Report
+    | Status
+)

@@ -1,0 +1,1 @@
+"""KV migration: what to move (pure planning) and the transports that move it."""

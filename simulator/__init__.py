@@ -1,0 +1,1 @@
+"""Discrete-event simulation that drives the very state machines of :mod:`distserve.core`."""
