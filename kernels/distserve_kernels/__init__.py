@@ -1,0 +1,45 @@
+"""Numeric kernels of the serving engine: one function each, whatever the device.
+
+Every function picks the fastest implementation that supports its arguments: native code on CPUs with AVX-512 BF16
+(AMX where there is one), otherwise the plain torch of `distserve_kernels.reference`, whose docstrings define what
+each computes.
+
+- `paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, *, scale, ...)`: causal attention of
+  a flattened batch, prefill chunks and decode rows mixed, over a paged cache
+- `write_kv(k, v, k_cache, v_cache, slots)`: stores keys and values
+- `rope_and_write_kv(qkv, cos, sin, k_cache, v_cache, slots, num_heads, ...)`: splits a fused projection, rotates,
+  stores, returns the queries
+- `rms_norm(x, weight, eps)`, `add_rms_norm(x, residual, weight, eps)`, `silu_mul(gate_up)`
+- `PackedLinear(weight, bias)`: a linear layer whose weight is kept in the layout its kernel reads
+- `FusedDecoder(shape, layers)`: a whole range of decoder layers of the Llama family in one call
+- `native_available()`: whether this process runs the native code
+
+The package imports nothing of the rest of the project and needs only torch.
+"""
+
+from distserve_kernels.fused_decoder import DecoderLayer, DecoderShape, FusedDecoder, StepInputs
+from distserve_kernels.linear import PackedLinear
+from distserve_kernels.ops import (
+    add_rms_norm,
+    native_available,
+    paged_attention,
+    rms_norm,
+    rope_and_write_kv,
+    silu_mul,
+    write_kv,
+)
+
+__all__ = [
+    "DecoderLayer",
+    "DecoderShape",
+    "FusedDecoder",
+    "PackedLinear",
+    "StepInputs",
+    "add_rms_norm",
+    "native_available",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_write_kv",
+    "silu_mul",
+    "write_kv",
+]
