@@ -100,8 +100,9 @@ class SchedulerConfig:
     FastGen's token budget on a mixed one. ``max_in_flight`` batches may be under way at once (pipeline stages, or
     lookahead). ``lookahead`` lets a decode step start before the tokens of the step before it are known. ``headroom``
     is the share of KV blocks a decode side keeps free when it admits, so that growth rarely preempts. ``lease`` is
-    how many seconds prefill blocks stay valid for a pull without renewal. A Report is sent at most every
-    ``report_interval`` seconds while load changes and at least every ``heartbeat`` seconds.
+    how many seconds prefill blocks stay valid for a pull without renewal, ``pull_timeout`` after how many a pull
+    counts as hung. A Report is sent at most every ``report_interval`` seconds while load changes and at least every
+    ``heartbeat`` seconds.
     """
 
     max_batch_tokens: int = 512
@@ -110,6 +111,7 @@ class SchedulerConfig:
     lookahead: bool = False
     headroom: float = 0.05
     lease: float = 10.0
+    pull_timeout: float = 120.0
     report_interval: float = 0.1
     heartbeat: float = 1.0
     max_model_len: int = 2048

@@ -8,6 +8,7 @@ Who speaks to whom::
     prefill -> router    DecodeWanted, DecodeDropped, Report
     prefill -> decode    Offer, Leased, Prefilled, Withdrawn
     decode  -> prefill   Accepted, Refused, Renew, Pulled
+    prefill -> owner     HandedOver
     any instance -> owner    Tokens, Preempted, Failed
     owner   -> any instance  Abort
     router  -> any instance  InstanceGone
@@ -15,7 +16,13 @@ Who speaks to whom::
 
 A message may be delayed without bound or lost with its receiver, but two parts' messages arrive in order. Every request
 message carries ``key = (request_id, attempt)``; whoever does not know the key ignores the message, except that an
-owner answers tokens of an unknown key with :class:`Abort`, which is what makes aborting race-free without tombstones.
+owner answers tokens, :class:`Routed` and :class:`HandedOver` of an unknown key with :class:`Abort`, which makes
+aborting race-free without tombstones.
+
+At any time one part is in charge of an attempt: the router until ``Routed``, then the prefill instance until
+``HandedOver``, then the decode instance. Whoever is in charge when something fails either recovers itself (a prefill
+instance offers its KV to another decode instance) or says ``Failed`` or ``Preempted``; if it is lost, the owner, who
+alone resubmits, starts the next attempt.
 """
 
 from collections.abc import Sequence
@@ -42,10 +49,18 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The router named an instance that may hold the attempt from now on."""
+    """The router sent the attempt to this instance, which holds it until it says otherwise."""
 
     key: RequestKey
     instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """A prefill instance has released the attempt: ``decode_id`` holds it now."""
+
+    key: RequestKey
+    decode_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +230,9 @@ class Report:
 
     ``num_seen`` counts Prefill or Offer messages received so far.
 
-    ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now. The
-    last four are totals since the instance started: preemptions, KV pulls, their bytes and seconds.
+    ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now,
+    ``prefill_rate`` prompt tokens computed per second of late (0: none yet). The last four are totals since the
+    instance started: preemptions, KV pulls, their bytes and seconds.
     """
 
     instance_id: str
@@ -225,6 +241,7 @@ class Report:
     num_running: int
     num_free_blocks: int
     num_seen: int
+    prefill_rate: float = 0.0
     num_preempted: int = 0
     num_pulls: int = 0
     pulled_bytes: int = 0
@@ -242,6 +259,7 @@ Message = (
     Hello
     | Submit
     | Routed
+    | HandedOver
     | Rejected
     | Prefill
     | DecodeWanted

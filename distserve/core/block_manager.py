@@ -1,0 +1,53 @@
+"""Paged KV memory: which blocks are free, and who shares the others.
+
+Knows block ids and reference counts only, neither sequences nor bytes. Invariant: every block is either free (count 0,
+exactly once in the free list) or has a positive count, so ``num_free`` plus the number of referenced blocks is
+constant.
+"""
+
+from collections.abc import Iterable
+
+
+class BlockManager:
+    """Hands out blocks ``0..num_blocks-1`` and counts references to them."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._references = [0] * num_blocks
+        # A stack: the block freed last is reused first, while it may still be in a cache.
+        self._free = list(range(num_blocks - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks nobody references."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` free blocks, each with one reference. The caller has checked :attr:`num_free`."""
+        assert 0 <= count <= len(self._free), "allocation was not checked against num_free"
+        if count == 0:
+            return []
+        taken = self._free[-count:]
+        taken.reverse()
+        del self._free[-count:]
+        for block in taken:
+            self._references[block] = 1
+        return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add a reference to each block (a fork)."""
+        for block in blocks:
+            assert self._references[block] > 0, "a free block cannot be shared"
+            self._references[block] += 1
+
+    def is_shared(self, block: int) -> bool:
+        """Whether writing the block would change what another sequence reads: then copy it first."""
+        return self._references[block] > 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop a reference from each block; the last one frees it."""
+        for block in blocks:
+            assert self._references[block] > 0, "block released twice"
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free.append(block)

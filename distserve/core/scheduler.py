@@ -1,0 +1,279 @@
+"""What schedulers of every role share: steps in flight, sequences' ends, tokens to owners, load reports.
+
+A scheduler is local to its instance and deterministic. :meth:`InstanceScheduler.handle` takes one event, lets the
+role react, then launches as many steps as may be in flight, then sends what the event produced. A role adds how
+batches are formed and what becomes of a sampled token.
+
+Rules every role keeps:
+
+- A sequence is in one batch at a time, lookahead aside.
+- Blocks are released once no step in flight uses them: a step may still write into the blocks of an aborted sequence.
+- The engine hears ``OpenSequence`` before a sequence's first chunk and ``CloseSequence`` after its last.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from distserve.core.block_manager import BlockManager
+from distserve.core.commands import (
+    Chunk,
+    CloseSequence,
+    Command,
+    OpenSequence,
+    RunStep,
+    Send,
+    TableUpdate,
+    WakeAt,
+)
+from distserve.core.config import InstanceSpec
+from distserve.core.events import Event, Migrated, Received, StepDone, StepFailed, Timer
+from distserve.core.messages import Abort, Failed, Message, Report, RequestKey, Tokens
+from distserve.core.request import TokenLogprobs, TokenOutput
+from distserve.core.sequence import Sequence
+
+ROUTER = "router"
+"""The router's name, to which every part speaks."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """A step being formed or in flight: ``entries`` are (sequence, tokens, samples) in chunk order."""
+
+    entries: list[tuple[Sequence, int, bool]]
+    chunks: tuple[Chunk, ...]
+    copies: list[tuple[int, int]]
+    num_tokens: int
+    start: float = 0.0
+
+
+class InstanceScheduler:
+    """Base of the role's schedulers: a machine in the sense of :class:`distserve.core.events.Machine`."""
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        self.spec = spec
+        self.blocks = BlockManager(spec.kv.num_blocks)
+        self._config = spec.scheduler
+        self._now = 0.0
+        self._commands: list[Command] = []
+        self._sends: list[Command] = []
+        self._tokens: dict[str, list[TokenOutput]] = {}
+        self._steps: dict[int, Batch] = {}
+        self._next_step_id = 0
+        self._next_seq_id = 0
+        self._num_seen = 0
+        self._num_preempted = 0
+        self._last_report = -1.0
+        self._prefill_rate = 0.0
+        self._reported: tuple[int, ...] = ()
+        self._report_timer = 0.0
+
+    # -- the role's part ------------------------------------------------------------------------------------------
+
+    def _on_message(self, sender: str, message: Message) -> None:
+        raise NotImplementedError
+
+    def _on_token(
+        self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...], batch: Batch
+    ) -> None:
+        raise NotImplementedError
+
+    def _form_batch(self) -> Batch | None:
+        raise NotImplementedError
+
+    def _load(self) -> tuple[int, int, int]:
+        """(sequences waiting, prompt tokens waiting, sequences running)."""
+        raise NotImplementedError
+
+    def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
+        """Live sequences of an attempt, or of one of its choices."""
+        raise NotImplementedError
+
+    def _forget(self, seq: Sequence) -> None:
+        """Drop the sequence from the role's own queues and tables."""
+        raise NotImplementedError
+
+    def _on_timer(self) -> None:
+        """A deadline of the role may be due."""
+
+    def _on_migrated(self, event: Migrated) -> None:
+        raise AssertionError(f"{self.spec.role} instances pull nothing: {event}")
+
+    def _pull_totals(self) -> tuple[int, int, float]:
+        """(pulls, bytes, seconds) since start."""
+        return (0, 0, 0.0)
+
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    def handle(self, now: float, event: Event) -> list[Command]:
+        """Take one event; see :class:`distserve.core.events.Machine`."""
+        self._now = now
+        match event:
+            case StepDone():
+                self._on_step_done(event)
+            case Received(sender, message):
+                self._on_message(sender, message)
+            case Migrated():
+                self._on_migrated(event)
+            case Timer():
+                self._on_timer()
+            case StepFailed():
+                self._on_step_failed(event)
+            case _:
+                raise AssertionError(f"not an instance's event: {event}")
+        self._launch_steps()
+        self._flush()
+        commands, self._commands = self._commands, []
+        return commands
+
+    def _on_step_done(self, event: StepDone) -> None:
+        batch = self._steps.pop(event.step_id)
+        self._measure(batch)
+        for seq_id, entries in event.prompt_logprobs:
+            for seq, _, _ in batch.entries:
+                if seq.seq_id == seq_id:
+                    seq.prompt_logprobs.extend(entries)
+        position = 0
+        for seq, _, samples in batch.entries:
+            seq.num_in_flight -= 1
+            tokens: tuple[int, ...] = ()
+            logprobs: tuple[TokenLogprobs | None, ...] = ()
+            if samples:
+                count = len(seq.choices)
+                tokens = event.tokens[position : position + count]
+                if event.logprobs is not None:
+                    logprobs = event.logprobs[position : position + count]
+                position += count
+            if seq.is_closed:
+                self._settle(seq)
+            elif samples:
+                self._on_token(seq, tokens, logprobs or (None,) * len(tokens), batch)
+        assert position == len(event.tokens), "the engine returned a different number of tokens than it was asked for"
+
+    def _on_step_failed(self, event: StepFailed) -> None:
+        batch = self._steps.pop(event.step_id)
+        for seq, _, _ in batch.entries:
+            seq.num_in_flight -= 1
+            if seq.is_closed:
+                self._settle(seq)
+            else:
+                self._fail(seq, event.reason)
+
+    def _measure(self, batch: Batch) -> None:
+        """Keep an exponential mean of prompt tokens per second, for the router's predictions."""
+        elapsed = self._now - batch.start
+        if elapsed > 0 and batch.num_tokens > len(batch.entries):
+            rate = batch.num_tokens / elapsed
+            self._prefill_rate = rate if self._prefill_rate == 0 else 0.8 * self._prefill_rate + 0.2 * rate
+
+    # -- a sequence's life ----------------------------------------------------------------------------------------
+
+    def _new_seq_id(self) -> int:
+        self._next_seq_id += 1
+        return self._next_seq_id
+
+    def _open(self, seq: Sequence, output_token_ids: tuple[int, ...]) -> None:
+        """Tell the engine of the sequence; what is computed so far is in its blocks."""
+        assert not seq.is_open
+        seq.is_open = True
+        self._commands.append(OpenSequence(seq.seq_id, seq.request, seq.choices, output_token_ids, seq.num_computed))
+
+    def _close(self, seq: Sequence) -> None:
+        """The sequence ends here: nothing it still computes counts. Its blocks go as soon as no step uses them."""
+        assert not seq.is_closed
+        seq.is_closed = True
+        self._forget(seq)
+        self._settle(seq)
+
+    def _settle(self, seq: Sequence) -> None:
+        if seq.num_in_flight > 0:
+            return
+        self.blocks.release(seq.blocks)
+        seq.blocks = []
+        if seq.is_open:
+            seq.is_open = False
+            self._commands.append(CloseSequence(seq.seq_id))
+
+    def _abort(self, key: RequestKey, choice: int | None) -> None:
+        for seq in list(self._find(key, choice)):
+            self._close(seq)
+
+    def _fail(self, seq: Sequence, reason: str, *, retryable: bool = True) -> None:
+        self._send(seq.request.owner_id, Failed(seq.request.key, reason, retryable))
+        self._close(seq)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _launch_steps(self) -> None:
+        while len(self._steps) < self._config.max_in_flight:
+            batch = self._form_batch()
+            if batch is None:
+                return
+            step_id = self._next_step_id
+            self._next_step_id += 1
+            batch.start = self._now
+            self._steps[step_id] = batch
+            updates = []
+            for seq, num_tokens, _ in batch.entries:
+                seq.num_in_flight += 1
+                seq.num_computed += num_tokens
+                if seq.num_published < len(seq.blocks):
+                    start = seq.num_published
+                    updates.append(TableUpdate(seq.seq_id, start, tuple(seq.blocks[start:])))
+                    seq.num_published = len(seq.blocks)
+            self._commands.append(RunStep(step_id, batch.chunks, tuple(updates), tuple(batch.copies)))
+            self._on_launched(step_id, batch)
+
+    def _on_launched(self, step_id: int, batch: Batch) -> None:
+        """The role may prepare what follows the step while it runs."""
+
+    # -- what leaves ----------------------------------------------------------------------------------------------
+
+    def _send(self, to: str, message: Message) -> None:
+        self._sends.append(Send(to, message))
+
+    def _emit(self, owner_id: str, output: TokenOutput) -> None:
+        self._tokens.setdefault(owner_id, []).append(output)
+
+    def _flush(self) -> None:
+        """Steps were appended first, so that the engine is busy while messages travel; one Tokens message per owner."""
+        for owner_id, outputs in self._tokens.items():
+            self._commands.append(Send(owner_id, Tokens(tuple(outputs))))
+        self._tokens.clear()
+        self._commands.extend(self._sends)
+        self._sends.clear()
+        self._report()
+
+    def _report(self) -> None:
+        waiting, waiting_tokens, running = self._load()
+        state = (waiting, waiting_tokens, running, self.blocks.num_free, self._num_seen)
+        quiet = self._now - self._last_report
+        due = quiet >= self._config.heartbeat or self._last_report < 0
+        if not due and state != self._reported:
+            due = quiet >= self._config.report_interval
+        if due:
+            self._reported = state
+            self._last_report = self._now
+            pulls, pulled_bytes, pull_seconds = self._pull_totals()
+            report = Report(
+                instance_id=self.spec.instance_id,
+                num_waiting=waiting,
+                num_waiting_tokens=waiting_tokens,
+                num_running=running,
+                num_free_blocks=self.blocks.num_free,
+                num_seen=self._num_seen,
+                prefill_rate=self._prefill_rate,
+                num_preempted=self._num_preempted,
+                num_pulls=pulls,
+                pulled_bytes=pulled_bytes,
+                pull_seconds=pull_seconds,
+            )
+            self._commands.append(Send(ROUTER, report))
+        # One timer pends at a time: the earlier of what a change and what silence asks for.
+        interval = self._config.heartbeat if state == self._reported else self._config.report_interval
+        wake = self._last_report + interval
+        if self._report_timer <= self._now or wake < self._report_timer:
+            self._report_timer = wake
+            self._commands.append(WakeAt(wake))
+
+    def _on_abort(self, message: Abort) -> None:
+        self._abort(message.key, message.choice)

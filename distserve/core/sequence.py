@@ -1,0 +1,65 @@
+"""A request's state on one instance."""
+
+from dataclasses import dataclass, field
+
+from distserve.core.request import FinishReason, Request, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One line of tokens with one block table, on one instance.
+
+    On a prefill instance it stands for all choices of a request, elsewhere for one. ``num_tokens`` counts known
+    tokens (prompt and output), ``num_computed`` those whose KV is in ``blocks`` once all steps in flight are done, so
+    it includes what they compute. ``num_output`` counts output tokens across attempts.
+
+    Invariant: ``num_computed <= num_tokens`` except under lookahead, where the token a step in flight will sample may
+    be computed by the step after it.
+    """
+
+    seq_id: int
+    request: Request
+    choices: tuple[int, ...]
+    num_tokens: int
+    num_output: int
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_in_flight: int = 0
+    is_open: bool = False
+    """The engine knows the sequence."""
+    is_closed: bool = False
+    """Finished, aborted or preempted: results still in flight are discarded."""
+    num_published: int = 0
+    """Entries of ``blocks`` that the engine's block table has."""
+    marks: tuple[tuple[str, float], ...] = ()
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    output_token_ids: list[int] = field(default_factory=list)
+    """Output tokens, kept only where the sequence may be recomputed without its owner."""
+
+    @property
+    def choice(self) -> int:
+        """The one choice this sequence generates."""
+        assert len(self.choices) == 1
+        return self.choices[0]
+
+    @property
+    def num_remaining_output(self) -> int:
+        """Output tokens still allowed."""
+        return self.request.sampling.max_tokens - self.num_output
+
+    def finish_reason(self, token_id: int) -> tuple[FinishReason | None, int | None]:
+        """Why the sequence ends with ``token_id`` as its ``num_output``-th output token.
+
+        And the stop token if one ended it.
+
+        ``num_output`` already counts the token. End tokens do not count before ``min_tokens``.
+        """
+        sampling = self.request.sampling
+        if self.num_output >= sampling.min_tokens:
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP, token_id
+            if not sampling.ignore_eos and token_id in sampling.eos_token_ids:
+                return FinishReason.STOP, None
+        if self.num_output >= sampling.max_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
