@@ -1,8 +1,8 @@
 """Event logs of live machines, and their replay: the same events must give the same commands.
 
-A log is one file of records, each a little-endian 32-bit length and then msgpack: ``[now, event]`` for an event,
-``command`` bytes for a command, told apart by a leading byte. It is written by the process that runs the machine, in
-the order things happened, and read by whoever wants to know why a scheduler did what it did.
+A log is one file of records: a head (kind, length, time) and then the msgpack of an event or of a command it caused. It
+is written by the process that runs the machine, in the order things happened, and read by whoever wants to know why a
+scheduler did what it did.
 """
 
 import struct
@@ -61,7 +61,7 @@ class EventLog:
 def read_log(path: Path) -> Iterator[tuple[float, Event, list[Command]]]:
     """Each event of a log with its time and the commands it caused, in order.
 
-    A record cut short by the death of its writer ends the log, as does the event it belongs to.
+    A record cut short by the death of its writer ends the log; the last event's commands may then be incomplete.
     """
     pending: tuple[float, Event, list[Command]] | None = None
     with path.open("rb") as file:
@@ -69,7 +69,7 @@ def read_log(path: Path) -> Iterator[tuple[float, Event, list[Command]]]:
             kind, length, now = _HEAD.unpack(head)
             data = file.read(length)
             if len(data) < length:
-                return
+                break
             if kind == _COMMAND:
                 assert pending is not None, "a log begins with an event"
                 pending[2].append(COMMANDS.decode(data))

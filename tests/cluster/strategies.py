@@ -26,6 +26,7 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
         return st.lists(values_of(args[0]), max_size=3).map(tuple)
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         return st.sampled_from(list(annotation))
+    assert isinstance(annotation, type)
     assert is_dataclass(annotation), annotation
     hints = get_type_hints(annotation)
     return st.builds(annotation, **{field.name: values_of(hints[field.name]) for field in fields(annotation)})

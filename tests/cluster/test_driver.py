@@ -39,7 +39,7 @@ ALL = (
 def test_commands_reach_their_ports_in_order() -> None:
     ports = Recorder()
     driver = Driver(
-        Scripted(lambda now, event: ALL), lambda: 1.0, ports, ports, engine=ports, migrator=ports, sink=ports
+        Scripted(lambda _now, _event: ALL), lambda: 1.0, ports, ports, engine=ports, migrator=ports, sink=ports
     )
     driver.feed(StepDone(0, ()))
     assert [name for name, _ in ports.calls] == [
@@ -87,7 +87,12 @@ def test_events_from_many_threads_are_handled_one_at_a_time() -> None:
 
     ports = Recorder()
     driver = Driver(Scripted(answer), cluster_time, ports, ports)
-    threads = [threading.Thread(target=lambda: [driver.feed(ClientGone("r")) for _ in range(200)]) for _ in range(4)]
+
+    def feed_many() -> None:
+        for _ in range(200):
+            driver.feed(ClientGone("r"))
+
+    threads = [threading.Thread(target=feed_many) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -120,7 +125,12 @@ def test_timers_come_due_in_time_and_stop_with_close() -> None:
 def test_an_earlier_timer_overtakes_a_later_one() -> None:
     due: list[float] = []
     first = threading.Event()
-    timers = TimerThread(lambda: (due.append(cluster_time()), first.set())[0])
+
+    def on_timer() -> None:
+        due.append(cluster_time())
+        first.set()
+
+    timers = TimerThread(on_timer)
     timers.start()
     start = cluster_time()
     timers.wake_at(start + 30)
@@ -137,7 +147,7 @@ class Counting:
         self.count = 0
         self.step = step
 
-    def handle(self, now: float, event: Event) -> tuple[Command, ...]:
+    def handle(self, now: float, _event: Event) -> tuple[Command, ...]:
         self.count += self.step
         return (Send("x", Abort(("r", self.count), None)), WakeAt(now + 1))
 
@@ -176,6 +186,6 @@ def test_a_log_cut_anywhere_reads_up_to_the_cut(logged: Path) -> None:
     whole = list(read_log(logged))
     for end in range(0, len(data), 7):
         logged.write_bytes(data[:end])
-        assert [event for _, event, _ in read_log(logged)] == [event for _, event, _ in whole][
-            : len(list(read_log(logged)))
-        ]
+        events = [event for _, event, _ in read_log(logged)]
+        assert events == [event for _, event, _ in whole][: len(events)]
+    assert len(whole) == len(EVENTS)

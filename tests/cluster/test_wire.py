@@ -1,5 +1,6 @@
 """The wire carries every value of the core unchanged and refuses everything else."""
 
+import contextlib
 from typing import get_args
 
 import msgspec
@@ -63,10 +64,8 @@ def test_other_bytes_are_refused(data: bytes) -> None:
 
 @given(st.binary(max_size=64))
 def test_noise_never_raises_anything_else(data: bytes) -> None:
-    try:
+    with contextlib.suppress(WireError):
         EVENTS.decode(data)
-    except WireError:
-        pass
 
 
 def test_truncation_is_refused() -> None:
