@@ -1,0 +1,164 @@
+"""The draw of one token for each row of a batch.
+
+Order, as vLLM's: raw log-probabilities are taken aside; end tokens are masked before min_tokens, logit_bias is added,
+penalties follow; rows with temperature 0 then take the largest logit, the others are divided by their temperature,
+truncated (min_p, top_k, top_p) and drawn by inverse CDF: the token at which the cumulated probability, in vocabulary
+order, passes the row's uniform number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distserve.core.request import SamplingParams, TokenLogprobs
+from distserve.engine.sampling.logprobs import token_logprobs
+from distserve.engine.sampling.penalties import Penalties, has_penalties
+from distserve.engine.sampling.philox import uniform
+from distserve.engine.sampling.truncation import thresholds
+
+NOT_FINITE = -1
+"""Stands for the token of a row whose logits are not finite: the sequence must be failed, the others are well."""
+
+_GREEDY_BELOW = 1e-5
+"""vLLM's: temperatures below this are 0."""
+_STEPS_AHEAD = 32
+"""Steps whose random numbers are computed at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """One token to draw: token ``index`` of ``choice``, after ``prompt`` and ``output``."""
+
+    params: SamplingParams
+    choice: int
+    prompt: NDArray[np.int64]
+    output: NDArray[np.int64]
+
+    @property
+    def index(self) -> int:
+        """The output token's number, from 0."""
+        return len(self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Tokens [S] int64 (:data:`NOT_FINITE` where there is none), and log-probabilities for the rows that want them."""
+
+    tokens: Tensor
+    logprobs: tuple[TokenLogprobs | None, ...] | None
+
+
+class Sampler:
+    """Draws for the same rows step after step: after :meth:`__call__` each row stands at its next token."""
+
+    def __init__(self, rows: Sequence[SamplingRow], vocab_size: int) -> None:
+        params = [row.params for row in rows]
+        self._is_plain = all(_is_plain_greedy(p) for p in params)
+        self._wants_logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
+        self._num_top = [params[i].logprobs or 0 for i in self._wants_logprobs]
+        self._penalties: Penalties | None = None
+        if self._is_plain:
+            return
+        self._indices = np.array([row.index for row in rows], dtype=np.uint64)
+        self._seeds = np.array([p.seed % 2**64 for p in params], dtype=np.uint64)
+        self._choices = np.array([row.choice for row in rows], dtype=np.uint64)
+        self._uniforms = np.empty((0, len(rows)))
+        penalised = [i for i, p in enumerate(params) if has_penalties(p)]
+        if penalised:
+            prompts, outputs = [rows[i].prompt for i in penalised], [rows[i].output for i in penalised]
+            self._penalties = Penalties(penalised, [params[i] for i in penalised], prompts, outputs, vocab_size)
+        bias = [
+            (i, token, value) for i, p in enumerate(params) for token, value in p.logit_bias if 0 <= token < vocab_size
+        ]
+        self._bias_at = torch.tensor([entry[:2] for entry in bias]).view(-1, 2).T
+        self._bias = torch.tensor([entry[2] for entry in bias], dtype=torch.float32)
+        ends = [
+            (i, token, p.min_tokens)
+            for i, p in enumerate(params)
+            if p.min_tokens > rows[i].index
+            for token in p.end_token_ids
+            if 0 <= token < vocab_size
+        ]
+        self._end_at = np.array([entry[:2] for entry in ends], dtype=np.int64).reshape(-1, 2)
+        self._end_until = np.array([entry[2] for entry in ends], dtype=np.uint64)
+        temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32)
+        self._random = (temperatures >= _GREEDY_BELOW).nonzero().squeeze(1)
+        drawn = [params[i] for i in self._random.tolist()]
+        self._temperatures = temperatures[self._random].unsqueeze(1)
+        self._top_k = torch.tensor([p.top_k for p in drawn], dtype=torch.int64)
+        self._top_p = torch.tensor([p.top_p for p in drawn], dtype=torch.float32)
+        self._min_p = torch.tensor([p.min_p for p in drawn], dtype=torch.float32)
+        self._truncates = any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in drawn)
+
+    def __call__(self, logits: Tensor) -> Draw:
+        """Draw a token from each row of logits [S, V], which are left as they are."""
+        best, tokens = logits.max(dim=-1)
+        if not self._is_plain:
+            tokens = self._choose(logits.to(torch.float32, copy=True))
+        finite = best.isfinite()
+        if not bool(finite.all()):
+            tokens = torch.where(finite, tokens, NOT_FINITE)
+        logprobs = self._logprobs(logits, tokens) if self._wants_logprobs else None
+        if not self._is_plain:
+            self._indices += np.uint64(1)
+            self._uniforms = self._uniforms[1:]
+            if self._penalties is not None:
+                self._penalties.count(tokens)
+        return Draw(tokens, logprobs)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The tokens [S] that the requests' parameters make of logits [S, V] float32, which it may change."""
+        if len(self._end_at):
+            rows, ends = torch.from_numpy(self._end_at[self._indices[self._end_at[:, 0]] < self._end_until]).T
+            logits[rows, ends] = -torch.inf
+        if len(self._bias):
+            logits.index_put_(tuple(self._bias_at), self._bias, accumulate=True)
+        if self._penalties is not None:
+            self._penalties.apply(logits)
+        if len(self._random) == 0:
+            return logits.argmax(-1)
+        everything = len(self._random) == len(logits)
+        drawn = self._draw(logits if everything else logits[self._random])
+        if everything:
+            return drawn
+        tokens = logits.argmax(-1)
+        tokens[self._random] = drawn
+        return tokens
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Inverse CDF over the vocabulary: tokens of the rows with a temperature."""
+        logits = logits / self._temperatures
+        weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+        if self._truncates:
+            kept = logits >= thresholds(logits, self._top_k, self._top_p, self._min_p).unsqueeze(1)
+            weights.masked_fill_(~kept, 0.0)
+        cumulated = weights.cumsum(-1, dtype=torch.float64)
+        total = cumulated[:, -1:]
+        if len(self._uniforms) == 0:
+            steps = np.arange(_STEPS_AHEAD, dtype=np.uint64)[:, None]
+            self._uniforms = uniform(self._seeds, self._choices, self._indices + steps)
+        numbers = torch.from_numpy(self._uniforms[0])[self._random].unsqueeze(1)
+        # Rounding must not carry the target up to the total, past the last token with any weight.
+        target = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cumulated, target, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+
+    def _logprobs(self, logits: Tensor, tokens: Tensor) -> tuple[TokenLogprobs | None, ...]:
+        rows = torch.tensor(self._wants_logprobs)
+        entries = token_logprobs(logits[rows], tokens[rows].clamp(min=0), self._num_top)
+        result: list[TokenLogprobs | None] = [None] * len(tokens)
+        for row, entry in zip(self._wants_logprobs, entries, strict=True):
+            result[row] = entry
+        return tuple(result)
+
+
+def _is_plain_greedy(params: SamplingParams) -> bool:
+    return (
+        params.temperature < _GREEDY_BELOW
+        and not params.logit_bias
+        and params.min_tokens == 0
+        and not has_penalties(params)
+    )
