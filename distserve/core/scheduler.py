@@ -72,9 +72,8 @@ class InstanceScheduler:
     def _on_message(self, sender: str, message: Message) -> None:
         raise NotImplementedError
 
-    def _on_token(
-        self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...], batch: Batch
-    ) -> None:
+    def _on_token(self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...]) -> None:
+        """A live sequence sampled: one token per choice."""
         raise NotImplementedError
 
     def _form_batch(self) -> Batch | None:
@@ -146,7 +145,7 @@ class InstanceScheduler:
             if seq.is_closed:
                 self._settle(seq)
             elif samples:
-                self._on_token(seq, tokens, logprobs or (None,) * len(tokens), batch)
+                self._on_token(seq, tokens, logprobs or (None,) * len(tokens))
         assert position == len(event.tokens), "the engine returned a different number of tokens than it was asked for"
 
     def _on_step_failed(self, event: StepFailed) -> None:
@@ -231,8 +230,31 @@ class InstanceScheduler:
     def _send(self, to: str, message: Message) -> None:
         self._sends.append(Send(to, message))
 
-    def _emit(self, owner_id: str, output: TokenOutput) -> None:
-        self._tokens.setdefault(owner_id, []).append(output)
+    def _emit(
+        self,
+        seq: Sequence,
+        choice: int,
+        token_id: int,
+        logprobs: TokenLogprobs | None,
+        prompt_logprobs: tuple[TokenLogprobs, ...] | None = None,
+    ) -> bool:
+        """Send the newest token, already counted in ``num_output``, to the owner; True if it ends the choice."""
+        reason, stop_token_id = seq.finish_reason(token_id)
+        output = TokenOutput(
+            request_id=seq.request.request_id,
+            attempt=seq.request.attempt,
+            choice=choice,
+            index=seq.num_output - 1,
+            token_id=token_id,
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            marks=seq.marks,
+            prompt_logprobs=prompt_logprobs,
+        )
+        seq.marks = ()
+        self._tokens.setdefault(seq.request.owner_id, []).append(output)
+        return reason is not None
 
     def _flush(self) -> None:
         """Steps were appended first, so that the engine is busy while messages travel; one Tokens message per owner."""

@@ -1,0 +1,273 @@
+"""The decode instance's scheduler: takes KV in, then one token per sequence and step.
+
+Memory is promised on offer or refused, with ``headroom`` kept free for growth. When a running sequence needs
+a block and none is free, the youngest (latest arrival) is preempted: its owner resubmits it with the tokens
+it has, so no state of it stays here.
+
+With ``lookahead`` a step is launched before the tokens of the step before it are known; the token a finished
+sequence samples too many is discarded. With ``max_in_flight`` > 1 and no lookahead (pipeline stages) the
+running sequences are spread evenly over the batches in flight.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+
+from distserve.core.commands import CancelMigrate, Chunk, Migrate, WakeAt
+from distserve.core.config import InstanceSpec
+from distserve.core.decoding import DecodingScheduler, age
+from distserve.core.events import Migrated
+from distserve.core.intake import Intake
+from distserve.core.messages import (
+    Abort,
+    Accepted,
+    Failed,
+    InstanceGone,
+    Leased,
+    Message,
+    Offer,
+    Preempted,
+    Prefilled,
+    Pulled,
+    Refused,
+    Renew,
+    RequestKey,
+    Withdrawn,
+)
+from distserve.core.request import TokenLogprobs
+from distserve.core.scheduler import Batch
+from distserve.core.sequence import Sequence
+
+
+class DecodeScheduler(DecodingScheduler):
+    """Continuous batching over sequences whose KV was pulled from prefill instances."""
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        super().__init__(spec)
+        self._by_key: dict[RequestKey, list[Sequence]] = {}
+        self._intakes: dict[RequestKey, Intake] = {}
+        self._pulls: dict[int, RequestKey] = {}
+        self._dropped: dict[int, Intake] = {}
+        self._next_pull_id = 0
+        self._num_pulls = 0
+        self._pulled_bytes = 0
+        self._pull_seconds = 0.0
+        self._chunks: dict[tuple[int, ...], tuple[Chunk, ...]] = {}
+
+    def _is_settled(self) -> bool:
+        return not any(intake.is_complete for intake in self._intakes.values())
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _on_message(self, sender: str, message: Message) -> None:
+        match message:
+            case Offer():
+                self._on_offer(sender, message)
+            case Leased(key, term):
+                self._on_leased(key, term)
+            case Prefilled(key, first_tokens, finished):
+                self._on_prefilled(key, first_tokens, finished)
+            case Withdrawn(key):
+                self._abort(key, None)
+                self._drop_intake(key)
+            case Abort(key, choice):
+                self._on_abort(message)
+                if choice is None or self._is_only_choice(key, choice):
+                    self._drop_intake(key)
+            case InstanceGone(instance_id):
+                for key, intake in list(self._intakes.items()):
+                    if intake.source_id == instance_id:
+                        self._drop_intake(key)
+            case _:
+                raise AssertionError(f"not for a decode instance: {message}")
+
+    def _on_offer(self, sender: str, offer: Offer) -> None:
+        self._num_seen += 1
+        request = offer.request
+        key = request.key
+        if key in self._intakes or key in self._by_key:
+            return  # a repeated offer: the first one counts
+        kv = self.spec.kv
+        # One token of growth; every choice but the first needs its own copy of a partly filled last block.
+        needed = kv.blocks_for(offer.num_tokens + 1) + len(request.choices) - 1
+        if max(needed, kv.blocks_for(request.max_total_tokens)) > kv.num_blocks:
+            reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
+            self._send(request.owner_id, Failed(key, reason, retryable=False))
+            self._send(sender, Refused(key))
+            return
+        is_idle = not self._running and not self._intakes
+        headroom = 0 if is_idle else int(self._config.headroom * kv.num_blocks)
+        promised = sum(len(intake.request.choices) for intake in self._intakes.values())
+        has_slot = len(self._running) + promised + len(request.choices) <= self._config.max_batch_size
+        if needed + headroom > self.blocks.num_free or not (has_slot or is_idle):
+            self._send(sender, Refused(key))
+            return
+        self._intakes[key] = Intake(
+            request=request,
+            source_id=sender,
+            num_tokens=offer.num_tokens,
+            src_blocks=tuple(offer.blocks),
+            num_ready_tokens=offer.num_ready_tokens,
+            ready_step=offer.ready_step,
+            blocks=self.blocks.allocate(needed),
+            pending_at=self._now,
+        )
+        self._send(sender, Accepted(key))
+
+    def _on_leased(self, key: RequestKey, term: float) -> None:
+        intake = self._intakes.get(key)
+        if intake is None:
+            return
+        intake.asked_at, intake.term = intake.pending_at, term
+        self._commands.append(WakeAt(intake.asked_at + term / 2))
+        if intake.pull_id is not None:
+            return
+        self._next_pull_id += 1
+        intake.pull_id = self._next_pull_id
+        intake.started_at = self._now
+        self._pulls[intake.pull_id] = key
+        num_blocks = len(intake.src_blocks)
+        self._commands.append(
+            Migrate(
+                pull_id=intake.pull_id,
+                key=key,
+                source_id=intake.source_id,
+                src_blocks=intake.src_blocks,
+                dst_blocks=tuple(intake.blocks[:num_blocks]),
+                num_ready_blocks=intake.num_ready_tokens // self.spec.kv.block_size,
+                ready_step=intake.ready_step,
+                deadline=self._now + self._config.pull_timeout,
+            )
+        )
+
+    def _on_migrated(self, event: Migrated) -> None:
+        dropped = self._dropped.pop(event.pull_id, None)
+        if dropped is not None:
+            self.blocks.release(dropped.blocks)
+            return
+        key = self._pulls.pop(event.pull_id)
+        intake = self._intakes[key]
+        if not event.ok or self._now > intake.asked_at + intake.term:
+            intake.pull_id = None
+            self._drop_intake(key)
+            self._send(intake.source_id, Refused(key))
+            return
+        intake.ended_at = self._now
+        self._num_pulls += 1
+        self._pulled_bytes += event.num_bytes
+        self._pull_seconds += self._now - intake.started_at
+        self._send(intake.source_id, Pulled(key))
+        self._admit_if_complete(key, intake)
+
+    def _on_prefilled(self, key: RequestKey, first_tokens: tuple[int, ...], finished: tuple[int, ...]) -> None:
+        intake = self._intakes.get(key)
+        if intake is not None:
+            intake.first_tokens, intake.finished = first_tokens, finished
+            self._admit_if_complete(key, intake)
+
+    def _admit_if_complete(self, key: RequestKey, intake: Intake) -> None:
+        """Turn a complete intake into running sequences: forks share the prompt's blocks."""
+        if not intake.is_complete:
+            return
+        del self._intakes[key]
+        assert intake.first_tokens is not None
+        assert intake.ended_at is not None
+        request = intake.request
+        num_blocks = len(intake.src_blocks)
+        prompt_blocks, spare = intake.blocks[:num_blocks], intake.blocks[num_blocks:]
+        self.blocks.release(spare)
+        family = []
+        for choice, token_id in zip(request.choices, intake.first_tokens, strict=True):
+            if choice in intake.finished:
+                continue
+            seq = Sequence(
+                seq_id=self._new_seq_id(),
+                request=request,
+                choices=(choice,),
+                num_tokens=intake.num_tokens + 1,
+                num_output=len(request.output_token_ids) + 1,
+                blocks=list(prompt_blocks),
+                num_computed=intake.num_tokens,
+                marks=(("migration_start", intake.started_at), ("migration_end", intake.ended_at)),
+            )
+            self.blocks.share(prompt_blocks)
+            self._open(seq, (*request.output_token_ids, token_id))
+            insort(self._running, seq, key=age)
+            family.append(seq)
+        self.blocks.release(prompt_blocks)
+        self._by_key[key] = family
+
+    # -- intakes that end early ----------------------------------------------------------------------------------------
+
+    def _is_only_choice(self, key: RequestKey, choice: int) -> bool:
+        intake = self._intakes.get(key)
+        return intake is not None and intake.request.choices == (choice,)
+
+    def _drop_intake(self, key: RequestKey) -> None:
+        intake = self._intakes.pop(key, None)
+        if intake is None:
+            return
+        if intake.pull_id is not None and intake.ended_at is None:
+            # The transport may be writing these blocks: they are free only when it says so.
+            del self._pulls[intake.pull_id]
+            intake.is_dropped = True
+            self._dropped[intake.pull_id] = intake
+            self._commands.append(CancelMigrate(intake.pull_id))
+        else:
+            self.blocks.release(intake.blocks)
+
+    def _on_timer(self) -> None:
+        """Renew leases of pulls past half their term."""
+        for key, intake in self._intakes.items():
+            is_pulling = intake.pull_id is not None and intake.ended_at is None
+            is_asked = intake.pending_at > intake.asked_at
+            if is_pulling and not is_asked and self._now >= intake.asked_at + intake.term / 2:
+                intake.pending_at = self._now
+                self._send(intake.source_id, Renew(key))
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def _form_batch(self) -> Batch | None:
+        copies: list[tuple[int, int]] = []
+        chosen = self._choose_running(self._config.max_batch_size, copies)
+        if not chosen:
+            return None
+        seq_ids = tuple([seq.seq_id for seq in chosen])
+        chunks = self._chunks.get(seq_ids)
+        if chunks is None:
+            # An unchanged batch is the identical tuple: a sign to engines that nothing but positions moved.
+            chunks = tuple([Chunk(seq_id, 1, samples=True) for seq_id in seq_ids])
+            if len(self._chunks) >= 2 * self._config.max_in_flight:
+                self._chunks.clear()
+            self._chunks[seq_ids] = chunks
+        for seq in chosen:
+            if len(seq.marks) == 2:  # the migration's: this is its first step here
+                seq.marks = (*seq.marks, ("decode_start", self._now))
+        return Batch([(seq, 1, True) for seq in chosen], chunks, copies, len(chosen))
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._send(victim.request.owner_id, Preempted(victim.request.key, victim.choice))
+        self._close(victim)
+
+    def _on_token(self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...]) -> None:
+        seq.num_tokens += 1
+        seq.num_output += 1
+        if self._emit(seq, seq.choice, tokens[0], logprobs[0]):
+            self._close(seq)
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------------
+
+    def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
+        return [seq for seq in self._by_key.get(key, ()) if choice is None or seq.choice == choice]
+
+    def _forget(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        family = self._by_key[seq.request.key]
+        family.remove(seq)
+        if not family:
+            del self._by_key[seq.request.key]
+
+    def _load(self) -> tuple[int, int, int]:
+        return len(self._intakes), 0, len(self._running)
+
+    def _pull_totals(self) -> tuple[int, int, float]:
+        return self._num_pulls, self._pulled_bytes, self._pull_seconds

@@ -1,0 +1,107 @@
+"""What decode and mixed schedulers share: running sequences that grow by one token a step.
+
+Running sequences are kept oldest first. When one needs a block and none is free, the youngest sequence of all
+gives its blocks back; what becomes of it is the role's business.
+"""
+
+from distserve.core.config import InstanceSpec
+from distserve.core.scheduler import InstanceScheduler
+from distserve.core.sequence import Sequence
+
+
+def age(seq: Sequence) -> tuple[float, str, int]:
+    """Sort key: oldest arrival first; unique within an instance."""
+    return (seq.request.arrival, seq.request.request_id, seq.choices[0])
+
+
+class DecodingScheduler(InstanceScheduler):
+    """An instance scheduler with running sequences."""
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        super().__init__(spec)
+        self._running: list[Sequence] = []
+
+    def _is_settled(self) -> bool:
+        """Nothing but running sequences can enter the next batches."""
+        raise NotImplementedError
+
+    def _youngest(self) -> Sequence:
+        """The latest arrival that holds blocks and may lose them."""
+        return self._running[-1]
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Take the sequence's blocks and remove it from the running ones."""
+        raise NotImplementedError
+
+    def horizon(self) -> int:
+        """Steps, the next one included, over which no batch can change: no message and no end token provided.
+
+        0 when nothing runs or something is about to change it: a sequence at its output limit, a prompt that
+        waits, or memory that does not last for the growth of all. A lower bound, found by halving.
+        """
+        if not self._running or not self._is_settled():
+            return 0
+        steps = min(seq.num_remaining_output - seq.num_in_flight for seq in self._running)
+        while steps > 0:
+            if sum(self._growth(seq, steps) for seq in self._running) <= self.blocks.num_free:
+                return steps
+            steps //= 2
+        return 0
+
+    def _growth(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks the sequence's next tokens take, a copy of a shared last block included."""
+        blocks = self.spec.kv.blocks_for(seq.num_computed + num_tokens) - len(seq.blocks)
+        return max(0, blocks) + self._tail_is_shared(seq)
+
+    def _choose_running(self, limit: int, copies: list[tuple[int, int]]) -> list[Sequence]:
+        """The oldest ``limit`` sequences that may take a step now, each with a writable next slot.
+
+        Block copies that must precede the step are appended to ``copies``.
+        """
+        config = self._config
+        if config.max_in_flight > 1 and not config.lookahead:
+            limit = min(limit, -(-len(self._running) // config.max_in_flight))
+        may_overlap = config.max_in_flight if config.lookahead else 1
+        chosen: list[Sequence] = []
+        index = 0
+        while index < len(self._running) and len(chosen) < limit:
+            seq = self._running[index]
+            is_past_prompt = seq.num_computed >= seq.num_tokens - 1 and len(seq.choices) == 1
+            may_go_on = seq.num_in_flight < may_overlap and seq.num_remaining_output > seq.num_in_flight
+            if is_past_prompt and may_go_on:
+                if not self._make_room(seq, copies):
+                    if not seq.blocks:
+                        continue  # it was the youngest itself and is gone from the list
+                    break  # steps or pulls in flight hold the memory it needs; nobody younger goes before it
+                chosen.append(seq)
+            index += 1
+        return chosen
+
+    def _tail_is_shared(self, seq: Sequence) -> bool:
+        index = seq.num_computed // self.spec.kv.block_size
+        return index < len(seq.blocks) and self.blocks.is_shared(seq.blocks[index])
+
+    def _make_room(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
+        """Give the sequence a writable slot for its next token, preempting younger ones if it must."""
+        index = seq.num_computed // self.spec.kv.block_size
+        is_growth = index == len(seq.blocks)
+        # Preempting a fork may leave the last block to this sequence alone: then nothing is needed any more.
+        while is_growth or self._tail_is_shared(seq):
+            if self.blocks.num_free > 0:
+                block = self.blocks.allocate(1)[0]
+                if is_growth:
+                    seq.blocks.append(block)
+                else:
+                    copies.append((seq.blocks[index], block))
+                    self.blocks.release([seq.blocks[index]])
+                    seq.blocks[index] = block
+                    seq.num_published = min(seq.num_published, index)
+                return True
+            victim = self._youngest()
+            if victim.num_in_flight > 0:
+                return False
+            self._num_preempted += 1
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True

@@ -1,0 +1,231 @@
+"""The mixed instance's scheduler: prefill and decode in one place, by Dynamic SplitFuse or whole prompts.
+
+Dynamic SplitFuse (DeepSpeed-FastGen): every step takes at most ``max_batch_tokens`` tokens (the budget).
+Running sequences come first, one token each; then waiting prompts in order, the last one cut so that the
+budget is filled exactly, its rest first in line for the next step. So at most one prompt is split per step
+and only a prompt's last chunk yields a token.
+
+Whole prompts (vLLM before chunked prefill): a step is either whole prompts up to the budget (a longer one
+alone), which go before any decoding, or one token for every running sequence.
+
+A prompt's blocks are all taken when it starts, so two half-done prompts cannot block each other. When a
+running sequence needs a block and none is free, the youngest sequence is evicted; it waits in order of
+arrival and is recomputed here.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+from enum import StrEnum
+from itertools import takewhile
+
+from distserve.core.commands import Chunk, CloseSequence
+from distserve.core.config import InstanceSpec
+from distserve.core.decoding import DecodingScheduler, age
+from distserve.core.messages import Abort, Failed, InstanceGone, Message, Prefill, RequestKey
+from distserve.core.request import Request, TokenLogprobs
+from distserve.core.scheduler import Batch
+from distserve.core.sequence import Sequence
+
+
+class PrefillPolicy(StrEnum):
+    """How a mixed instance composes prompts with decoding."""
+
+    SPLITFUSE = "splitfuse"
+    WHOLE_PROMPT = "whole-prompt"
+
+
+class MixedScheduler(DecodingScheduler):
+    """Serves whole requests on one instance."""
+
+    def __init__(self, spec: InstanceSpec, policy: PrefillPolicy = PrefillPolicy.SPLITFUSE) -> None:
+        super().__init__(spec)
+        self._policy = policy
+        self._waiting: list[Sequence] = []
+        """Prompts not wholly launched yet, oldest first; those already started precede the others."""
+        self._by_key: dict[RequestKey, list[Sequence]] = {}
+
+    def _is_settled(self) -> bool:
+        return not self._waiting
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _on_message(self, sender: str, message: Message) -> None:  # noqa: ARG002 -- it answers owners only
+        match message:
+            case Prefill(request):
+                self._on_request(request)
+            case Abort():
+                self._on_abort(message)
+            case InstanceGone():
+                pass  # a mixed instance depends on no other
+            case _:
+                raise AssertionError(f"not for a mixed instance: {message}")
+
+    def _on_request(self, request: Request) -> None:
+        self._num_seen += 1
+        kv = self.spec.kv
+        if kv.blocks_for(request.max_total_tokens) + len(request.choices) - 1 > kv.num_blocks:
+            reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
+            self._send(request.owner_id, Failed(request.key, reason, retryable=False))
+            return
+        seq = Sequence(
+            seq_id=self._new_seq_id(),
+            request=request,
+            choices=request.choices,
+            num_tokens=request.num_prefill_tokens,
+            num_output=len(request.output_token_ids),
+            output_token_ids=list(request.output_token_ids),
+        )
+        self._by_key[request.key] = [seq]
+        self._enqueue(seq)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        """In order of arrival, but never before a prompt that has started."""
+        insort(self._waiting, seq, key=lambda waiting: (waiting.num_computed == 0, age(waiting)))
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def _form_batch(self) -> Batch | None:
+        config = self._config
+        copies: list[tuple[int, int]] = []
+        if self._policy is PrefillPolicy.WHOLE_PROMPT:
+            entries = self._whole_prompts() or self._decodes(config.max_batch_size, copies)
+        else:
+            entries = self._decodes(config.max_batch_tokens, copies)
+            entries += self._prompt_chunks(config.max_batch_tokens - len(entries))
+        if not entries:
+            return None
+        chunks = tuple([Chunk(seq.seq_id, count, samples) for seq, count, samples in entries])
+        return Batch(entries, chunks, copies, sum(count for _, count, _ in entries))
+
+    def _decodes(self, limit: int, copies: list[tuple[int, int]]) -> list[tuple[Sequence, int, bool]]:
+        return [(seq, 1, True) for seq in self._choose_running(limit, copies)]
+
+    def _prompt_chunks(self, budget: int) -> list[tuple[Sequence, int, bool]]:
+        chosen: list[tuple[Sequence, int, bool]] = []
+        for seq in self._waiting:
+            if budget == 0:
+                break
+            if seq.num_in_flight > 0:
+                continue
+            if not self._start(seq):
+                break
+            count = min(budget, seq.num_tokens - seq.num_computed)
+            budget -= count
+            chosen.append((seq, count, seq.num_computed + count == seq.num_tokens))
+        self._move_launched(chosen)
+        return chosen
+
+    def _whole_prompts(self) -> list[tuple[Sequence, int, bool]]:
+        budget = self._config.max_batch_tokens
+        chosen: list[tuple[Sequence, int, bool]] = []
+        for seq in self._waiting:
+            if (chosen and seq.num_tokens > budget) or not self._start(seq):
+                break
+            budget -= seq.num_tokens
+            chosen.append((seq, seq.num_tokens, True))
+        self._move_launched(chosen)
+        return chosen
+
+    def _move_launched(self, chosen: list[tuple[Sequence, int, bool]]) -> None:
+        for seq, _, is_last in chosen:
+            if is_last:
+                self._waiting.remove(seq)
+                insort(self._running, seq, key=age)
+
+    def _start(self, seq: Sequence) -> bool:
+        """Take all blocks of a prompt that has not started; False: no room, and nobody may overtake it."""
+        if seq.is_open:
+            return True
+        kv, config = self.spec.kv, self._config
+        num_started = sum(len(waiting.choices) for waiting in takewhile(lambda other: other.is_open, self._waiting))
+        is_idle = not self._running and num_started == 0
+        headroom = 0 if is_idle else int(config.headroom * kv.num_blocks)
+        needed = kv.blocks_for(seq.num_tokens) + len(seq.choices) - 1
+        has_slot = len(self._running) + num_started + len(seq.choices) <= config.max_batch_size
+        if needed + headroom > self.blocks.num_free or not (has_slot or is_idle):
+            return False
+        seq.blocks = self.blocks.allocate(kv.blocks_for(seq.num_tokens))
+        seq.marks = (*seq.marks, ("prefill_start", self._now)) if seq.num_output == 0 else seq.marks
+        self._open(seq, tuple(seq.output_token_ids))
+        return True
+
+    def _youngest(self) -> Sequence:
+        """The last arrival that holds blocks, whether past its prompt or not."""
+        started = takewhile(lambda seq: seq.is_open, self._waiting)
+        return max([self._running[-1], *started], key=age)
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Give its blocks back and queue it to be recomputed from its tokens."""
+        self.blocks.release(victim.blocks)
+        self._commands.append(CloseSequence(victim.seq_id))
+        if victim in self._waiting:
+            self._waiting.remove(victim)
+        else:
+            self._running.remove(victim)
+        victim.blocks, victim.num_published, victim.num_computed, victim.is_open = [], 0, 0, False
+        victim.seq_id = self._new_seq_id()
+        # A recomputed prompt's log-probabilities would be reported twice.
+        victim.prompt_logprobs.clear()
+        self._enqueue(victim)
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def _on_token(self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...]) -> None:
+        is_first = seq.num_output == 0
+        if is_first:
+            seq.marks = (*seq.marks, ("prefill_end", self._now))
+        family = [seq] if len(seq.choices) == 1 else self._fork(seq)
+        wanted = seq.request.sampling.prompt_logprobs is not None
+        prompt_logprobs = tuple(seq.prompt_logprobs) if is_first and wanted else None
+        for member, token_id, logprob in zip(family, tokens, logprobs, strict=True):
+            member.num_tokens += 1
+            member.num_output += 1
+            member.output_token_ids.append(token_id)
+            has_ended = self._emit(member, member.choice, token_id, logprob, prompt_logprobs)
+            prompt_logprobs = None
+            if has_ended:
+                self._close(member)
+            elif member is not seq:
+                self._open(member, tuple(member.output_token_ids))
+
+    def _fork(self, seq: Sequence) -> list[Sequence]:
+        """One sequence per choice, sharing the prompt's blocks; the parent ends."""
+        request = seq.request
+        family = [
+            Sequence(
+                seq_id=self._new_seq_id(),
+                request=request,
+                choices=(choice,),
+                num_tokens=seq.num_tokens,
+                num_output=seq.num_output,
+                blocks=list(seq.blocks),
+                num_computed=seq.num_computed,
+                marks=seq.marks if choice == seq.choices[0] else (),
+            )
+            for choice in seq.choices
+        ]
+        for member in family:
+            self.blocks.share(member.blocks)
+            insort(self._running, member, key=age)
+        self._by_key[request.key] += family
+        self._close(seq)
+        return family
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------------
+
+    def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
+        return [seq for seq in self._by_key.get(key, ()) if choice is None or seq.choices == (choice,)]
+
+    def _forget(self, seq: Sequence) -> None:
+        if seq in self._waiting:
+            self._waiting.remove(seq)
+        else:
+            self._running.remove(seq)
+        family = self._by_key[seq.request.key]
+        family.remove(seq)
+        if not family:
+            del self._by_key[seq.request.key]
+
+    def _load(self) -> tuple[int, int, int]:
+        tokens = sum(seq.num_tokens - seq.num_computed for seq in self._waiting)
+        return len(self._waiting), tokens, len(self._running)

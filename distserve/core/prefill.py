@@ -1,0 +1,248 @@
+"""The prefill instance's scheduler: prompts first come, first served; KV handed to a decode instance.
+
+A batch takes whole prompts in order up to ``max_batch_tokens`` (``L_m``: beyond it prefill is compute-bound,
+and a larger batch only delays its first prompts). Only a prompt longer than that is split, into chunks of the
+full budget; its last, smaller chunk shares its batch with the prompts behind it. A prompt's blocks are all
+taken when it starts, so a started prompt never waits for memory. When the first in line does not fit, nobody
+overtakes it.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from distserve.core.commands import Chunk, WakeAt
+from distserve.core.config import InstanceSpec
+from distserve.core.handoff import Handoff, HandoffState
+from distserve.core.messages import (
+    Abort,
+    Accepted,
+    DecodeAssigned,
+    DecodeDropped,
+    DecodeWanted,
+    Failed,
+    HandedOver,
+    InstanceGone,
+    Leased,
+    Message,
+    Offer,
+    Prefill,
+    Prefilled,
+    Pulled,
+    Refused,
+    Renew,
+    RequestKey,
+    Withdrawn,
+)
+from distserve.core.request import Request, TokenLogprobs
+from distserve.core.scheduler import ROUTER, Batch, InstanceScheduler
+from distserve.core.sequence import Sequence
+
+
+class PrefillScheduler(InstanceScheduler):
+    """Computes prompts, samples first tokens, and keeps KV until it is pulled."""
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        super().__init__(spec)
+        self._waiting: deque[Sequence] = deque()
+        self._num_waiting_tokens = 0
+        self._sequences: dict[RequestKey, Sequence] = {}
+        self._handoffs: dict[RequestKey, Handoff] = {}
+
+    def horizon(self) -> int:
+        """Steps over which no batch can change: none, every step ends some prompt's chunk."""
+        return 0
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _on_message(self, sender: str, message: Message) -> None:
+        match message:
+            case Prefill(request):
+                self._on_prefill(request)
+            case DecodeAssigned(key, decode_id):
+                self._on_decode_assigned(key, decode_id)
+            case Accepted(key) | Renew(key):
+                self._on_lease_wanted(key, sender)
+            case Refused(key):
+                self._on_refused(key, sender)
+            case Pulled(key):
+                self._on_pulled(key, sender)
+            case Abort():
+                self._on_abort(message)
+            case InstanceGone(instance_id):
+                for key, handoff in list(self._handoffs.items()):
+                    if handoff.decode_id == instance_id and not handoff.is_pulled:
+                        self._want_again(key, handoff, refused_by=None)
+            case _:
+                raise AssertionError(f"not for a prefill instance: {message}")
+
+    def _on_prefill(self, request: Request) -> None:
+        self._num_seen += 1
+        if self.spec.kv.blocks_for(request.num_prefill_tokens) > self.blocks.num_blocks:
+            reason = (
+                f"{request.num_prefill_tokens} tokens exceed this instance's {self.spec.kv.num_tokens} tokens of KV"
+            )
+            self._send(request.owner_id, Failed(request.key, reason, retryable=False))
+            return
+        seq = Sequence(
+            seq_id=self._new_seq_id(),
+            request=request,
+            choices=request.choices,
+            num_tokens=request.num_prefill_tokens,
+            num_output=len(request.output_token_ids),
+        )
+        self._sequences[request.key] = seq
+        self._waiting.append(seq)
+        self._num_waiting_tokens += seq.num_tokens
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def _form_batch(self) -> Batch | None:
+        budget = self._config.max_batch_tokens
+        entries: list[tuple[Sequence, int, bool]] = []
+        for seq in self._waiting:
+            remaining = seq.num_tokens - seq.num_computed
+            if budget == 0 or len(entries) == self._config.max_batch_size:
+                break
+            if seq.num_in_flight > 0:
+                continue  # its next chunk needs this one; those behind it may fill the pipeline
+            # A prompt of at most one budget is never split; it waits for a batch that takes it whole.
+            if seq.num_computed == 0 and budget < remaining <= self._config.max_batch_tokens:
+                break
+            if seq.num_computed == 0:
+                needed = self.spec.kv.blocks_for(seq.num_tokens)
+                if needed > self.blocks.num_free:
+                    break
+                seq.blocks = self.blocks.allocate(needed)
+                seq.marks = (("prefill_start", self._now),)
+                self._open(seq, tuple(seq.request.output_token_ids))
+            count = min(remaining, budget)
+            budget -= count
+            is_last = count == remaining
+            entries.append((seq, count, is_last))
+        if not entries:
+            return None
+        for seq, count, is_last in entries:
+            self._num_waiting_tokens -= count
+            if is_last:
+                self._waiting.remove(seq)
+        chunks = tuple(Chunk(seq.seq_id, count, is_last) for seq, count, is_last in entries)
+        return Batch(entries, chunks, [], self._config.max_batch_tokens - budget)
+
+    def _on_launched(self, step_id: int, batch: Batch) -> None:
+        """Ask for decode instances now: the round trips hide behind the prompts' last chunks."""
+        for seq, count, is_last in batch.entries:
+            if is_last and seq.num_remaining_output > 1:
+                key = seq.request.key
+                self._handoffs[key] = Handoff(seq, step_id, num_ready_tokens=seq.num_computed - count)
+                self._want(key, self._handoffs[key])
+
+    def _on_token(self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...]) -> None:
+        request = seq.request
+        handoff = self._handoffs.get(request.key)
+        seq.num_output += 1
+        seq.marks = (*seq.marks, ("prefill_end", self._now))
+        prompt_logprobs = tuple(seq.prompt_logprobs) if request.sampling.prompt_logprobs is not None else None
+        finished = []
+        for choice, token_id, logprob in zip(seq.choices, tokens, logprobs, strict=True):
+            if self._emit(seq, choice, token_id, logprob, prompt_logprobs):
+                finished.append(choice)
+            prompt_logprobs = None
+        if len(finished) == len(seq.choices):
+            self._close(seq)
+        else:
+            assert handoff is not None, "a prompt that goes on was handed to no one"
+            handoff.first_tokens, handoff.finished = tokens, tuple(finished)
+            handoff.num_ready_tokens = seq.num_computed
+            if handoff.decode_id is not None:
+                self._send(handoff.decode_id, Prefilled(request.key, tokens, handoff.finished))
+            if handoff.is_pulled:
+                self._hand_over(request.key, handoff)
+
+    # -- hand-off ------------------------------------------------------------------------------------------------------
+
+    def _want(self, key: RequestKey, handoff: Handoff) -> None:
+        seq = handoff.seq
+        self._send(
+            ROUTER,
+            DecodeWanted(key, seq.request.owner_id, seq.num_tokens, len(seq.choices), handoff.refused_by),
+        )
+
+    def _want_again(self, key: RequestKey, handoff: Handoff, refused_by: str | None) -> None:
+        handoff.reset(refused_by)
+        self._want(key, handoff)
+
+    def _on_decode_assigned(self, key: RequestKey, decode_id: str) -> None:
+        handoff = self._handoffs.get(key)
+        if handoff is None or handoff.state is not HandoffState.WANTED:
+            self._send(ROUTER, DecodeDropped(key, decode_id))
+            return
+        handoff.state = HandoffState.OFFERED
+        handoff.decode_id = decode_id
+        handoff.expires = self._now + self._config.lease
+        self._commands.append(WakeAt(handoff.expires))
+        seq = handoff.seq
+        offer = Offer(seq.request, tuple(seq.blocks), seq.num_tokens, handoff.num_ready_tokens, handoff.last_step)
+        self._send(decode_id, offer)
+        if handoff.first_tokens is not None:
+            self._send(decode_id, Prefilled(key, handoff.first_tokens, handoff.finished))
+
+    def _on_lease_wanted(self, key: RequestKey, sender: str) -> None:
+        handoff = self._handoffs.get(key)
+        if handoff is None or handoff.decode_id != sender:
+            self._send(sender, Withdrawn(key))
+            return
+        handoff.state = HandoffState.LEASED
+        handoff.expires = self._now + self._config.lease
+        self._commands.append(WakeAt(handoff.expires))
+        self._send(sender, Leased(key, self._config.lease))
+
+    def _on_refused(self, key: RequestKey, sender: str) -> None:
+        handoff = self._handoffs.get(key)
+        if handoff is not None and handoff.decode_id == sender and not handoff.is_pulled:
+            self._want_again(key, handoff, refused_by=sender)
+
+    def _on_pulled(self, key: RequestKey, sender: str) -> None:
+        handoff = self._handoffs.get(key)
+        if handoff is None or handoff.decode_id != sender:
+            return
+        handoff.is_pulled = True
+        # The pull may end before this instance has heard of its own step's end: then Prefilled is still to be sent.
+        if handoff.first_tokens is not None:
+            self._hand_over(key, handoff)
+
+    def _hand_over(self, key: RequestKey, handoff: Handoff) -> None:
+        assert handoff.decode_id is not None
+        self._send(handoff.seq.request.owner_id, HandedOver(key, handoff.decode_id))
+        del self._handoffs[key]
+        self._close(handoff.seq)
+
+    def _on_timer(self) -> None:
+        for handoff in list(self._handoffs.values()):
+            if handoff.expires <= self._now and not handoff.is_pulled:
+                self._fail(handoff.seq, f"{handoff.decode_id} did not pull the KV cache in time")
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------------
+
+    def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
+        """A prompt stands for all its choices: a single one cannot be aborted here, its later tokens will be."""
+        seq = self._sequences.get(key)
+        if seq is None or (choice is not None and seq.choices != (choice,)):
+            return ()
+        return (seq,)
+
+    def _forget(self, seq: Sequence) -> None:
+        key = seq.request.key
+        del self._sequences[key]
+        if seq.num_computed < seq.num_tokens:
+            self._waiting.remove(seq)
+            self._num_waiting_tokens -= seq.num_tokens - seq.num_computed
+        handoff = self._handoffs.pop(key, None)
+        if handoff is None:
+            return
+        if handoff.decode_id is None:
+            self._send(ROUTER, DecodeDropped(key, None))
+        else:
+            self._send(handoff.decode_id, Withdrawn(key))
+
+    def _load(self) -> tuple[int, int, int]:
+        return len(self._waiting), self._num_waiting_tokens, len(self._sequences) - len(self._waiting)
