@@ -87,7 +87,7 @@ def _count_parameters(file: Path) -> int:
             header = json.loads(stream.read(length))
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             needed = _LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
-            num_parameters = sum(math.prod(entry["shape"]) for entry in tensors)
+            num_parameters: int = sum(math.prod(entry["shape"]) for entry in tensors)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file} has a damaged header ({error}); copy it again") from error
     if size != needed:

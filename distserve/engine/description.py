@@ -66,7 +66,9 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
     if not (model_dir / "config.json").is_file():
         raise ConfigError(f"{model_dir} has no config.json: it is not a Hugging Face model directory")
     try:
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(model_dir), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{model_dir / 'config.json'} is not understood by transformers: {error}") from error
     check_config(config)

@@ -1,4 +1,4 @@
-"""Log-probabilities as the API reports them: of the model's own distribution, before temperature or any other change."""
+"""Log-probabilities as the API reports them: of the model's own distribution, before temperature and the rest."""
 
 from collections.abc import Sequence
 
@@ -29,14 +29,8 @@ def _piece(logits: Tensor, tokens: Tensor, num_top: Sequence[int]) -> list[Token
     # As vLLM: the number of tokens at least as probable, so the best has rank 1.
     ranks = (logprobs >= chosen).sum(-1)
     best = logprobs.topk(min(max(num_top), logprobs.shape[-1]), dim=-1)
-    return [
-        TokenLogprobs(logprob, rank, tuple(zip(top_ids[:n], top_values[:n], strict=True)))
-        for logprob, rank, top_ids, top_values, n in zip(
-            chosen.squeeze(1).tolist(),
-            ranks.tolist(),
-            best.indices.tolist(),
-            best.values.tolist(),
-            num_top,
-            strict=True,
-        )
+    tops = [
+        tuple(zip(ids[:n], values[:n], strict=True))
+        for ids, values, n in zip(best.indices.tolist(), best.values.tolist(), num_top, strict=True)
     ]
+    return [TokenLogprobs(*entry) for entry in zip(chosen.squeeze(1).tolist(), ranks.tolist(), tops, strict=True)]

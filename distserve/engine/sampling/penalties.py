@@ -32,10 +32,9 @@ class Penalties:
     ) -> None:
         """``rows`` are the batch rows that want penalties; the other sequences are aligned with them."""
         self.rows = torch.tensor(rows)
-        column = {"dtype": torch.float32}
-        self.repetition = torch.tensor([p.repetition_penalty for p in params], **column).unsqueeze(1)
-        self.presence = torch.tensor([p.presence_penalty for p in params], **column).unsqueeze(1)
-        self.frequency = torch.tensor([p.frequency_penalty for p in params], **column).unsqueeze(1)
+        self.repetition = torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32).unsqueeze(1)
+        self.presence = torch.tensor([p.presence_penalty for p in params], dtype=torch.float32).unsqueeze(1)
+        self.frequency = torch.tensor([p.frequency_penalty for p in params], dtype=torch.float32).unsqueeze(1)
         self.in_prompt = torch.zeros(len(rows), vocab_size, dtype=torch.bool)
         self.counts = torch.zeros(len(rows), vocab_size)
         for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
