@@ -1,1 +1,10 @@
-"""KV migration: what to move (pure planning) and the transports that move it."""
+"""KV migration: what to move is pure (:mod:`~distserve.transfer.plan`), how it travels is a transport.
+
+Every rank of an instance owns one :class:`~distserve.transfer.transport.Transport`. It provides the memory the KV
+cache lives in, publishes how far the running step is, and pulls blocks out of other ranks' memory:
+
+- :class:`~distserve.transfer.shm.ShmTransport`: between processes of one host, over memory shared by descriptor;
+- :class:`~distserve.transfer.local.LocalTransport`: between pools of one process, for tests and single processes.
+
+The package knows nothing of schedulers, requests or Ray.
+"""
