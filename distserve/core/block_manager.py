@@ -1,7 +1,7 @@
 """Paged KV memory: which blocks are free, and who shares the others.
 
-Knows block ids and reference counts only, neither sequences nor bytes. Invariant: every block is either free (count 0,
-exactly once in the free list) or has a positive count, so ``num_free`` plus the number of referenced blocks is
+Knows block ids and reference counts only, neither sequences nor bytes. Invariant: every block is either free (count
+0, exactly once in the free list) or has a positive count, so ``num_free`` plus the number of referenced blocks is
 constant.
 """
 

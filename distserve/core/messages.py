@@ -14,10 +14,10 @@ Who speaks to whom::
     router  -> any instance  InstanceGone
     decode, mixed -> router  Report
 
-A message may be delayed without bound or lost with its receiver, but two parts' messages arrive in order. Every request
-message carries ``key = (request_id, attempt)``; whoever does not know the key ignores the message, except that an
-owner answers tokens, :class:`Routed` and :class:`HandedOver` of an unknown key with :class:`Abort`, which makes
-aborting race-free without tombstones.
+A message may be delayed without bound or lost with its receiver, but two parts' messages arrive in order. Every
+request message carries ``key = (request_id, attempt)``; whoever does not know the key ignores the message, except
+that an owner answers tokens, :class:`Routed` and :class:`HandedOver` of an unknown key with :class:`Abort`, which
+makes aborting race-free without tombstones.
 
 At any time one part is in charge of an attempt: the router until ``Routed``, then the prefill instance until
 ``HandedOver``, then the decode instance. Whoever is in charge when something fails either recovers itself (a prefill

@@ -1,0 +1,298 @@
+"""The router: admits requests, names the instance that prefills and the one that decodes.
+
+It hears of requests only when they start and when they need a decode instance, never per token. Its state is soft:
+what it knows of an instance is the instance's last report plus the work it has assigned that no report shows yet; a
+fresh router is complete as soon as every instance has reported once.
+
+- Prefill goes to the shortest predicted wait: (tokens waiting + tokens assigned since the report) / measured tokens
+  per second.
+- Decode goes to the instance with the largest share of free blocks among those with room. When none has room the
+  question waits in order; the prefill instance keeps the KV meanwhile, which is the backpressure.
+- When even the shortest wait exceeds ``max_wait`` the request is shed (429). A request that no instance could ever
+  hold is refused (400); one that lacks a pool is refused for now (503).
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from math import ceil
+
+from distserve.core.commands import Command, Send, WakeAt
+from distserve.core.config import InstanceSpec, Role
+from distserve.core.events import (
+    Event,
+    InstanceDraining,
+    InstanceLost,
+    InstanceUp,
+    Received,
+    Timer,
+)
+from distserve.core.messages import (
+    DecodeAssigned,
+    DecodeDropped,
+    DecodeWanted,
+    Hello,
+    InstanceGone,
+    Message,
+    Prefill,
+    Rejected,
+    Report,
+    RequestKey,
+    Routed,
+    Status,
+    Submit,
+)
+from distserve.core.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """``max_wait`` is the predicted queueing, in seconds, beyond which requests are shed.
+
+    Status goes to the owners every ``status_interval`` seconds.
+    """
+
+    max_wait: float = 120.0
+    status_interval: float = 1.0
+
+
+@dataclass(slots=True)
+class InstanceView:
+    """What the router knows of one instance.
+
+    ``assigned`` holds (key, tokens or blocks) of work given since the last report that counted it, oldest first.
+    """
+
+    spec: InstanceSpec
+    report: Report
+    assigned: deque[tuple[RequestKey, int]] = field(default_factory=deque)
+    num_assigned: int = 0
+    """Messages sent that the instance's ``num_seen`` will come to count."""
+    is_draining: bool = False
+
+    def note(self, report: Report) -> None:
+        """Take a report: assignments it has seen are in its figures now."""
+        self.report = report
+        while len(self.assigned) > self.num_assigned - report.num_seen:
+            self.assigned.popleft()
+
+    def assign(self, key: RequestKey, amount: int) -> None:
+        """Count work given now."""
+        self.assigned.append((key, amount))
+        self.num_assigned += 1
+
+    def unassign(self, key: RequestKey) -> None:
+        """The work never went there."""
+        for entry in self.assigned:
+            if entry[0] == key:
+                self.assigned.remove(entry)
+                self.num_assigned -= 1
+                return
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens (prefill) or blocks (decode) assigned and not yet reported."""
+        return sum(amount for _, amount in self.assigned)
+
+    def wait(self, default_rate: float) -> float:
+        """Predicted seconds until a prompt that comes now is started."""
+        rate = self.report.prefill_rate or default_rate
+        return (self.report.num_waiting_tokens + self.num_pending) / rate if rate > 0 else 0.0
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks free by the last report, less what was promised since."""
+        return self.report.num_free_blocks - self.num_pending
+
+    @property
+    def num_free_slots(self) -> int:
+        """Places in the batch, less those promised since."""
+        report = self.report
+        used = report.num_running + report.num_waiting + len(self.assigned)
+        return self.spec.scheduler.max_batch_size - used
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing there and nothing on its way."""
+        return self.report.num_running == 0 and self.report.num_waiting == 0 and not self.assigned
+
+
+class Router:
+    """One per cluster; a machine in the sense of :class:`distserve.core.events.Machine`."""
+
+    def __init__(self, config: RouterConfig | None = None) -> None:
+        self._config = config or RouterConfig()
+        self._instances: dict[str, InstanceView] = {}
+        self._owners: dict[str, None] = {}
+        self._pending: dict[RequestKey, tuple[str, DecodeWanted, set[str]]] = {}
+        """Decode instances wanted and not found yet, oldest first: who asks, and who refused since its last report."""
+        self._commands: list[Command] = []
+        self._now = 0.0
+        self._next_status = 0.0
+
+    def handle(self, now: float, event: Event) -> list[Command]:
+        """Take one event; see :class:`distserve.core.events.Machine`."""
+        self._now = now
+        match event:
+            case Received(sender, message):
+                self._on_message(sender, message)
+            case InstanceUp(spec):
+                self._on_up(spec)
+            case InstanceLost(instance_id):
+                self._on_lost(instance_id)
+            case InstanceDraining(instance_id):
+                self._instances[instance_id].is_draining = True
+                self._send_status()
+            case Timer():
+                pass
+            case _:
+                raise AssertionError(f"not a router's event: {event}")
+        if now >= self._next_status:
+            self._send_status()
+            self._next_status = now + self._config.status_interval
+            self._commands.append(WakeAt(self._next_status))
+        commands, self._commands = self._commands, []
+        return commands
+
+    # -- membership -------------------------------------------------------------------------------------------------
+
+    def _on_up(self, spec: InstanceSpec) -> None:
+        empty = Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks, 0)
+        self._instances[spec.instance_id] = InstanceView(spec, empty)
+        self._assign_pending()
+        self._send_status()
+
+    def _on_lost(self, instance_id: str) -> None:
+        if self._instances.pop(instance_id, None) is None:
+            return
+        self._pending = {key: wanted for key, wanted in self._pending.items() if wanted[0] != instance_id}
+        for part in (*self._instances, *self._owners):
+            self._send(part, InstanceGone(instance_id))
+        self._send_status()
+
+    def _send_status(self) -> None:
+        status = Status(tuple((view.spec, view.report) for view in self._instances.values()))
+        for owner_id in self._owners:
+            self._send(owner_id, status)
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def _on_message(self, sender: str, message: Message) -> None:
+        match message:
+            case Report():
+                view = self._instances.get(message.instance_id)
+                if view is not None:
+                    view.note(message)
+                    for _, _, refused_by in self._pending.values():
+                        refused_by.discard(message.instance_id)
+                    self._assign_pending()
+            case Submit(request):
+                self._on_submit(request)
+            case DecodeWanted():
+                self._pending[message.key] = (sender, message, set(message.refused_by))
+                self._assign_pending()
+            case DecodeDropped(key, decode_id):
+                self._pending.pop(key, None)
+                if decode_id in self._instances:
+                    self._instances[decode_id].unassign(key)
+            case Hello():
+                self._owners[sender] = None
+                self._send_status()
+            case _:
+                raise AssertionError(f"not for the router: {message}")
+
+    def _on_submit(self, request: Request) -> None:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            status, reason = refusal
+            self._send(request.owner_id, Rejected(request.key, status, reason))
+            return
+        candidates = [view for view in self._pool(Role.PREFILL, Role.MIXED) if self._can_ever_prefill(view, request)]
+        rates = [view.report.prefill_rate for view in candidates if view.report.prefill_rate > 0]
+        default_rate = sum(rates) / len(rates) if rates else 0.0
+        # Equal waits (an idle pool) go to whoever has the least assigned, then by name: deterministic.
+        best = min(
+            candidates,
+            key=lambda view: (
+                view.wait(default_rate),
+                view.report.num_waiting_tokens + view.num_pending,
+                view.report.num_running,
+                view.spec.instance_id,
+            ),
+        )
+        wait = best.wait(default_rate)
+        if wait > self._config.max_wait:
+            excess = max(1.0, float(ceil(wait - self._config.max_wait)))
+            reason = f"all instances are busy: the shortest predicted wait is {wait:.0f} s"
+            self._send(request.owner_id, Rejected(request.key, 429, reason, retry_after=excess))
+            return
+        instance_id = best.spec.instance_id
+        best.assign(request.key, request.num_prefill_tokens)
+        self._send(instance_id, Prefill(request))
+        self._send(request.owner_id, Routed(request.key, instance_id))
+
+    def _refusal(self, request: Request) -> tuple[int, str] | None:
+        """(status, reason) if the request cannot be served, ever (400) or with the instances there are now (503)."""
+        prefill, decode = self._pool(Role.PREFILL, Role.MIXED), self._pool(Role.DECODE, Role.MIXED)
+        for name, pool in (("prefill", prefill), ("decode", decode)):
+            if not pool:
+                return 503, f"no {name} instance is up"
+        for view in prefill + decode:
+            limit = view.spec.scheduler.max_model_len
+            if request.max_total_tokens > limit:
+                return 400, f"{request.max_total_tokens} tokens (prompt and max_tokens) exceed the context of {limit}"
+        if not any(self._can_ever_prefill(view, request) for view in prefill):
+            largest = max(view.spec.kv.num_tokens for view in prefill)
+            return 400, f"a prompt of {request.num_prefill_tokens} tokens exceeds the KV memory of {largest} tokens"
+        if not any(self._can_ever_decode(view, request) for view in decode):
+            largest = max(view.spec.kv.num_tokens for view in decode)
+            count = len(request.choices)
+            return 400, (
+                f"{request.max_total_tokens} tokens (prompt and max_tokens) for {count} choices exceed the KV memory "
+                f"of {largest} tokens or the largest batch"
+            )
+        return None
+
+    @staticmethod
+    def _can_ever_prefill(view: InstanceView, request: Request) -> bool:
+        return view.spec.kv.blocks_for(request.num_prefill_tokens) <= view.spec.kv.num_blocks
+
+    @staticmethod
+    def _can_ever_decode(view: InstanceView, request: Request) -> bool:
+        kv, forks = view.spec.kv, len(request.choices) - 1
+        blocks = max(kv.blocks_for(request.max_total_tokens), kv.blocks_for(request.num_prefill_tokens + 1) + forks)
+        return blocks <= kv.num_blocks and forks < view.spec.scheduler.max_batch_size
+
+    def _pool(self, *roles: Role) -> list[InstanceView]:
+        return [view for view in self._instances.values() if view.spec.role in roles and not view.is_draining]
+
+    # -- decode instances -------------------------------------------------------------------------------------------
+
+    def _assign_pending(self) -> None:
+        """Answer waiting questions in order; the first that finds no room keeps those behind it waiting too."""
+        while self._pending:
+            key, (sender, wanted, refused_by) = next(iter(self._pending.items()))
+            view = self._choose_decode(wanted, refused_by)
+            if view is None:
+                return
+            del self._pending[key]
+            blocks = view.spec.kv.blocks_for(wanted.num_tokens + 1) + wanted.num_choices - 1
+            view.assign(key, blocks)
+            self._send(sender, DecodeAssigned(key, view.spec.instance_id))
+
+    def _choose_decode(self, wanted: DecodeWanted, refused_by: set[str]) -> InstanceView | None:
+        best, best_share = None, -1.0
+        for view in self._pool(Role.DECODE):
+            kv = view.spec.kv
+            needed = kv.blocks_for(wanted.num_tokens + 1) + wanted.num_choices - 1
+            headroom = 0 if view.is_idle else int(view.spec.scheduler.headroom * kv.num_blocks)
+            has_slot = view.num_free_slots >= wanted.num_choices or view.is_idle
+            has_room = needed + headroom <= view.num_free_blocks and has_slot
+            if not has_room or view.spec.instance_id in refused_by:
+                continue
+            share = (view.num_free_blocks - needed) / kv.num_blocks
+            if share > best_share:
+                best, best_share = view, share
+        return best
+
+    def _send(self, to: str, message: Message) -> None:
+        self._commands.append(Send(to, message))
