@@ -1,0 +1,133 @@
+"""One instance within a process: scheduler, driver, engine thread and transport, wired together.
+
+Knows neither how messages travel nor whose process it is: :mod:`distserve.cluster.instance` gives it sockets and a
+process, :mod:`distserve.cluster.local` a queue and a thread.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distserve.cluster.clock import TimerThread, cluster_time
+from distserve.cluster.driver import Driver, Log, Network
+from distserve.cluster.engine_thread import EngineThread
+from distserve.core.commands import CancelMigrate, Migrate
+from distserve.core.config import InstanceSpec, Role
+from distserve.core.decode import DecodeScheduler
+from distserve.core.events import Event, Machine, Received, Timer
+from distserve.core.messages import InstanceGone
+from distserve.core.mixed import MixedScheduler
+from distserve.core.prefill import PrefillScheduler
+from distserve.engine.worker import Worker
+from distserve.transfer.transport import Transport
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an instance computes with: model directory, ``dtype`` (float32 or bfloat16), threads, and CPUs if pinned."""
+
+    model_dir: Path
+    dtype: str
+    num_threads: int
+    cores: tuple[int, ...] = ()
+
+
+def scheduler_for(spec: InstanceSpec) -> Machine:
+    """The scheduler of the instance's role."""
+    match spec.role:
+        case Role.PREFILL:
+            return PrefillScheduler(spec)
+        case Role.DECODE:
+            return DecodeScheduler(spec)
+        case Role.MIXED:
+            return MixedScheduler(spec)
+
+
+class Rank:
+    """The only rank of an instance.
+
+    Args:
+        spec: The instance.
+        plan: What its engine is made of.
+        transport: Its KV memory; closed with the rank.
+        network: Carries its messages away. What arrives is handed to :meth:`receive`.
+        log: Records the scheduler's events and commands, if wanted.
+    """
+
+    def __init__(
+        self, spec: InstanceSpec, plan: EnginePlan, transport: Transport, network: Network, log: Log | None = None
+    ) -> None:
+        self.spec = spec
+        self._plan = plan
+        self._transport = transport
+        self._engine = EngineThread(self._load, transport, self._feed, plan.cores)
+        self._timers = TimerThread(lambda: self._feed(Timer()))
+        self._driver = Driver(
+            scheduler_for(spec),
+            cluster_time,
+            network,
+            self._timers,
+            engine=self._engine,
+            migrator=_Migrator(transport, self._feed),
+            log=log,
+        )
+
+    def load(self) -> None:
+        """Load the model; raises ConfigError and its kin."""
+        self._engine.start()
+
+    def start(self) -> None:
+        """Begin to schedule: the first report leaves."""
+        self._timers.start()
+        self._driver.start()
+
+    def connect(self, peers: Iterable[tuple[str, str]]) -> None:
+        """Make the KV memory of ``peers`` (instance id, transport address) readable.
+
+        Raises:
+            TransferError: a peer cannot be reached or lays its memory out differently.
+        """
+        for instance_id, address in peers:
+            self._transport.connect(instance_id, address)
+
+    def receive(self, received: Received) -> None:
+        """Feed a message; a lost instance's memory is let go of first, so that nothing can read it afterwards."""
+        if isinstance(received.message, InstanceGone):
+            self._transport.forget(received.message.instance_id)
+        self._feed(received)
+
+    def close(self) -> None:
+        """Stop: whatever is in flight is given up."""
+        self._driver.stop()
+        self._timers.close()
+        self._engine.close()
+        self._transport.close()
+
+    def _load(self) -> Worker:
+        buffer = torch.frombuffer(self._transport.buffer, dtype=torch.uint8)
+        return Worker(
+            self._plan.model_dir,
+            dtype=self._plan.dtype,
+            kv=self.spec.kv,
+            kv_buffer=buffer,
+            num_threads=self._plan.num_threads,
+        )
+
+    def _feed(self, event: Event) -> None:
+        self._driver.feed(event)
+
+
+class _Migrator:
+    """Implements :class:`distserve.cluster.driver.Migrator` with a transport, whose threads feed the outcomes."""
+
+    def __init__(self, transport: Transport, feed: Callable[[Event], None]) -> None:
+        self._transport = transport
+        self._feed = feed
+
+    def migrate(self, command: Migrate) -> None:
+        self._transport.pull(command, self._feed)
+
+    def cancel(self, command: CancelMigrate) -> None:
+        self._transport.cancel(command.pull_id)
