@@ -1,5 +1,6 @@
 """What the transfer tests share: small layouts, recognisable KV, a recorder of ended pulls."""
 
+import math
 import queue
 
 import numpy as np
@@ -22,7 +23,9 @@ def fill(buffer: memoryview, layout: KvLayout, seed: int) -> None:
     blocks[:] = np.random.default_rng(seed).integers(1, 256, blocks.shape, dtype=np.uint8)
 
 
-def migrate(pull_id: int, src_blocks, dst_blocks, *, ready: int | None = None, step: int = 0, deadline=1e9) -> Migrate:
+def migrate(
+    pull_id: int, src_blocks, dst_blocks, *, ready: int | None = None, step: int = 0, deadline=math.inf
+) -> Migrate:
     src_blocks, dst_blocks = tuple(src_blocks), tuple(dst_blocks)
     num_ready = len(src_blocks) if ready is None else ready
     return Migrate(pull_id, (f"r{pull_id}", 0), "source", src_blocks, dst_blocks, num_ready, step, deadline)
