@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from distserve.demo.corpus import Corpus
-from distserve.demo.tokenizer import BEGIN, END
+from distserve.demo.tokenizer import SPECIAL_TOKENS, render
 
 IGNORED = -100  # the label transformers leaves out of the loss
-TEXT_SHARE = 0.15  # of the documents; the others are conversations
+TEXT_SHARE = 0.08  # of the documents; the others are conversations
 MAX_TEXT_SHARE_OF_ROW = 0.75
 POOL_SIZE = 64  # documents to choose from when a row is filled
 
@@ -30,8 +30,8 @@ class BatchSampler:
         self._corpus = corpus
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
-        self._begin, self._end, self._assistant = tokenizer.convert_tokens_to_ids([BEGIN, END, "<|assistant|>"])
-        self._texts = [tokenizer.encode(text, add_special_tokens=False) for text in corpus.texts]
+        self._assistant = SPECIAL_TOKENS.index("<|assistant|>")
+        self._texts = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in corpus.texts]
         self._text_weights = [len(text) for text in self._texts]
         self._pools: dict[int, list[tuple[list[int], list[int]]]] = {}
 
@@ -65,12 +65,15 @@ class BatchSampler:
             size = int(max_length * MAX_TEXT_SHARE_OF_ROW)
             start = self._rng.randrange(max(1, len(text) - size // 2)) if len(text) > size else 0
             piece = text[start : start + size]
-            ids = [self._begin, *piece, *([self._end] if start + size >= len(text) else [])]
+            ids = [
+                self._tokenizer.bos_token_id,
+                *piece,
+                *([self._tokenizer.eos_token_id] if start + size >= len(text) else []),
+            ]
             return ids, list(ids)
-        rendered = self._tokenizer.apply_chat_template(self._corpus.conversation(self._rng), tokenize=False)
-        assert isinstance(rendered, str)
+        rendered = render(self._tokenizer, self._corpus.conversation(self._rng))
         ids = self._tokenizer.encode(rendered, add_special_tokens=False)[:max_length]
-        return ids, list(assistant_labels(ids, self._assistant, self._end))
+        return ids, list(assistant_labels(ids, self._assistant, self._tokenizer.eos_token_id))
 
 
 def assistant_labels(ids: Sequence[int], assistant_id: int, end_id: int) -> Iterator[int]:

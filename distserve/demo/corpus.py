@@ -19,11 +19,11 @@ from pathlib import Path
 from types import ModuleType
 
 # What newcomers ask about: seen more often, so that the answers are learnt by heart.
-POPULAR_TYPES = (str, list, dict, set, tuple, int, float)
+POPULAR_TYPES: tuple[type, ...] = (str, list, dict, set, tuple, int, float)
 POPULAR_MODULES = (
     "builtins", "collections", "datetime", "functools", "itertools", "json", "math", "os.path", "random", "re", "time",
 )  # fmt: skip
-OTHER_TYPES = (bytes, bytearray, complex, frozenset, memoryview, range, slice, property, type)
+OTHER_TYPES: tuple[type, ...] = (bytes, bytearray, complex, frozenset, memoryview, range, slice, property, type)
 # Modules whose import has no side effect and whose documentation strings read well.
 OTHER_MODULES = (
     "abc", "argparse", "array", "asyncio", "base64", "bisect", "cmath", "collections.abc", "contextlib", "copy", "csv",

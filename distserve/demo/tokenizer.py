@@ -5,7 +5,7 @@ plain prompt puts `<|begin|>` in front, as Llama's tokenizer does; the chat temp
 template is encoded with `add_special_tokens=False`. Must not know where the text comes from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         pair=f"{BEGIN} $A {BEGIN} $B",
         special_tokens=[(BEGIN, bpe.token_to_id(BEGIN))],
     )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe,
         bos_token=BEGIN,
         eos_token=END,
@@ -60,3 +60,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def render(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    """Return the conversation as the prompt text that the chat template makes of it."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)
+    return text
