@@ -8,8 +8,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -29,17 +30,16 @@ def load_module(config: PreTrainedConfig, model_dir: Path, dtype: str) -> PreTra
             cannot be paged.
         ConfigError: the weights are missing, damaged, or do not fit the configuration.
     """
-    _check_class(config)
+    model_class = _model_class(config)
     inspect_checkpoint(model_dir)
     with _quiet_transformers():
         try:
-            module, report = AutoModelForCausalLM.from_pretrained(
+            module, report = model_class.from_pretrained(
                 str(model_dir),
                 config=config,
                 dtype=TORCH_DTYPES[dtype],
                 attn_implementation=IMPLEMENTATION,
                 local_files_only=True,
-                trust_remote_code=False,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -48,29 +48,29 @@ def load_module(config: PreTrainedConfig, model_dir: Path, dtype: str) -> PreTra
             raise ConfigError(f"the weights in {model_dir} cannot be loaded: {error}") from error
     _check_report(report, model_dir)
     module.eval().requires_grad_(requires_grad=False)
-    return module
+    model: PreTrainedModel = module
+    return model
 
 
-def _check_class(config: PreTrainedConfig) -> None:
+def _model_class(config: PreTrainedConfig) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"transformers has no causal language model for a {config.model_type} configuration"
-        )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        raise UnsupportedModelError(f"transformers has no causal language model for {config.model_type}")
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(model_class, "_is_stateful", False):
         raise UnsupportedModelError(
-            f"a {config.model_type} model cannot be served: it carries a state per sequence that is not a paged KV cache"
+            f"a {config.model_type} model cannot be served: its state per sequence is not a paged KV cache"
         )
     if not model_class.is_backend_compatible():
         raise UnsupportedModelError(
             f"a {config.model_type} model cannot be served: its attention does not go through transformers' "
             "AttentionInterface, so it cannot be paged"
         )
+    return model_class
 
 
-def _check_report(report: dict[str, object], model_dir: Path) -> None:
+def _check_report(report: dict[str, Any], model_dir: Path) -> None:
     """Refuse weights that do not fit; ``report`` is transformers' own account of the loading."""
-    mismatched = sorted(report["mismatched_keys"])  # type: ignore[call-overload]
+    mismatched = sorted(report["mismatched_keys"])
     if mismatched:
         name, found, expected = mismatched[0]
         raise ConfigError(
@@ -78,7 +78,7 @@ def _check_report(report: dict[str, object], model_dir: Path) -> None:
             f"{name}: {list(found)} where {list(expected)} is expected"
         )
     for key, what in (("missing_keys", "lack"), ("unexpected_keys", "have, unknown to this architecture,")):
-        names = sorted(report[key])  # type: ignore[call-overload]
+        names = sorted(report[key])
         if names:
             more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
             raise ConfigError(f"the weights in {model_dir} {what} {', '.join(names[:_MOST_NAMES])}{more}")
@@ -90,12 +90,13 @@ def _check_report(report: dict[str, object], model_dir: Path) -> None:
 def _quiet_transformers() -> Iterator[None]:
     """No progress bar and no report on standard error: problems are raised, progress is the caller's to show."""
     logger = logging.getLogger("transformers")
-    level, bar = logger.level, transformers_logging.is_progress_bar_enabled()
+    controls: Any = transformers_logging
+    level, bar = logger.level, controls.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    controls.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
         if bar:
-            transformers_logging.enable_progress_bar()
+            controls.enable_progress_bar()

@@ -22,6 +22,7 @@ from distserve.engine.loader import load_module
 from distserve.engine.model import LanguageModel, TransformersModel
 from distserve.engine.sampling import token_logprobs
 from distserve.engine.sequences import SequenceState
+from distserve.engine.verify import check_agreement, expected_logits
 
 
 class Worker:
@@ -59,7 +60,10 @@ class Worker:
         config = load_config(path)
         self.description = describe_config(config, path)
         self.kv = KvPool(self.description.layout(kv, dtype), kv_buffer)
-        self._model: LanguageModel = TransformersModel(load_module(config, path, dtype), self.kv)
+        module = load_module(config, path, dtype)
+        expected = expected_logits(module, self.kv)
+        self._model: LanguageModel = TransformersModel(module, self.kv)
+        check_agreement(self._model, expected, self.kv, config.model_type)
         self._sequences: dict[int, SequenceState] = {}
         self._batch: Batch | None = None
 

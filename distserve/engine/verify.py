@@ -1,0 +1,138 @@
+"""The last word on whether a loaded model can be served exactly: it is tried.
+
+A few tokens go through the model's own attention at once, and through the paged path in pieces beside another
+sequence. Position biases, masks or states that the paged path does not know of show as a difference.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distserve.core.errors import ConfigError, UnsupportedModelError
+from distserve.engine.attention import IMPLEMENTATION
+from distserve.engine.inputs import StepInputs
+from distserve.engine.kv import KvPool
+from distserve.engine.model import LanguageModel
+
+_LENGTH = 24
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Relative difference of logits that rounding may cause; the median over positions is compared with it, since an
+expert chosen differently by rounding may throw single positions far off."""
+_KNOWN_ARGUMENTS = {
+    "dropout",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "s_aux",
+    "scaling",
+    "sliding_window",
+    "softcap",
+    "use_cache",
+}
+
+
+@torch.inference_mode()
+def expected_logits(module: PreTrainedModel, kv: KvPool) -> Tensor:
+    """What the model's own attention makes of the trial tokens: logits [T, V]. Checks how it calls attention, too.
+
+    Raises:
+        UnsupportedModelError: it calls attention in a way that the paged path does not cover.
+        ConfigError: the logits are not finite.
+    """
+    tokens = _trial_tokens(module.config.vocab_size, kv).unsqueeze(0)
+    positions = torch.arange(tokens.shape[1]).unsqueeze(0)
+    recorder = _Recorder(module.config.model_type, kv)
+    module(input_ids=tokens, position_ids=positions, use_cache=False, paged=recorder)
+    recorder.check_layers()
+    module.set_attn_implementation("eager")
+    logits: Tensor = module(input_ids=tokens, position_ids=positions, use_cache=False).logits[0].clone()
+    module.set_attn_implementation(IMPLEMENTATION)
+    if not bool(logits.isfinite().all()):
+        raise ConfigError("the model computes logits that are not finite numbers: its weights are damaged")
+    return logits
+
+
+@torch.inference_mode()
+def check_agreement(model: LanguageModel, expected: Tensor, kv: KvPool, model_type: str) -> None:
+    """Compare the paged path with :func:`expected_logits`. Leaves the first blocks of the pool with trial data.
+
+    Raises:
+        UnsupportedModelError: the two differ by more than rounding.
+    """
+    tokens = _trial_tokens(expected.shape[-1], kv)
+    num_tokens = len(tokens)
+    borders = [0, num_tokens // 3, num_tokens - 2, num_tokens - 1, num_tokens]
+    # The other sequence runs the same tokens one piece behind, so its context is another length in every step.
+    pieces = list(pairwise(borders))
+    found = torch.empty_like(expected)
+    for own, other in zip([*pieces, None], [None, *pieces], strict=True):
+        spans = [(row, *span) for row, span in ((0, own), (1, other)) if span is not None]
+        logits = model(_trial_inputs(tokens, spans, kv), None)
+        if own is not None:
+            found[own[0] : own[1]] = logits[: own[1] - own[0]]
+    difference = ((found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)).median().item()
+    # Written so that a difference that is no number refuses, too.
+    if not difference <= _TOLERANCE[kv.layout.dtype]:
+        raise UnsupportedModelError(
+            f"a {model_type} model cannot be served: computed in pieces over a paged cache its logits differ from "
+            f"those of its own attention (by {difference:.2g}, relatively), so it must depend on more than it passes on"
+        )
+
+
+def _trial_tokens(vocab_size: int, kv: KvPool) -> Tensor:
+    room = kv.layout.num_blocks // 2 * kv.layout.block_size
+    return (torch.arange(min(_LENGTH, room)) * 7919 + 5) % vocab_size
+
+
+def _trial_inputs(tokens: Tensor, spans: list[tuple[int, int, int]], kv: KvPool) -> StepInputs:
+    """Inputs for tokens ``[start, end)`` of trial sequences, given as (which, start, end)."""
+    blocks_each = kv.layout.num_blocks // 2
+    tables = torch.arange(2 * blocks_each, dtype=torch.int32).view(2, blocks_each)
+    positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
+    which = torch.cat([torch.full((end - start,), row) for row, start, end in spans])
+    block_size = kv.layout.block_size
+    return StepInputs(
+        tokens=tokens[positions],
+        positions=positions,
+        logits_rows=torch.arange(len(positions)),
+        slots=tables[which, positions // block_size].long() * block_size + positions % block_size,
+        block_tables=tables[[row for row, _, _ in spans]],
+        query_starts=torch.from_numpy(np.cumsum([0] + [end - start for _, start, end in spans]).astype(np.int32)),
+        context_lens=torch.tensor([end for _, _, end in spans], dtype=torch.int32),
+    )
+
+
+class _Recorder:
+    """Stands in for paged attention and checks each layer's call; returns zeros."""
+
+    def __init__(self, model_type: str, kv: KvPool) -> None:
+        self.model_type = model_type
+        self.layout = kv.layout
+        self.layers: list[object] = []
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, object]) -> Tensor:
+        self.layers.append(getattr(module, "layer_idx", None))
+        unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _KNOWN_ARGUMENTS)
+        if unknown:
+            self._refuse(f"its attention takes {', '.join(unknown)}, which paged attention does not know")
+        if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            self._refuse("its attention is not causal")
+        kv_shape = (1, self.layout.num_kv_heads, query.shape[2], self.layout.head_dim)
+        if key.shape != kv_shape or value.shape != kv_shape or query.shape[3] != self.layout.head_dim:
+            self._refuse(
+                f"its attention has keys of shape {list(key.shape)} and values of shape {list(value.shape)} "
+                f"where its configuration implies {list(kv_shape)}"
+            )
+        return query.transpose(1, 2).new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
+
+    def check_layers(self) -> None:
+        if self.layers != list(range(self.layout.num_layers)):
+            self._refuse(f"not each of its {self.layout.num_layers} layers has one attention over its own KV cache")
+
+    def _refuse(self, reason: str) -> None:
+        raise UnsupportedModelError(f"a {self.model_type} model cannot be served: {reason}")
