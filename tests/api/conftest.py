@@ -1,12 +1,14 @@
 """A served model, a backend that writes a given text, and a real server around both."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -38,6 +40,40 @@ class Server:
     def tokenizer(self) -> TextTokenizer:
         assert self.model.tokenizer is not None
         return self.model.tokenizer
+
+    def say(self, text: str) -> list[int]:
+        """Have every choice answer ``text``, then end; returns its tokens."""
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        self.backend.script = script_of(tokens, self.model.eos_token_ids[0])
+        return tokens
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(path, json=body)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """A whole completion; 200 or the test fails."""
+        response = self.post("/v1/completions", **{"prompt": "Hello", "max_tokens": 200, **body})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def chat(self, **body: Any) -> dict[str, Any]:
+        """A whole chat answer; 200 or the test fails."""
+        response = self.post("/v1/chat/completions", **{"messages": [{"role": "user", "content": "Hello"}], **body})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def events(self, path: str = "/v1/completions", **body: Any) -> list[dict[str, Any]]:
+        """The events of a stream, which must end as it should."""
+        if path == "/v1/completions":
+            body = {"prompt": "Hello", "max_tokens": 200, **body}
+        else:
+            body = {"messages": [{"role": "user", "content": "Hello"}], **body}
+        response = self.post(path, **body, stream=True)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        *events, done, end = response.content.decode("utf-8").split("\n\n")
+        assert (done, end) == ("data: [DONE]", "")
+        return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 def script_of(tokens: Sequence[int], eos: int | None) -> Callable[[Request, int], Sequence[int]]:
