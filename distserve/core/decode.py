@@ -81,9 +81,9 @@ class DecodeScheduler(DecodingScheduler):
                 raise AssertionError(f"not for a decode instance: {message}")
 
     def _on_offer(self, sender: str, offer: Offer) -> None:
-        self._num_seen += 1
         request = offer.request
         key = request.key
+        self._seen.append(key)
         if key in self._intakes or key in self._by_key:
             return  # a repeated offer: the first one counts
         kv = self.spec.kv

@@ -228,7 +228,7 @@ class InstanceGone:
 class Report:
     """An instance's load, sent at intervals and after changes.
 
-    ``num_seen`` counts Prefill or Offer messages received so far.
+    ``seen`` names the attempts received (Prefill, Offer) since the report before: these figures include them.
 
     ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now,
     ``prefill_rate`` prompt tokens computed per second of late (0: none yet). The last four are totals since the
@@ -240,7 +240,7 @@ class Report:
     num_waiting_tokens: int
     num_running: int
     num_free_blocks: int
-    num_seen: int
+    seen: tuple[RequestKey, ...] = ()
     prefill_rate: float = 0.0
     num_preempted: int = 0
     num_pulls: int = 0

@@ -61,7 +61,7 @@ class MixedScheduler(DecodingScheduler):
                 raise AssertionError(f"not for a mixed instance: {message}")
 
     def _on_request(self, request: Request) -> None:
-        self._num_seen += 1
+        self._seen.append(request.key)
         kv = self.spec.kv
         if kv.blocks_for(request.max_total_tokens) + len(request.choices) - 1 > kv.num_blocks:
             reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"

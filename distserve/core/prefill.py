@@ -76,7 +76,7 @@ class PrefillScheduler(InstanceScheduler):
                 raise AssertionError(f"not for a prefill instance: {message}")
 
     def _on_prefill(self, request: Request) -> None:
-        self._num_seen += 1
+        self._seen.append(request.key)
         if self.spec.kv.blocks_for(request.num_prefill_tokens) > self.blocks.num_blocks:
             reason = (
                 f"{request.num_prefill_tokens} tokens exceed this instance's {self.spec.kv.num_tokens} tokens of KV"

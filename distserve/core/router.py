@@ -12,7 +12,6 @@ fresh router is complete as soon as every instance has reported once.
   hold is refused (400); one that lacks a pool is refused for now (503).
 """
 
-from collections import deque
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -42,6 +41,7 @@ from distserve.core.messages import (
     Submit,
 )
 from distserve.core.request import Request
+from distserve.core.scheduler import ROUTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,39 +59,25 @@ class RouterConfig:
 class InstanceView:
     """What the router knows of one instance.
 
-    ``assigned`` holds (key, tokens or blocks) of work given since the last report that counted it, oldest first.
+    ``assigned`` is work given to it that no report has named yet: tokens (prefill) or blocks (decode), and the part
+    it comes through.
     """
 
     spec: InstanceSpec
     report: Report
-    assigned: deque[tuple[RequestKey, int]] = field(default_factory=deque)
-    num_assigned: int = 0
-    """Messages sent that the instance's ``num_seen`` will come to count."""
+    assigned: dict[RequestKey, tuple[int, str]] = field(default_factory=dict)
     is_draining: bool = False
 
     def note(self, report: Report) -> None:
-        """Take a report: assignments it has seen are in its figures now."""
+        """Take a report: the attempts it names are in its figures now."""
         self.report = report
-        while len(self.assigned) > self.num_assigned - report.num_seen:
-            self.assigned.popleft()
-
-    def assign(self, key: RequestKey, amount: int) -> None:
-        """Count work given now."""
-        self.assigned.append((key, amount))
-        self.num_assigned += 1
-
-    def unassign(self, key: RequestKey) -> None:
-        """The work never went there."""
-        for entry in self.assigned:
-            if entry[0] == key:
-                self.assigned.remove(entry)
-                self.num_assigned -= 1
-                return
+        for key in report.seen:
+            self.assigned.pop(key, None)
 
     @property
     def num_pending(self) -> int:
         """Tokens (prefill) or blocks (decode) assigned and not yet reported."""
-        return sum(amount for _, amount in self.assigned)
+        return sum(amount for amount, _ in self.assigned.values())
 
     def wait(self, default_rate: float) -> float:
         """Predicted seconds until a prompt that comes now is started."""
@@ -156,7 +142,7 @@ class Router:
     # -- membership -------------------------------------------------------------------------------------------------
 
     def _on_up(self, spec: InstanceSpec) -> None:
-        empty = Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks, 0)
+        empty = Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks)
         self._instances[spec.instance_id] = InstanceView(spec, empty)
         self._assign_pending()
         self._send_status()
@@ -165,6 +151,9 @@ class Router:
         if self._instances.pop(instance_id, None) is None:
             return
         self._pending = {key: wanted for key, wanted in self._pending.items() if wanted[0] != instance_id}
+        for view in self._instances.values():
+            # What was to come through the lost instance never will.
+            view.assigned = {key: work for key, work in view.assigned.items() if work[1] != instance_id}
         for part in (*self._instances, *self._owners):
             self._send(part, InstanceGone(instance_id))
         self._send_status()
@@ -193,7 +182,7 @@ class Router:
             case DecodeDropped(key, decode_id):
                 self._pending.pop(key, None)
                 if decode_id in self._instances:
-                    self._instances[decode_id].unassign(key)
+                    self._instances[decode_id].assigned.pop(key, None)
             case Hello():
                 self._owners[sender] = None
                 self._send_status()
@@ -226,7 +215,7 @@ class Router:
             self._send(request.owner_id, Rejected(request.key, 429, reason, retry_after=excess))
             return
         instance_id = best.spec.instance_id
-        best.assign(request.key, request.num_prefill_tokens)
+        best.assigned[request.key] = (request.num_prefill_tokens, ROUTER)
         self._send(instance_id, Prefill(request))
         self._send(request.owner_id, Routed(request.key, instance_id))
 
@@ -276,7 +265,7 @@ class Router:
                 return
             del self._pending[key]
             blocks = view.spec.kv.blocks_for(wanted.num_tokens + 1) + wanted.num_choices - 1
-            view.assign(key, blocks)
+            view.assigned[key] = (blocks, sender)
             self._send(sender, DecodeAssigned(key, view.spec.instance_id))
 
     def _choose_decode(self, wanted: DecodeWanted, refused_by: set[str]) -> InstanceView | None:

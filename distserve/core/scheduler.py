@@ -60,7 +60,7 @@ class InstanceScheduler:
         self._steps: dict[int, Batch] = {}
         self._next_step_id = 0
         self._next_seq_id = 0
-        self._num_seen = 0
+        self._seen: list[RequestKey] = []
         self._num_preempted = 0
         self._last_report = -1.0
         self._prefill_rate = 0.0
@@ -267,13 +267,13 @@ class InstanceScheduler:
 
     def _report(self) -> None:
         waiting, waiting_tokens, running = self._load()
-        state = (waiting, waiting_tokens, running, self.blocks.num_free, self._num_seen)
-        quiet = self._now - self._last_report
-        due = quiet >= self._config.heartbeat or self._last_report < 0
-        if not due and state != self._reported:
-            due = quiet >= self._config.report_interval
+        state = (waiting, waiting_tokens, running, self.blocks.num_free, len(self._seen))
+        # Compared as sums, the way timers are set: a difference may round the other way and the timer fire for ever.
+        config, last = self._config, self._last_report
+        interval = config.heartbeat if state == self._reported else config.report_interval
+        due = last < 0 or self._now >= last + interval
         if due:
-            self._reported = state
+            self._reported = (*state[:-1], 0)
             self._last_report = self._now
             pulls, pulled_bytes, pull_seconds = self._pull_totals()
             report = Report(
@@ -282,16 +282,17 @@ class InstanceScheduler:
                 num_waiting_tokens=waiting_tokens,
                 num_running=running,
                 num_free_blocks=self.blocks.num_free,
-                num_seen=self._num_seen,
+                seen=tuple(self._seen),
                 prefill_rate=self._prefill_rate,
                 num_preempted=self._num_preempted,
                 num_pulls=pulls,
                 pulled_bytes=pulled_bytes,
                 pull_seconds=pull_seconds,
             )
+            self._seen.clear()
             self._commands.append(Send(ROUTER, report))
+            interval = config.heartbeat
         # One timer pends at a time: the earlier of what a change and what silence asks for.
-        interval = self._config.heartbeat if state == self._reported else self._config.report_interval
         wake = self._last_report + interval
         if self._report_timer <= self._now or wake < self._report_timer:
             self._report_timer = wake

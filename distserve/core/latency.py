@@ -1,0 +1,53 @@
+"""How long a step takes: the interface, and the evaluation of a fitted profile.
+
+The router predicts waits with it, the simulator times steps with it. How a profile is measured or fitted is no
+concern of this module.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step computes, as far as its time depends on it.
+
+    ``num_prefill_tokens`` query tokens belong to prompts' chunks, ``prefill_pairs`` is the number of (query, key)
+    pairs their attention evaluates; ``num_decodes`` sequences take one token each over ``decode_context`` cached
+    tokens in all.
+    """
+
+    num_prefill_tokens: int = 0
+    prefill_pairs: int = 0
+    num_decodes: int = 0
+    decode_context: int = 0
+
+
+class StepTime(Protocol):
+    """Predicts steps' times."""
+
+    def seconds(self, shape: StepShape) -> float:
+        """Seconds one rank's forward over the step takes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStepTime:
+    """Affine in a step's work, the form of DistServe's fits.
+
+    seconds = ``base`` + ``per_token`` * tokens + ``per_pair`` * prefill pairs + ``per_context`` * decode context.
+    """
+
+    base: float
+    per_token: float
+    per_pair: float
+    per_context: float
+
+    def seconds(self, shape: StepShape) -> float:
+        """See :class:`StepTime`."""
+        return (
+            self.base
+            + self.per_token * (shape.num_prefill_tokens + shape.num_decodes)
+            + self.per_pair * shape.prefill_pairs
+            + self.per_context * shape.decode_context
+        )

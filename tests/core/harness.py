@@ -1,0 +1,151 @@
+"""A whole simulated deployment for tests: owner, router and instances on the simulator's loop, with every turn recorded."""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from distserve.core.commands import Conclude, Deliver, RunStep
+from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
+from distserve.core.decode import DecodeScheduler
+from distserve.core.events import ClientGone, ClientRequest, ClientStop, InstanceUp
+from distserve.core.latency import LinearStepTime
+from distserve.core.mixed import MixedScheduler, PrefillPolicy
+from distserve.core.owner import Owner
+from distserve.core.prefill import PrefillScheduler
+from distserve.core.request import Request, SamplingParams
+from distserve.core.router import Router, RouterConfig
+from distserve.core.scheduler import ROUTER, InstanceScheduler
+from simulator.loop import Delays, Loop, SimulatedInstance, TraceEntry
+from simulator.worker import SimulatedWorker
+
+EOS = 0
+STEP_TIME = LinearStepTime(base=0.01, per_token=0.0005, per_pair=1e-7, per_context=1e-6)
+
+
+def token_at(request: Request, choice: int, index: int) -> int:
+    """Deterministic stand-in for a model: the seed gives the length at which end-of-sequence comes."""
+    length = 1 + (request.sampling.seed + 7 * choice) % 23
+    if index + 1 == length:
+        return EOS
+    digest = hashlib.blake2b(f"{request.sampling.seed}/{choice}/{index}".encode(), digest_size=4).digest()
+    return 1 + int.from_bytes(digest, "little") % 1000
+
+
+def expected_tokens(request: Request, choice: int) -> list[int]:
+    """The whole output of one choice."""
+    tokens: list[int] = []
+    while len(tokens) < request.sampling.max_tokens:
+        tokens.append(token_at(request, choice, len(tokens)))
+        if tokens[-1] == EOS:
+            break
+    return tokens
+
+
+def make_request(
+    name: str, prompt: int, *, seed: int = 5, max_tokens: int = 16, n: int = 1, arrival: float = 0.0
+) -> Request:
+    return Request(
+        request_id=name,
+        owner_id="api-0",
+        prompt_token_ids=range(1, prompt + 1),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=seed, eos_token_ids=(EOS,)),
+        choices=tuple(range(n)),
+        arrival=arrival,
+    )
+
+
+@dataclass
+class Recorder:
+    """Collects turns, and what reached the client."""
+
+    trace: list[TraceEntry] = field(default_factory=list)
+    tokens: dict[tuple[str, int], list[int]] = field(default_factory=lambda: defaultdict(list))
+    finish: dict[tuple[str, int], str] = field(default_factory=dict)
+    concluded: dict[str, Conclude] = field(default_factory=dict)
+    marks: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+
+    def on_turn(self, entry: TraceEntry) -> None:
+        self.trace.append(entry)
+        for command in entry.commands:
+            if isinstance(command, Deliver):
+                for output in command.outputs:
+                    self.tokens[output.request_id, output.choice].append(output.token_id)
+                    assert output.index == len(self.tokens[output.request_id, output.choice]) - 1
+                    self.marks[output.request_id].update(output.marks)
+                    if output.finish_reason is not None:
+                        self.finish[output.request_id, output.choice] = output.finish_reason
+            elif isinstance(command, Conclude):
+                assert command.request_id not in self.concluded, "concluded twice"
+                self.concluded[command.request_id] = command
+
+    def steps(self, part: str) -> list[RunStep]:
+        return [c for entry in self.trace if entry.part == part for c in entry.commands if isinstance(c, RunStep)]
+
+
+class Deployment:
+    """``prefill`` + ``decode`` + ``mixed`` instances behind one router and one owner."""
+
+    def __init__(
+        self,
+        *,
+        prefill: int = 1,
+        decode: int = 1,
+        mixed: int = 0,
+        kv: KvConfig = KvConfig(num_blocks=64, block_size=4),
+        decode_kv: KvConfig | None = None,
+        config: SchedulerConfig = SchedulerConfig(max_batch_tokens=32, max_batch_size=8),
+        policy: PrefillPolicy = PrefillPolicy.SPLITFUSE,
+        delays: Delays = Delays(),
+        router: RouterConfig = RouterConfig(),
+    ) -> None:
+        self.recorder = Recorder()
+        self.loop = Loop(delays, self.recorder)
+        self.owner = Owner("api-0")
+        self.schedulers: dict[str, InstanceScheduler] = {}
+        self.workers: dict[str, SimulatedWorker] = {}
+        self.loop.add(ROUTER, Router(router))
+        self.loop.add("api-0", self.owner)
+        self._policy = policy
+        for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode), (Role.MIXED, mixed)):
+            memory = decode_kv if role is Role.DECODE and decode_kv is not None else kv
+            for index in range(count):
+                self.start(InstanceSpec(f"{role}-{index}", role, memory, config))
+
+    def start(self, spec: InstanceSpec) -> None:
+        scheduler: InstanceScheduler
+        if spec.role is Role.PREFILL:
+            scheduler = PrefillScheduler(spec)
+        elif spec.role is Role.DECODE:
+            scheduler = DecodeScheduler(spec)
+        else:
+            scheduler = MixedScheduler(spec, self._policy)
+        worker = SimulatedWorker(spec.kv.block_size, token_at)
+        self.schedulers[spec.instance_id] = scheduler
+        self.workers[spec.instance_id] = worker
+        self.loop.add(spec.instance_id, scheduler, SimulatedInstance(worker, STEP_TIME))
+        self.loop.post(self.loop.now, ROUTER, InstanceUp(spec))
+
+    def submit(self, request: Request) -> None:
+        self.loop.post(request.arrival, "api-0", ClientRequest(request))
+
+    def stop(self, time: float, request_id: str, choice: int, num_tokens: int) -> None:
+        self.loop.post(time, "api-0", ClientStop(request_id, choice, num_tokens))
+
+    def abandon(self, time: float, request_id: str) -> None:
+        self.loop.post(time, "api-0", ClientGone(request_id))
+
+    def lose(self, name: str) -> None:
+        self.loop.lose(name)
+        del self.schedulers[name]
+        del self.workers[name]
+
+    def run(self, until: float = 1000.0) -> Recorder:
+        self.loop.run(until)
+        return self.recorder
+
+    def assert_clean(self) -> None:
+        """Nothing is left anywhere: no request, no block, no sequence."""
+        assert self.owner.num_live == 0
+        for name, scheduler in self.schedulers.items():
+            assert scheduler.blocks.num_free == scheduler.blocks.num_blocks, f"{name} leaks blocks"
+            assert self.workers[name].num_open == 0, f"{name} leaks sequences"
