@@ -14,7 +14,8 @@ from types import TracebackType
 from distserve.cluster.clock import TimerThread, cluster_time
 from distserve.cluster.driver import Driver
 from distserve.cluster.owner_backend import OwnerBackend
-from distserve.cluster.rank import EnginePlan, Rank
+from distserve.cluster.parts import EnginePlan
+from distserve.cluster.rank import Rank
 from distserve.cluster.replay import EventLog
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.events import Event, InstanceLost, InstanceUp, Received, Timer

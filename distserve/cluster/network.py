@@ -12,13 +12,13 @@ A :class:`Mailbox` is for the processes that have threads; an asyncio owner poll
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
+from distserve.cluster.parts import ClusterKey
 from distserve.cluster.wire import EVENTS, WireError
 from distserve.core.errors import ConfigError
 from distserve.core.events import Received
@@ -33,18 +33,10 @@ MAX_MESSAGE_BYTES: Final = 256 * 2**20
 """A longer message closes its connection."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterKey:
-    """The CURVE key pair that all parts of one launch share (Z85 text); the secret half never leaves the cluster."""
-
-    public: str
-    secret: str
-
-    @staticmethod
-    def create() -> "ClusterKey":
-        """A new random key pair."""
-        public, secret = zmq.curve_keypair()
-        return ClusterKey(public.decode(), secret.decode())
+def create_key() -> ClusterKey:
+    """A new random key pair for one launch."""
+    public, secret = zmq.curve_keypair()
+    return ClusterKey(public.decode(), secret.decode())
 
 
 class _OnlyTheCluster:
@@ -104,7 +96,13 @@ class Mailbox:
         return int(self._inbox.getsockopt(zmq.FD))
 
     def meet(self, book: Mapping[str, str]) -> None:
-        """Learn the endpoints of ``book`` (name to endpoint); connections are made when first needed."""
+        """Learn the endpoints of ``book`` (name to endpoint); connections are made when first needed.
+
+        What was queued for a part that has moved is dropped.
+        """
+        for name, endpoint in book.items():
+            if self._book.get(name) not in {None, endpoint}:
+                self.forget(name)
         with self._lock:
             self._book.update(book)
 

@@ -5,14 +5,13 @@ process, :mod:`distserve.cluster.local` a queue and a thread.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from distserve.cluster.clock import TimerThread, cluster_time
 from distserve.cluster.driver import Driver, Log, Network
 from distserve.cluster.engine_thread import EngineThread
+from distserve.cluster.parts import EnginePlan
 from distserve.core.commands import CancelMigrate, Migrate
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.decode import DecodeScheduler
@@ -22,16 +21,6 @@ from distserve.core.mixed import MixedScheduler
 from distserve.core.prefill import PrefillScheduler
 from distserve.engine.worker import Worker
 from distserve.transfer.transport import Transport
-
-
-@dataclass(frozen=True, slots=True)
-class EnginePlan:
-    """What an instance computes with: model directory, ``dtype`` (float32 or bfloat16), threads, and CPUs if pinned."""
-
-    model_dir: Path
-    dtype: str
-    num_threads: int
-    cores: tuple[int, ...] = ()
 
 
 def scheduler_for(spec: InstanceSpec) -> Machine:

@@ -1,0 +1,123 @@
+"""The command line. Light on purpose: each command imports what it needs when it runs, so that ``--help`` is instant.
+
+Commands of other packages (simulator, placement) join through the entry point group ``distserve.commands``; they are
+loaded when called.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+import distserve
+from distserve.core.errors import DistserveError
+
+_BENCH = "bench"
+
+
+class _LazyGroup(click.Group):
+    """A group whose further commands are found, by name, in other modules and packages when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), _BENCH, *entry_points(group="distserve.commands").names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == _BENCH:
+            from distserve.bench.command import bench
+
+            return bench
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        for entry in entry_points(group="distserve.commands", name=cmd_name):
+            command = entry.load()
+            assert isinstance(command, click.Command), f"{entry.value} is no click command"
+            return command
+        return None
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(distserve.__version__, prog_name="distserve")
+def main() -> None:
+    """Serve large language models with prefill and decode on separate instances.
+
+    \b
+    distserve demo                                    a first answer, nothing needed
+    distserve serve ./my-llama --prefill 2 --decode 1 an OpenAI-compatible endpoint
+    distserve bench --help                            load for any such endpoint
+    """  # noqa: D301 - click reads the control character
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file; flags win.")
+@click.option("--prefill", type=int, help="Prefill instances.  [default: 1]")
+@click.option("--decode", type=int, help="Decode instances.  [default: 1]")
+@click.option("--mixed", type=int, help="Instances that do both, in place of the other two kinds.")
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on; 0 picks a free one.  [default: 8000]")
+@click.option("--ray-address", help="Join this Ray cluster (host:port, or auto) in place of a local one.")
+@click.option("--dtype", help="float32 or bfloat16, for weights and KV.  [default: float32]")
+@click.option("--max-model-len", type=int, help="Most tokens of prompt and output together.  [default: the model's]")
+@click.option("--kv-tokens", type=int, help="KV memory of each instance, in tokens.  [default: by free memory]")
+@click.option("--kv-memory", type=float, help="KV memory of each instance, in bytes, in place of --kv-tokens.")
+@click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]")
+@click.option("--max-batch-tokens", type=int, help="Prompt tokens per prefill batch.  [default: 512]")
+@click.option("--max-batch-size", type=int, help="Sequences per decode batch.  [default: 64]")
+@click.option("--threads", type=int, help="CPU threads of each instance.  [default: an equal share of the CPUs]")
+@click.option("--drain-timeout", type=float, help="Seconds that requests may finish in when stopping.  [default: 30]")
+@click.option("--api-key", envvar="DISTSERVE_API_KEY", help="Key that clients must send.  [default: none]")
+@click.option("--served-model-name", help="Name in the API; several by commas.  [default: the directory's name]")
+@click.option("--event-log", help="Directory for a replayable log of every scheduler's events and commands.")
+def serve(model: str | None, config: Path | None, **flags: Any) -> None:
+    """Serve MODEL, a Hugging Face model directory, on an OpenAI-compatible endpoint.
+
+    MODEL defaults to the embedded demo model. Without --ray-address a local Ray cluster is started, and stopped at the
+    end. SIGTERM or Ctrl-C lets running requests finish first; a second one stops at once.
+
+    \b
+    distserve serve
+    distserve serve ./my-llama --prefill 2 --decode 1 --dtype bfloat16 --port 8000
+    distserve serve --config deploy/example.yaml
+    """  # noqa: D301 - click reads the control character
+    from rich.console import Console
+
+    from distserve.cluster.config import load_config
+    from distserve.cluster.serve import serve as run
+    from distserve.demo import model_dir
+
+    with _errors_for_humans():
+        run(load_config(config, _by_path(model, flags), model_dir()), Console(stderr=True))
+
+
+def _by_path(model: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags under the names of the configuration file's keys."""
+    pools = ("prefill", "decode", "mixed")
+    serving = ("host", "port", "api_key", "served_model_name", "ray_address", "drain_timeout", "event_log")
+    named = {"model": model}
+    for name, value in flags.items():
+        if name in pools:
+            named[f"placement.{name}.instances"] = value
+        else:
+            named[f"{'serving' if name in serving else 'engine'}.{name}"] = value
+    return named
+
+
+@contextmanager
+def _errors_for_humans() -> Iterator[None]:
+    """Log warnings to standard error, and end with a sentence where the user is at fault."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        yield
+    except DistserveError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What parts of a cluster tell each other before any message can flow. Plain data, light to import."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distserve.core.config import InstanceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterKey:
+    """The CURVE key pair that all parts of one launch share (Z85 text); the secret half never leaves the cluster."""
+
+    public: str
+    secret: str
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Where a part is reached: messages at ``endpoint``, its KV memory (instances only) at ``kv_address``."""
+
+    name: str
+    endpoint: str
+    kv_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an instance computes with: model directory, ``dtype`` (float32 or bfloat16), threads, and CPUs if pinned."""
+
+    model_dir: Path
+    dtype: str
+    num_threads: int
+    cores: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig:
+    """Everything an instance's process needs.
+
+    It takes the CPUs ``first_core .. first_core + num_threads`` of those it may use, if all ``num_cores`` wanted by
+    the instances of its host are there; else the instances share whatever there is. ``log_dir`` is where the event
+    log goes, if one is wanted.
+    """
+
+    spec: InstanceSpec
+    plan: EnginePlan
+    key: ClusterKey
+    host: str
+    first_core: int
+    num_cores: int
+    log_dir: Path | None = None

@@ -1,0 +1,129 @@
+"""Ray's view of the parts: one actor per process. Ray places, starts and watches them; no request passes through here.
+
+Importing this module must stay cheap: the router's process never needs torch, and an instance's process imports it only
+once its thread counts are set.
+"""
+
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from distserve.cluster.clock import TimerThread, cluster_time
+from distserve.cluster.driver import Driver
+from distserve.cluster.network import Mailbox, ReceiverThread
+from distserve.cluster.parts import Card, ClusterKey, InstanceConfig
+from distserve.cluster.process import die_with_parent
+from distserve.cluster.replay import EventLog
+from distserve.core.config import InstanceSpec
+from distserve.core.events import InstanceDraining, InstanceLost, InstanceUp, Timer
+from distserve.core.router import Router
+from distserve.core.scheduler import ROUTER
+
+if TYPE_CHECKING:
+    from distserve.cluster.instance import Instance
+
+CONCURRENCY = 4
+"""Calls an actor serves at once: one watches for its death, the others come from the launcher and its supervisor."""
+
+
+class RouterProcess:
+    """The router's process."""
+
+    def __init__(self, key: ClusterKey, host: str, log_dir: Path | None) -> None:
+        die_with_parent()
+        self._stopped = threading.Event()
+        self._mailbox = Mailbox(ROUTER, key, host)
+        self._timers = TimerThread(lambda: self._driver.feed(Timer()))
+        self._log = EventLog(log_dir / f"{ROUTER}.log") if log_dir else None
+        self._driver = Driver(Router(), cluster_time, self._mailbox, self._timers, log=self._log)
+        self._receiver = ReceiverThread(self._mailbox, self._driver.feed)
+        self._timers.start()
+        self._driver.start()
+        self._receiver.start()
+
+    def card(self) -> Card:
+        """Where it is reached."""
+        return Card(ROUTER, self._mailbox.endpoint)
+
+    def meet(self, cards: Iterable[Card]) -> None:
+        """Learn of other parts."""
+        self._mailbox.meet({card.name: card.endpoint for card in cards})
+
+    def up(self, spec: InstanceSpec) -> None:
+        """An instance is ready to serve."""
+        self._driver.feed(InstanceUp(spec))
+
+    def lost(self, instance_id: str) -> None:
+        """An instance has died: everyone is told, then it is forgotten."""
+        self._driver.feed(InstanceLost(instance_id))
+        self._mailbox.forget(instance_id)
+
+    def draining(self, instance_id: str) -> None:
+        """Send the instance nothing new."""
+        self._driver.feed(InstanceDraining(instance_id))
+
+    def watch(self) -> None:
+        """Return when closed; fails when the process dies."""
+        self._stopped.wait()
+
+    def close(self) -> None:
+        """Stop."""
+        self._receiver.close()
+        self._driver.stop()
+        self._timers.close()
+        self._mailbox.close()
+        if self._log is not None:
+            self._log.close()
+        self._stopped.set()
+
+
+class InstanceProcess:
+    """An instance's process."""
+
+    def __init__(self, config: InstanceConfig) -> None:
+        die_with_parent()
+        # Read by the thread pools of OpenMP, BLAS and numba when they are first imported; Ray has set some itself.
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ[variable] = str(config.plan.num_threads)
+        self._config = config
+        self._stopped = threading.Event()
+        self._instance: Instance | None = None
+
+    def load(self) -> Card:
+        """Load the model; raises ConfigError and its kin."""
+        from distserve.cluster.instance import Instance
+
+        instance = Instance(self._config)
+        instance.load()
+        self._instance = instance
+        return instance.card
+
+    def meet(self, cards: Iterable[Card]) -> None:
+        """Learn of other parts."""
+        self._loaded.meet(cards)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._loaded.start()
+
+    def watch(self) -> None:
+        """Return when closed; fails when the process dies."""
+        self._stopped.wait()
+
+    def close(self) -> None:
+        """Stop serving and free everything."""
+        self._loaded.close()
+        self._stopped.set()
+
+    @property
+    def _loaded(self) -> "Instance":
+        assert self._instance is not None, "load comes first"
+        return self._instance
+
+
+RouterActor: Any = ray.remote(RouterProcess)
+InstanceActor: Any = ray.remote(InstanceProcess)

@@ -1,0 +1,73 @@
+"""The Ray cluster under a launch: an existing one that is joined, or a small local one of our own.
+
+A local Ray is trimmed to what is used of it (placing, starting and watching a handful of actors) and keeps its files in
+the session's directory. Its core processes die with the launcher by themselves; the session's reaper sees to the rest.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from distserve.core.errors import ConfigError
+
+_OBJECT_STORE_BYTES = 80 * 2**20
+"""Close to the least that Ray takes: tokens and KV never go through it."""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # memory is planned here; Ray's watcher would kill for other tenants' use
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TQDM_PATCH_PRINT": "0",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # its stack traces would greet whoever stops the server
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """A Ray cluster joined or started; ``host`` is the address that its nodes reach this one at."""
+
+    host: str
+    is_local: bool
+    num_cpus: float
+
+
+@contextmanager
+def ray_cluster(address: str | None, directory: str, num_cpus: int) -> Iterator[RayCluster]:
+    """Join the cluster at ``address``, or start a local one with ``num_cpus`` and its files in ``directory``.
+
+    Must be entered on the main thread, which has to outlive the cluster: the kernel ties Ray's processes to the thread
+    that started them.
+
+    Raises:
+        ConfigError: nothing to join at ``address``, or the local cluster does not start.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        if address is not None:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="distserve")
+        else:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=0,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=directory,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        what = f"join the Ray cluster at {address}" if address else "start a local Ray cluster"
+        raise ConfigError(f"cannot {what}: {error}") from error
+    try:
+        host = "127.0.0.1" if address is None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield RayCluster(host, address is None, float(resources.get("CPU", 0.0)))
+    finally:
+        ray.shutdown()

@@ -1,0 +1,102 @@
+"""How much KV memory each instance gets, and whether the machine can hold what was asked for."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from distserve.core.config import KvConfig
+from distserve.core.errors import ConfigError
+
+PROCESS_BYTES = 400 * 2**20
+"""Memory an instance takes beside weights and KV: interpreter, torch, activations. Measured: 330-420 MiB."""
+
+_DEFAULT_KV_BYTES = 2**30
+"""KV per instance that is not exceeded unless asked for: the operating system hands pages out only when touched."""
+
+_DEFAULT_SEQUENCES = 64
+"""Full-length sequences that an instance's KV is made for unless asked otherwise."""
+
+_KV_SHARE = 0.5
+"""Share of the free memory that all instances' KV may take together by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvRequest:
+    """What the user said about KV memory of each instance: ``num_tokens``, or ``num_bytes``, or neither."""
+
+    num_tokens: int | None = None
+    num_bytes: int | None = None
+    block_size: int = 16
+
+
+def free_memory() -> int:
+    """Bytes this process and its children may still take: what the machine has, or what a control group leaves."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def size_kv(
+    request: KvRequest, *, weight_bytes: int, token_bytes: int, max_model_len: int, num_instances: int, free: int
+) -> KvConfig:
+    """KV memory of each of ``num_instances`` equal instances on a host with ``free`` bytes.
+
+    Args:
+        request: What the user asked for.
+        weight_bytes: Memory of one instance's weights.
+        token_bytes: KV memory of one token.
+        max_model_len: Longest sequence, in tokens.
+        num_instances: Instances on the host.
+        free: Bytes that they may take together.
+
+    Raises:
+        ConfigError: the instances do not fit into memory, or the KV asked for holds no block.
+    """
+    block_bytes = token_bytes * request.block_size
+    each = weight_bytes + PROCESS_BYTES
+    if request.num_tokens is not None:
+        kv_bytes = -(-request.num_tokens // request.block_size) * block_bytes
+    elif request.num_bytes is not None:
+        kv_bytes = request.num_bytes
+    else:
+        left = free - num_instances * each
+        wanted = max(
+            min(_DEFAULT_SEQUENCES * max_model_len * token_bytes, _DEFAULT_KV_BYTES), max_model_len * token_bytes
+        )
+        kv_bytes = min(wanted, max(int(left * _KV_SHARE) // num_instances, max_model_len * token_bytes))
+    num_blocks = kv_bytes // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"{_mib(kv_bytes)} of KV memory hold not a single block of {request.block_size} tokens "
+            f"({_mib(block_bytes)}): give at least --kv-tokens {max_model_len}"
+        )
+    needed = num_instances * (each + num_blocks * block_bytes)
+    if needed > free:
+        fit = max(0, free // (each + num_blocks * block_bytes))
+        raise ConfigError(
+            f"{num_instances} instances need {_mib(needed)}, {_mib(free)} are free: each takes {_mib(weight_bytes)} of "
+            f"weights, {_mib(num_blocks * block_bytes)} of KV ({num_blocks * request.block_size} tokens) and "
+            f"{_mib(PROCESS_BYTES)} for its process. {_advice(fit)}"
+        )
+    return KvConfig(num_blocks=num_blocks, block_size=request.block_size)
+
+
+def threads_per_instance(wanted: int | None, num_instances: int) -> int:
+    """CPU threads of each instance: ``wanted``, or an equal share of the CPUs, at least one."""
+    return wanted or max(1, len(os.sched_getaffinity(0)) // num_instances)
+
+
+def _advice(fit: int) -> str:
+    fewer = f"{fit} would fit; " if fit else ""
+    return f"{fewer}ask for fewer instances, or less KV by --kv-tokens."
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
