@@ -15,6 +15,8 @@ from distserve.bench.errors import WorkloadError
 
 Lengths = NDArray[np.int64]
 _MAX_REDRAWS = 1000
+_ROUNDING = 1e-9
+"""Below the distance of a fitted length from the next whole number, above the error of computing it."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _parse_pairs(text: str, rest: str, allowed: tuple[str, ...]) -> dict[str, fl
 
 def scale_lengths(lengths: Lengths, factor: float) -> Lengths:
     """Every length times ``factor``, rounded down, at least one token."""
-    scaled: Lengths = np.maximum(np.floor(lengths * factor), 1).astype(np.int64)
+    scaled: Lengths = np.maximum(np.floor(lengths * factor + _ROUNDING), 1).astype(np.int64)
     return scaled
 
 
@@ -141,5 +143,4 @@ def factor_to_fit(prompt_lens: Lengths, output_lens: Lengths, context: int) -> f
     if context < 2:
         raise WorkloadError(f"a context of {context} tokens has no room for a prompt token and an output token")
     longest = int((prompt_lens + output_lens).max(initial=1))
-    # Nudged down so that factor * longest never rounds to more than the context.
-    return 1.0 if longest <= context else context / longest * (1 - 1e-12)
+    return 1.0 if longest <= context else context / longest

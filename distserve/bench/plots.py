@@ -75,16 +75,21 @@ def plot_latency(runs: Sequence[Measured], slo: SLO | None, warmup: float, title
                 np.concatenate([[0, 0], heights]),
                 where="post",
                 color=colour,
-                label=f"{measured.label} (n={len(offered)})",
+                label=f"{measured.label} (n={len(offered)}{', cut off' if measured.run.stopped else ''})",
             )
         if limit is not None:
             axis.axvline(limit, label=f"SLO {limit:g} s", **_LIMIT)
         axis.set(xlabel=label, xlim=(0, max(longest, limit or 0) * 1.05 or 1), ylim=(0, 1.02))
+        axis.locator_params(axis="x", nbins=7)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="lower right")
     if slo is not None:
         for axis in axes:
             axis.axhline(slo.attainment, color="tab:red", linestyle=":", linewidth=1)
+            axis.annotate(
+                f"target {slo.attainment:.0%}", (0.01, slo.attainment), xycoords=("axes fraction", "data"), fontsize=8
+            )
     axes[0].set_ylabel("share of offered requests")
     figure.suptitle(f"Latency distributions: {title}")
     return figure
@@ -118,8 +123,8 @@ def plot_attainment_over_rate(
             continue
         rates.append(measured.rate)
         shares.append(met.both)
-        below.append(met.both - met.low)
-        above.append(met.high - met.both)
+        below.append(max(met.both - met.low, 0.0))
+        above.append(max(met.high - met.both, 0.0))
     axis.errorbar(
         rates,
         shares,
@@ -202,7 +207,8 @@ def plot_requests_over_time(measured: Measured, slo: SLO | None, warmup: float, 
     first.set_xlabel("time since the run's start, s")
     first.legend(fontsize=8, loc="upper right")
     for axis in (flight, flow, first):
-        axis.set_ylim(bottom=0)
+        # Headroom, so that no legend hides data.
+        axis.set_ylim(0, axis.get_ylim()[1] * 1.25)
         axis.grid(alpha=0.3)
         if warmup:
             axis.axvspan(0, warmup, color="0.85", zorder=0)

@@ -51,6 +51,10 @@ def judge_stability(
     deviations of a stationary backlog (Poisson's, sqrt(mean), widened by the arrivals' ``cv``). TTFT: unstable when it
     rises with arrival time (correlation above 0.5) and its median at least doubles and gains a tenth of
     ``ttft_scale`` seconds (the limit that matters). With fewer than 20 requests there is no verdict: stable.
+
+    A queue close to capacity wanders for longer than a probe lasts, so neither error can be excluded. Over 48 s of an
+    M/D/1 queue with 50 ms service (200 ms in brackets), unstable is said at 80% of capacity of 0% (8%) of runs, at 90%
+    10% (20%), at 105% 83% (48%), at 110% 97% (67%), at 130% all.
     """
     third = (end - begin) / 3
     times, level = in_flight(records)

@@ -1,120 +1,135 @@
 """An OpenAI-compatible stub with known delays, run as a process of its own: ``python stub_server.py --ttft 0.05 ...``.
 
-It prints its port and serves until its standard input closes. Tokens leave at the request's arrival + queueing +
-``ttft`` + k * ``itl``, from a schedule that does not drift.
+It prints its port and serves until its standard input closes. Token event k leaves at arrival + queueing + ``ttft`` +
+k * ``itl``. A thread per connection and plain sleeps: the kernel wakes a thread within a tenth of a millisecond, where
+an event loop's timers are whole milliseconds late.
 """
 
 import argparse
-import asyncio
+import contextlib
 import json
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
-from aiohttp import web
+parser = argparse.ArgumentParser()
+parser.add_argument("--ttft", type=float, default=0.02)
+parser.add_argument("--itl", type=float, default=0.005)
+parser.add_argument("--service", type=float, default=0.0, help="seconds that a request keeps the single server busy")
+parser.add_argument("--tokens-per-event", type=int, default=1)
+parser.add_argument("--vocab-size", type=int, default=0)
+parser.add_argument("--template-tokens", type=int, default=0)
+parser.add_argument("--shed-every", type=int, default=0)
+parser.add_argument("--break-every", type=int, default=0)
+parser.add_argument("--no-usage", action="store_true")
+parser.add_argument("--no-token-ids", action="store_true")
+parser.add_argument("--strict", action="store_true")
+options = parser.parse_args()
 
 
-class Stub:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.free_at = 0.0
-        self.num_seen = 0
-        self.active = 0
+class Shared:
+    lock = threading.Lock()
+    free_at = 0.0
+    num_seen = 0
 
-    async def models(self, _request: web.Request) -> web.Response:
-        entry = {"id": "stub", "object": "model"}
-        if self.options.vocab_size:
-            entry |= {"vocab_size": self.options.vocab_size, "max_model_len": 4096}
-        return web.json_response({"object": "list", "data": [entry]})
 
-    async def generate(self, request: web.Request) -> web.StreamResponse:
-        try:
-            return await self.stream(request)
-        except ConnectionResetError:
-            return web.Response(status=499)
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
-    async def stream(self, request: web.Request) -> web.StreamResponse:
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, status: int, value: object, **headers: str) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(status)
+        for name, header in headers.items():
+            self.send_header(name.replace("_", "-"), header)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_GET(self) -> None:
+        entry: dict[str, object] = {"id": "stub", "object": "model", "num_seen": Shared.num_seen}
+        if options.vocab_size:
+            entry |= {"vocab_size": options.vocab_size}
+        self.answer(200, {"object": "list", "data": [entry]})
+
+    def do_POST(self) -> None:
         arrived = time.perf_counter()
-        options = self.options
-        body = await request.json()
-        chat = request.path.endswith("chat/completions")
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if options.strict and "ignore_eos" in body:
-            return web.json_response({"error": {"message": "unknown field ignore_eos"}}, status=400)
-        self.num_seen += 1
-        if options.shed_every and self.num_seen % options.shed_every == 0:
-            return web.json_response({"error": {"message": "busy"}}, status=429, headers={"Retry-After": "1"})
-        if chat:
-            prompt_tokens = len(body["messages"][0]["content"].split()) + options.template_tokens
-        else:
-            prompt = body["prompt"]
-            prompt_tokens = len(prompt.split()) if isinstance(prompt, str) else len(prompt)
-            if not isinstance(prompt, str) and options.vocab_size:
-                assert max(prompt) < options.vocab_size
-        start = arrived
-        if options.service:
-            start = max(arrived, self.free_at)
-            self.free_at = start + options.service
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
+            self.answer(400, {"error": {"message": "unknown field ignore_eos"}})
+            return
+        with Shared.lock:
+            Shared.num_seen += 1
+            number = Shared.num_seen
+            start = max(arrived, Shared.free_at) if options.service else arrived
+            if options.shed_every and number % options.shed_every == 0:
+                self.answer(429, {"error": {"message": "busy"}}, Retry_After="1")
+                return
+            Shared.free_at = start + options.service
+        with contextlib.suppress(ConnectionError):
+            self.stream(body, start, number)
 
-        async def say(value: object) -> None:
-            await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
-
+    def stream(self, body: dict[str, Any], start: float, number: int) -> None:
+        chat = self.path.endswith("chat/completions")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
         if chat:
-            await say({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-        total = body["max_tokens"]
-        sent = 0
-        event = 0
+            self.say({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        total, sent, event = body["max_tokens"], 0, 0
         while sent < total:
-            await asyncio.sleep(start + options.ttft + event * options.itl - time.perf_counter())
             num = min(options.tokens_per_event, total - sent)
-            sent += num
-            event += 1
-            choice: dict[str, object] = {"index": 0, "finish_reason": "length" if sent == total else None}
+            choice: dict[str, object] = {"index": 0, "finish_reason": "length" if sent + num == total else None}
             choice |= {"delta": {"content": "x" * num}} if chat else {"text": "x" * num}
             if body.get("return_token_ids") and not options.no_token_ids:
                 choice["token_ids"] = list(range(num))
-            if options.break_every and self.num_seen % options.break_every == 0:
-                assert request.transport is not None
-                request.transport.close()
-                return response
-            await say({"choices": [choice]})
+            time.sleep(max(start + options.ttft + event * options.itl - time.perf_counter(), 0))
+            if options.break_every and number % options.break_every == 0:
+                self.close_connection = True
+                return
+            self.say({"choices": [choice]})
+            sent += num
+            event += 1
         if not options.no_usage:
             final: dict[str, object] = {
                 "choices": [],
-                "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": total},
+                "usage": {"prompt_tokens": prompt_tokens(body, chat=chat), "completion_tokens": total},
             }
             if body.get("return_timeline"):
                 final["timeline"] = {"arrival": 0.0, "first_token": options.ttft}
-            await say(final)
-        await response.write(b"data: [DONE]\n\n")
-        return response
+            self.say(final)
+        self.chunk(b"data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def say(self, value: object) -> None:
+        self.chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ttft", type=float, default=0.02)
-    parser.add_argument("--itl", type=float, default=0.005)
-    parser.add_argument("--service", type=float, default=0.0, help="seconds one request keeps the single server busy")
-    parser.add_argument("--tokens-per-event", type=int, default=1)
-    parser.add_argument("--vocab-size", type=int, default=0)
-    parser.add_argument("--template-tokens", type=int, default=0)
-    parser.add_argument("--shed-every", type=int, default=0)
-    parser.add_argument("--break-every", type=int, default=0)
-    parser.add_argument("--no-usage", action="store_true")
-    parser.add_argument("--no-token-ids", action="store_true")
-    parser.add_argument("--strict", action="store_true")
-    stub = Stub(parser.parse_args())
-    app = web.Application(client_max_size=2**26)
-    app.router.add_get("/v1/models", stub.models)
-    app.router.add_post("/v1/completions", stub.generate)
-    app.router.add_post("/v1/chat/completions", stub.generate)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    print(runner.addresses[0][1], flush=True)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    await runner.cleanup()
+def prompt_tokens(body: dict[str, Any], *, chat: bool) -> int:
+    if chat:
+        return len(body["messages"][0]["content"].split()) + int(options.template_tokens)
+    prompt = body["prompt"]
+    if isinstance(prompt, str):
+        return len(prompt.split())
+    assert not options.vocab_size or max(prompt) < options.vocab_size
+    return len(prompt)
 
 
-asyncio.run(main())
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024
+
+
+server = Server(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+sys.stdin.read()
