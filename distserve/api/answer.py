@@ -39,6 +39,7 @@ class Generation:
         self._n = job.n
         self._position = {request.request_id: i for i, request in enumerate(job.requests)}
         self.choices = [self._choice(job, index) for index in range(job.n * len(job.requests))]
+        self.failure: RequestError | None = None
         self.prompt_logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(job.requests)
 
     def _choice(self, job: Job, index: int) -> Choice:
@@ -62,7 +63,7 @@ class Generation:
         return sum(choice.num_tokens for choice in self.choices)
 
     def advance(self, items: list[Deliver | Conclude]) -> list[tuple[Choice, Piece]]:
-        """Take what came in. Raises RequestError when the cluster gave a request up."""
+        """Take what came in. Sets ``failure`` when the cluster gave a request up."""
         now = self._clock()
         before = self.num_output_tokens
         pieces: list[tuple[Choice, Piece]] = []
@@ -106,7 +107,8 @@ class Generation:
 
     def _conclude(self, item: Conclude, now: float, pieces: list[tuple[Choice, Piece]]) -> None:
         if item.status != 200:
-            raise error_of_status(item.status, item.reason, item.retry_after)
+            self.failure = error_of_status(item.status, item.reason, item.retry_after)
+            return
         first = self._position[item.request_id] * self._n
         for choice in self.choices[first : first + self._n]:
             if choice.finish_reason is None:
@@ -165,6 +167,8 @@ class Answer(Response):
         while not exchange.concluded:
             for choice, piece in generation.advance(await exchange.receive()):
                 answers[choice.index].pieces.append(piece)
+            if generation.failure is not None:
+                raise generation.failure
         body = renderer.whole(answers, generation.prompt_logprobs)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -173,8 +177,9 @@ class Answer(Response):
     async def _stream(self, exchange: Exchange, generation: Generation, renderer: Renderer, send: Send) -> None:
         # Whether there will be an answer at all shows with the first item: only then can the status be 200.
         pieces = generation.advance(await exchange.receive())
+        if generation.failure is not None:
+            raise generation.failure
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        failure: RequestError | None = None
         opened: set[int] = set()
         while True:
             events: list[bytes] = []
@@ -187,18 +192,14 @@ class Answer(Response):
             if events:
                 # Everything that is ready leaves in one write.
                 await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
-            if exchange.concluded:
+            if exchange.concluded or generation.failure is not None:
                 break
-            try:
-                pieces = generation.advance(await exchange.receive())
-            except RequestError as error:
-                failure = error
-                break
+            pieces = generation.advance(await exchange.receive())
         last = DONE
-        if failure is not None:
-            last = b"data: " + error_body(failure) + b"\n\n" + DONE
+        if generation.failure is not None:
+            last = b"data: " + error_body(generation.failure) + b"\n\n" + DONE
         elif self._job.options.include_usage:
             last = renderer.usage(generation.num_output_tokens) + DONE
         await send({"type": "http.response.body", "body": last})
-        if failure is not None:
-            raise StreamBrokenError(failure)
+        if generation.failure is not None:
+            raise StreamBrokenError(generation.failure)

@@ -1,8 +1,8 @@
 """Read and validate a JSON body without ever holding more of it than allowed."""
 
+import json
 from typing import TypeVar
 
-import msgspec
 from fastapi import Request
 from pydantic import ValidationError
 
@@ -51,6 +51,6 @@ async def read_body(request: Request, schema: type[BodyT], limit: int) -> BodyT:
 def _parsed(data: bytes) -> object:
     """The body for looking up where an error is; None if it is not JSON."""
     try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError):
+        return json.loads(data)
+    except (ValueError, RecursionError):
         return None

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from fastapi import Request
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -98,42 +97,44 @@ def error_of_status(status: int, reason: str, retry_after: float = 0.0) -> Reque
     return ServingError(reason)
 
 
-def _param_of(loc: Sequence[int | str], value: object, *, missing: bool) -> str | None:
-    """``messages[0].role``-like path of a validation error, without the union branches pydantic inserts.
+def _follow(loc: Sequence[int | str], value: object, *, missing: bool) -> tuple[int, str]:
+    """How far a validation error's location leads into the body ``value``, and the path: ``messages[0].role``.
 
-    ``value`` is the body: a location element that cannot be followed in it names a branch, unless it is the last one
-    and ``missing``.
+    Pydantic inserts the branches of unions into locations: an element that cannot be followed names a branch, unless
+    it is the last one and a ``missing`` field.
     """
-    path = ""
+    depth, path = 0, ""
     for i, element in enumerate(loc):
-        if isinstance(element, int):
-            if isinstance(value, list) and element < len(value):
-                path += f"[{element}]"
-                value = value[element]
+        if isinstance(element, int) and isinstance(value, list) and element < len(value):
+            path += f"[{element}]"
+            value = value[element]
         elif isinstance(value, dict) and (element in value or (missing and i == len(loc) - 1)):
-            path += f".{element}" if path else element
+            path += f".{element}" if path else str(element)
             value = value.get(element)
-    return path or None
+        else:
+            continue
+        depth += 1
+    return depth, path
 
 
 def validation_error(error: ValidationError, body: object) -> InvalidRequestError:
     """One sentence and one field for what pydantic found wrong with ``body`` (parsed JSON, None if it is none)."""
-    details: list[ErrorDetails] = error.errors(include_url=False, include_context=False, include_input=False)
+    details = error.errors(include_url=False, include_context=False, include_input=False)
     first = details[0]
     if first["type"] == "json_invalid":
         return InvalidRequestError(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if not first["loc"]:
         return InvalidRequestError("the body must be a JSON object")
-    # The branches of a union all report; together their messages say what would be valid.
+    # All branches of a union report. Those that got furthest know what the client meant; together they say what
+    # would be valid.
     same = [detail for detail in details if detail["loc"][0] == first["loc"][0]]
-    param = _param_of(first["loc"], body, missing=first["type"] == "missing")
-    messages = list(dict.fromkeys(_sentence(detail["msg"]) for detail in same))
-    field = param or str(first["loc"][0])
-    return InvalidRequestError(f"{field}: {' or '.join(messages[:4])}", param=field)
-
-
-def _sentence(message: str) -> str:
-    return message[:1].lower() + message[1:]
+    located = [(_follow(detail["loc"], body, missing=detail["type"] == "missing"), detail["msg"]) for detail in same]
+    (depth, param), _ = max(located, key=lambda entry: entry[0][0])
+    prefix = "Input should be "
+    messages = list(dict.fromkeys(message for (d, path), message in located if (d, path) == (depth, param)))
+    wanted = " or ".join(message.removeprefix(prefix) for message in messages)
+    verb = "should be " if all(message.startswith(prefix) for message in messages) else ""
+    return InvalidRequestError(f"{param}: {verb}{wanted}", param=param or str(first["loc"][0]))
 
 
 async def on_request_error(_: Request, error: Exception) -> Response:
@@ -160,7 +161,9 @@ async def on_client_disconnect(_: Request, __: Exception) -> Response:
 
 async def on_exception(_: Request, __: Exception) -> Response:
     """Handler for bugs, told in general; the framework raises them on to the server, which logs them."""
-    return Response(envelope(500, "internal server error"), 500, media_type="application/json")
+    # The server closes the connection after an exception; the client should know.
+    headers = {"connection": "close"}
+    return Response(envelope(500, "internal server error"), 500, headers, media_type="application/json")
 
 
 HANDLERS: dict[Any, Any] = {

@@ -150,10 +150,10 @@ BAD_FIELDS: list[tuple[str, str, Any, str]] = [
 def test_bad_fields_are_named(shared: Server, path: str, field: str, value: Any, param: str) -> None:
     base: dict[str, Any] = {COMPLETIONS: OK, CHAT: {"messages": USER}}.get(path, {})
     status = 404 if (field, value) == ("model", "gpt-5") else 400
-    for stream in ([True, False] if path in {COMPLETIONS, CHAT} and not field.startswith("stream") else [False]):
+    for stream in [True, False] if path in {COMPLETIONS, CHAT} and not field.startswith("stream") else [False]:
         body = {**base, "stream": stream, field: value} if stream else {**base, field: value}
         content = json.dumps(body).encode()
-        assert_error(shared.client.post(path, content=content, headers=JSON), status, param, param.split("[")[0])
+        assert_error(shared.client.post(path, content=content, headers=JSON), status, param)
     assert_still_serves(shared)
 
 
@@ -199,7 +199,9 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(shared: Server) -
     assert connection.getresponse().status == 413
     connection.close()
     # Not announced: refused once it exceeds the limit.
-    response = shared.client.post(COMPLETIONS, content=iter([body[i : i + 100_000] for i in range(0, len(body), 100_000)]), headers=JSON)
+    response = shared.client.post(
+        COMPLETIONS, content=iter([body[i : i + 100_000] for i in range(0, len(body), 100_000)]), headers=JSON
+    )
     assert_error(response, 413)
     assert_still_serves(shared)
 
@@ -244,7 +246,9 @@ def test_unknown_paths_and_methods(shared: Server) -> None:
         (Conclude("", 500, "the engine failed"), 500, None),
     ],
 )
-def test_what_the_cluster_refuses(server: Server, verdict: Conclude, status: int, code: str | None, stream: bool) -> None:
+def test_what_the_cluster_refuses(
+    server: Server, verdict: Conclude, status: int, code: str | None, stream: bool
+) -> None:
     server.backend.verdict = verdict
     response = server.post(COMPLETIONS, **OK, stream=stream)
     assert_error(response, status, None, verdict.reason)

@@ -18,7 +18,9 @@ def sentencepiece_like() -> TextTokenizer:
     """A vocabulary as Llama 2 has it: ``▁`` for spaces, bytes as a last resort."""
     words = ["<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
     words += ["▁", "▁the", "▁fox", "s", "é", *"abcdefghijklmnopqrtuvwxyz"]
-    bpe = tokenizers.Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
+    bpe = tokenizers.Tokenizer(
+        models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True)
+    )
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
     bpe.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -78,7 +80,7 @@ def test_a_leading_space_survives_after_a_prompt() -> None:
     prompt = SENTENCEPIECE.encode("the", add_special_tokens=False)
     fox = SENTENCEPIECE.encode("fox", add_special_tokens=False)
     detokenizer = detokenizer_for(SENTENCEPIECE, prompt, skip_special_tokens=True)
-    assert [detokenizer.feed(token_id) for token_id in fox][0].startswith(" ")
+    assert next(detokenizer.feed(token_id) for token_id in fox).startswith(" ")
 
 
 @TOKENIZERS

@@ -47,7 +47,7 @@ def test_any_cut_gives_what_a_plain_search_gives(cut: tuple[str, list[str]], sto
 
 @given(cut_texts(), st.lists(st.text(alphabet, min_size=1, max_size=5), min_size=1, max_size=4))
 def test_no_character_is_held_back_without_need(cut: tuple[str, list[str]], stops: list[str]) -> None:
-    text, pieces = cut
+    _, pieces = cut
     matcher = StopMatcher(stops, include=False)
     seen = released = ""
     for piece in pieces:
