@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from distserve.core.errors import UnsupportedModelError
 from distserve.engine.inputs import StepInputs
 from distserve_kernels import paged_attention, write_kv
 
@@ -76,11 +77,14 @@ def _attention_function(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: PagedCall,
+    paged: PagedCall | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The call of transformers' attention interface: query [1, H, T, D], key and value [1, K, T, D] to [1, T, H, D]."""
-    assert attention_mask is None
+    if paged is None:
+        raise UnsupportedModelError("the model cannot be served: it passes no keyword arguments on to its attention")
+    if attention_mask is not None:
+        raise UnsupportedModelError("the model cannot be served: it masks attention in a way of its own")
     return paged.attend(module, query, key, value, kwargs), None
 
 

@@ -28,9 +28,11 @@ def check_config(config: PreTrainedConfig) -> None:
         _refuse(config, "it is an encoder-decoder; only decoder-only language models are served")
     if config.get_text_config() is not config:
         _refuse(config, "it is a multimodal model; only text models are served")
+    if getattr(config, "is_heterogeneous", False):
+        _refuse(config, "its layers differ in shape from each other")
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):
         if not isinstance(getattr(config, name, None), int):
-            _refuse(config, f"its configuration has no {name}, so it is not a decoder with attention in every layer")
+            _refuse(config, f"its configuration has no {name}, so it is not a decoder of the usual kind")
     other_layers = set(getattr(config, "layer_types", None) or ()) - _EXACT_LAYER_TYPES
     if other_layers:
         _refuse(config, f"it has layers of type {', '.join(sorted(other_layers))}, whose state is not a paged KV cache")

@@ -71,8 +71,8 @@ def test_batched_with_others(model: Served, worker: Worker) -> None:
     while any(len(track.output) < NUM_TOKENS for track in tracks):
         running = [track for track in tracks if 0 < len(track.output) < NUM_TOKENS]
         work = [(track, 1) for track in running]
-        for track in [t for t in tracks if not t.output][:2]:
-            work.append((track, min(track.num_tokens - track.num_computed, 9)))
+        filling = [track for track in tracks if not track.output][:2]
+        work += [(track, min(track.num_tokens - track.num_computed, 9)) for track in filling]
         harness.step(*work)
     for track, expected in zip(tracks, model.expected, strict=True):
         harness.close(track)
