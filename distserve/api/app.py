@@ -16,7 +16,7 @@ from distserve.api.errors import HANDLERS
 from distserve.api.metrics import Metrics
 from distserve.api.model import ServedModel
 from distserve.api.routes import Service, build_router
-from distserve.api.schemas import BODIES
+from distserve.api.schemas import DESCRIBED
 from distserve.api.settings import ApiSettings
 from distserve.api.timeline import wall_clock
 
@@ -50,7 +50,7 @@ def create_app(
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             _, definitions = models_json_schema(
-                [(body, "validation") for body in BODIES], ref_template="#/components/schemas/{model}"
+                [(body, "validation") for body in DESCRIBED], ref_template="#/components/schemas/{model}"
             )
             schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
             app.openapi_schema = schema

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from pydantic import BaseModel
+from starlette.responses import PlainTextResponse, Response
 
 import distserve
 from distserve.api.answer import Answer
@@ -20,7 +21,7 @@ from distserve.api.metrics import CONTENT_TYPE, Metrics
 from distserve.api.model import ServedModel
 from distserve.api.prompts import conversation_prompt, encode, require_tokenizer
 from distserve.api.sampling import check_token_ids
-from distserve.api.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from distserve.api.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, ErrorBody, TokenizeBody
 from distserve.api.settings import ApiSettings
 from distserve.core.errors import InvalidRequestError, RequestError
 
@@ -40,15 +41,27 @@ def _json(content: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
+def _described(schema: type[BaseModel]) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}}
+
+
 def _takes(schema: type[Body]) -> dict[str, Any]:
     """OpenAPI's description of a body that the route reads itself."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+    return {"requestBody": {"required": True, **_described(schema)}}
+
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"description": "An error", **_described(ErrorBody)}}
+_STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or a stream of server-sent events that end with [DONE]",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
 
 
 def build_router(service: Service) -> APIRouter:
     """All routes, bound to ``service``."""
-    router = APIRouter()
+    router = APIRouter(responses=_RESPONSES)
     backend, model, settings = service.backend, service.model, service.settings
     limit = settings.max_body_bytes
 
@@ -70,12 +83,12 @@ def build_router(service: Service) -> APIRouter:
             "max_model_len": model.max_model_len,
         }
 
-    @router.post("/v1/completions", openapi_extra=_takes(CompletionBody))
+    @router.post("/v1/completions", openapi_extra=_takes(CompletionBody), responses=_STREAMS)
     async def completions(request: Request) -> Response:
         """Continue one or several prompts."""
         return await generate(request, CompletionBody)
 
-    @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
+    @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody), responses=_STREAMS)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         return await generate(request, ChatBody)
@@ -145,7 +158,7 @@ def build_router(service: Service) -> APIRouter:
         """This program's version."""
         return _json({"version": distserve.__version__})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.expose(), media_type=CONTENT_TYPE)

@@ -168,4 +168,20 @@ class DetokenizeBody(Body):
     tokens: TokenIds
 
 
-BODIES = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error response."""
+
+    error: ErrorDetail
+
+
+DESCRIBED = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, ErrorBody)
+"""Schemas that the OpenAPI description refers to by name."""
