@@ -88,7 +88,12 @@ def plot_latency(runs: Sequence[Measured], slo: SLO | None, warmup: float, title
         for axis in axes:
             axis.axhline(slo.attainment, color="tab:red", linestyle=":", linewidth=1)
             axis.annotate(
-                f"target {slo.attainment:.0%}", (0.01, slo.attainment), xycoords=("axes fraction", "data"), fontsize=8
+                f"target {slo.attainment:.0%}",
+                (0.99, slo.attainment),
+                xycoords=("axes fraction", "data"),
+                fontsize=8,
+                ha="right",
+                va="top",
             )
     axes[0].set_ylabel("share of offered requests")
     figure.suptitle(f"Latency distributions: {title}")

@@ -8,6 +8,7 @@ has a deadline.
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from distserve.bench.workload import Workload
 T = TypeVar("T")
 
 _MONITOR_SECONDS = 0.25
+_MADE_AHEAD = 64
+_IDLE_SECONDS = 0.01
 _DEAD_AFTER = 5
 """So many requests in a row that find no server end the run: it died."""
 
@@ -90,8 +93,15 @@ class Runner:
         arrivals = workload.arrivals.tolist()
 
         async def issue(run: Run, tasks: asyncio.TaskGroup) -> None:
+            ready: deque[tuple[bytes, RequestRecord]] = deque()
             for index, due in enumerate(arrivals):
-                body, record = self._prepare(workload, prompt, index)
+                # A long prompt takes milliseconds to make: made in idle time, a burst goes out at once.
+                while len(ready) < _MADE_AHEAD and (ahead := index + len(ready)) < len(arrivals):
+                    if ready and due - run.now < _IDLE_SECONDS:
+                        break
+                    ready.append(self._prepare(workload, prompt, ahead))
+                    await asyncio.sleep(0)
+                body, record = ready.popleft()
                 record.scheduled = due
                 # Also when late: the streams in progress must get their turn between two sends.
                 await asyncio.sleep(max(due - run.now, 0))
