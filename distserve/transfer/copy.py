@@ -1,6 +1,12 @@
-"""Copies pieces between two pools, out of Python's way: the interpreter lock is free while bytes move."""
+"""Copies pieces between two pools, out of Python's way: the interpreter lock is free while bytes move.
+
+The work is a few lines of C (``copy.c``), built when the package is installed. Where it could not be built, numpy does
+the same at about half the speed for scattered blocks.
+"""
 
 import ctypes
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +21,38 @@ _STAGE_BYTES = 256 << 10
 """Short pieces are gathered into, and scattered from, a buffer that stays in a core's own cache."""
 
 
-def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces) -> int:
-    """Copy every piece from ``src`` to ``dst`` (flat bytes) and return the number of bytes."""
-    num_bytes = int(pieces[:, 2].sum())
-    if num_bytes >= _LONG_PIECE * len(pieces):
+def _load() -> ctypes.CDLL | None:
+    candidates = (Path(__file__).with_name(f"_copy{suffix}") for suffix in EXTENSION_SUFFIXES)
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    library.distserve_copy_pieces.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.distserve_copy_pieces.restype = None
+    return library
+
+
+_library = _load()
+
+
+def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces) -> None:
+    """Copy every piece from ``src`` to ``dst`` (flat bytes). Pieces lie within both and do not overlap in ``dst``."""
+    if _library is None:
+        copy_pieces_with_numpy(src, dst, pieces)
+        return
+    assert pieces.flags.c_contiguous
+    assert pieces.dtype == np.int64
+    _library.distserve_copy_pieces(src.ctypes.data, dst.ctypes.data, pieces.ctypes.data, len(pieces))
+
+
+def copy_pieces_with_numpy(src: Bytes, dst: Bytes, pieces: Pieces) -> None:
+    """Do what :func:`copy_pieces` does without native code."""
+    if int(pieces[:, 2].sum()) >= _LONG_PIECE * len(pieces):
         src_start, dst_start = src.ctypes.data, dst.ctypes.data
         for src_offset, dst_offset, length in pieces.tolist():
             ctypes.memmove(dst_start + dst_offset, src_start + src_offset, length)
-        return num_bytes
+        return
+    # The largest unit of which all offsets and lengths are multiples: a block, if blocks are what is copied.
     unit = int(np.gcd.reduce(pieces, axis=None))
     lengths = pieces[:, 2] // unit
     part = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -33,9 +63,7 @@ def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces) -> int:
     stage = np.empty(min(per_stage, len(part)), dtype=src_units.dtype)
     for first in range(0, len(part), per_stage):
         rows = slice(first, first + per_stage)
-        taken = np.take(src_units, src_index[rows], out=stage[: len(src_index[rows])], mode="clip")
-        dst_units[dst_index[rows]] = taken
-    return num_bytes
+        dst_units[dst_index[rows]] = np.take(src_units, src_index[rows], out=stage[: len(part[rows])], mode="clip")
 
 
 def _in_units(memory: Bytes, unit: int) -> NDArray[np.void]:

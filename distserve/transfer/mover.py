@@ -1,12 +1,15 @@
 """The thread that pulls: turns Migrate commands into copies, in the order given, as their sources get ahead.
 
 Knows sources only as memory with a progress word, so every transport whose peers' memory can be mapped shares it.
+All state belongs to the thread; other threads hand it orders through an inbox.
 """
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from distserve.core.commands import Migrate
 from distserve.core.config import KvLayout
@@ -18,11 +21,25 @@ from distserve.transfer.progress import SourceProgress
 from distserve.transfer.transport import Clock
 
 _BATCH_BYTES = 4 << 20
-"""Bytes copied between two looks at deadlines and cancellations: below a millisecond."""
-_POLL_SHORTEST, _POLL_LONGEST = 50e-6, 500e-6
-"""Bounds of the pause between two looks at a source that computes, in seconds."""
-_POLL_SHARE = 1 / 16
-"""The pause as a share of the time since something last moved: a layer that takes long may be noticed later."""
+"""Bytes copied between two looks at orders and deadlines: about a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """The pause before the next look at a source: a share of the time since something moved, within bounds (s)."""
+
+    share: float
+    shortest: float
+    longest: float
+
+    def pause(self, waited: float) -> float:
+        return min(max(waited * self.share, self.shortest), self.longest)
+
+
+_UNDER_WAY = _Patience(share=1 / 4, shortest=50e-6, longest=4e-3)
+"""While several layers are missing: nothing waits for the one, only the last counts."""
+_LAST_LAYER = _Patience(share=1 / 16, shortest=50e-6, longest=500e-6)
+"""While one is missing: what this adds is time until the first decode step."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,11 +60,12 @@ class _Pull:
     failure: str
     """Why it must end; empty while it may go on."""
     num_bytes: int = 0
+    num_layers_missing: int = 0
     steps: Iterator[bool] = field(default_factory=lambda: iter(()))
 
 
 class Mover:
-    """Pulls into ``memory`` of ``layout`` on one thread. All methods are safe from any thread."""
+    """Pulls into ``memory`` of ``layout`` on one thread. All public methods are safe from any thread."""
 
     def __init__(self, layout: KvLayout, memory: Bytes, clock: Clock) -> None:
         self._layout = layout
@@ -55,85 +73,102 @@ class Mover:
         self._clock = clock
         self._sources: dict[str, Source] = {}
         self._pulls: dict[int, _Pull] = {}
-        self._changed = threading.Condition()
-        self._closing = False
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kv-mover", daemon=True)
         self._thread.start()
 
     def attach(self, instance_id: str, source: Source) -> None:
         """Pulls from ``instance_id`` read ``source`` from now on; those from an earlier source fail."""
-        with self._changed:
-            self._fail_pulls(self._sources.get(instance_id), f"instance {instance_id} was replaced")
-            self._sources[instance_id] = source
+        self._inbox.put(partial(self._attach, instance_id, source))
 
     def detach(self, instance_id: str, reason: str, source: Source | None = None) -> None:
         """Fail the pulls from ``instance_id`` and let go of its memory, unless it is not ``source`` any more."""
-        with self._changed:
-            current = self._sources.get(instance_id)
-            if current is not None and (source is None or current is source):
-                self._fail_pulls(current, reason)
-                del self._sources[instance_id]
+        self._inbox.put(partial(self._detach, instance_id, reason, source))
 
     def pull(self, migrate: Migrate, done: Callable[[Migrated], None]) -> None:
         """Queue a pull; see :meth:`distserve.transfer.transport.Transport.pull`."""
-        with self._changed:
-            assert migrate.pull_id not in self._pulls, f"pull {migrate.pull_id} is under way"
-            assert not self._closing, "pull after close"
-            source = self._sources.get(migrate.source_id)
-            pull = _Pull(migrate, done, source, "" if source else f"not connected to instance {migrate.source_id}")
-            if source is not None:
-                pull.steps = self._steps(pull, source)
-            self._pulls[migrate.pull_id] = pull
-            self._changed.notify()
+        assert not self._stopping, "pull after close"
+        self._inbox.put(partial(self._begin, migrate, done))
 
     def cancel(self, pull_id: int) -> None:
         """Have the pull end before its next batch of bytes."""
-        with self._changed:
-            if (pull := self._pulls.get(pull_id)) is not None:
-                pull.failure = pull.failure or "cancelled"
+        self._inbox.put(partial(self._cancel, pull_id))
 
     def close(self) -> None:
         """Fail what is left, wait for the thread, let go of all sources."""
-        with self._changed:
-            self._closing = True
-            for pull in self._pulls.values():
-                pull.failure = pull.failure or "transport closed"
-            self._sources.clear()
-            self._changed.notify()
+        self._inbox.put(self._stop)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _fail_pulls(self, source: Source | None, reason: str) -> None:
+    # Everything below runs on the thread.
+
+    def _attach(self, instance_id: str, source: Source) -> None:
+        self._detach(instance_id, f"instance {instance_id} was replaced", None)
+        self._sources[instance_id] = source
+
+    def _detach(self, instance_id: str, reason: str, source: Source | None) -> None:
+        current = self._sources.get(instance_id)
+        if current is None or (source is not None and source is not current):
+            return
+        del self._sources[instance_id]
         for pull in self._pulls.values():
-            if pull.source is source:
+            if pull.source is current:
                 pull.failure = pull.failure or reason
 
+    def _begin(self, migrate: Migrate, done: Callable[[Migrated], None]) -> None:
+        assert migrate.pull_id not in self._pulls, f"pull {migrate.pull_id} is under way"
+        source = self._sources.get(migrate.source_id)
+        pull = _Pull(migrate, done, source, "" if source else f"not connected to instance {migrate.source_id}")
+        if source is not None:
+            pull.steps = self._steps(pull, source)
+        self._pulls[migrate.pull_id] = pull
+
+    def _cancel(self, pull_id: int) -> None:
+        if (pull := self._pulls.get(pull_id)) is not None:
+            pull.failure = pull.failure or "cancelled"
+
+    def _stop(self) -> None:
+        self._stopping = True
+
     def _run(self) -> None:
+        reason = "the transfer thread failed"
         try:
-            self._move_until_closed()
+            self._move_until_stopped()
+            reason = "transport closed"
         finally:
             # Nobody waits for ever on a pull, not even if this thread dies of a bug.
-            with self._changed:
-                self._closing = True
-                orphans = tuple(self._pulls.values())
-            for pull in orphans:
-                self._end(pull, "the transfer thread failed")
+            self._stopping = True
+            self._take_orders(0.0)
+            for pull in tuple(self._pulls.values()):
+                self._end(pull, reason)
+            self._sources.clear()
 
-    def _move_until_closed(self) -> None:
-        last_moved = 0.0
-        while True:
-            with self._changed:
-                while not self._pulls and not self._closing:
-                    self._changed.wait()
-                if not self._pulls:
-                    return
-                pulls = tuple(self._pulls.values())
+    def _move_until_stopped(self) -> None:
+        last_moved = time.monotonic()
+        timeout: float | None = None
+        while not self._stopping:
+            self._take_orders(timeout)
             # The oldest pull that can go on does, one batch.
-            if any(self._advance(pull) for pull in pulls):
+            if any(self._advance(pull) for pull in tuple(self._pulls.values())):
                 last_moved = time.monotonic()
+                timeout = 0.0
+            elif self._pulls:
+                fewest = min(pull.num_layers_missing for pull in self._pulls.values())
+                patience = _LAST_LAYER if fewest == 1 else _UNDER_WAY
+                timeout = patience.pause(time.monotonic() - last_moved)
             else:
-                pause = (time.monotonic() - last_moved) * _POLL_SHARE
-                time.sleep(min(max(pause, _POLL_SHORTEST), _POLL_LONGEST))
+                timeout = None
+
+    def _take_orders(self, timeout: float | None) -> None:
+        """Do what other threads asked for; wait up to ``timeout`` seconds (None: for ever) for a first order."""
+        try:
+            order = self._inbox.get(timeout=timeout)
+            while True:
+                order()
+                order = self._inbox.get_nowait()
+        except queue.Empty:
+            return
 
     def _advance(self, pull: _Pull) -> bool:
         """Take the pull one batch further, or to its end; False if all it can do is wait."""
@@ -151,8 +186,7 @@ class Mover:
         return True
 
     def _end(self, pull: _Pull, failure: str) -> None:
-        with self._changed:
-            del self._pulls[pull.migrate.pull_id]
+        del self._pulls[pull.migrate.pull_id]
         # The source is to be unmapped once its instance is gone, not when this pull is garbage.
         pull.source, pull.steps = None, iter(())
         num_bytes = 0 if failure else pull.num_bytes
@@ -169,21 +203,22 @@ class Mover:
         """Copy batch by batch; yields whether something moved."""
         migrate, ours, theirs = pull.migrate, self._layout, source.layout
 
-        def copy(runs: Runs, first_layer: int, end_layer: int) -> Iterator[bool]:
-            for batch in batches(layer_pieces(runs, theirs, ours, first_layer, end_layer), _BATCH_BYTES):
-                pull.num_bytes += copy_pieces(source.memory, self._memory, batch)
-                yield True
-
         def runs(blocks: slice) -> Runs:
             src, dst = migrate.src_blocks[blocks], migrate.dst_blocks[blocks]
             return block_runs(src, dst, theirs.num_blocks, ours.num_blocks)
 
-        ready = migrate.num_ready_blocks
-        ready_runs, late_runs = runs(slice(ready)), runs(slice(ready, None))
+        def copy(runs: Runs, first_layer: int, end_layer: int) -> Iterator[bool]:
+            for batch in batches(layer_pieces(runs, theirs, ours, first_layer, end_layer), _BATCH_BYTES):
+                copy_pieces(source.memory, self._memory, batch)
+                pull.num_bytes += int(batch[:, 2].sum())
+                yield True
+
+        ready_runs, late_runs = runs(slice(migrate.num_ready_blocks)), runs(slice(migrate.num_ready_blocks, None))
         yield from copy(ready_runs, 0, ours.num_layers)
         layer = 0 if late_runs.size else ours.num_layers
         while layer < ours.num_layers:
             passed = source.progress.layers_passed(migrate.ready_step, ours.num_layers)
+            pull.num_layers_missing = ours.num_layers - passed
             if passed > layer:
                 yield from copy(late_runs, layer, passed)
                 layer = passed

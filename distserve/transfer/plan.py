@@ -35,16 +35,16 @@ def block_runs(src_blocks: Sequence[int], dst_blocks: Sequence[int], num_src: in
     """
     if len(src_blocks) != len(dst_blocks):
         raise TransferError(f"{len(src_blocks)} source blocks cannot go into {len(dst_blocks)} destination blocks")
-    src = np.asarray(src_blocks, dtype=np.int64)
-    dst = np.asarray(dst_blocks, dtype=np.int64)
-    if not src.size:
-        return np.empty((0, 3), dtype=np.int64)
-    for side, blocks, num_blocks in (("source", src, num_src), ("destination", dst, num_dst)):
-        if blocks.min() < 0 or blocks.max() >= num_blocks:
-            raise TransferError(f"{side} blocks {blocks.min()}..{blocks.max()} are not all within 0..{num_blocks - 1}")
-    starts = np.flatnonzero(np.r_[True, (np.diff(src) != 1) | (np.diff(dst) != 1)])
-    counts = np.diff(np.r_[starts, src.size])
-    return np.stack((src[starts], dst[starts], counts), axis=1)
+    for side, blocks, num_blocks in (("source", src_blocks, num_src), ("destination", dst_blocks, num_dst)):
+        if blocks and not (min(blocks) >= 0 and max(blocks) < num_blocks):
+            raise TransferError(f"{side} blocks {min(blocks)}..{max(blocks)} are not all within 0..{num_blocks - 1}")
+    runs: list[list[int]] = []
+    for src, dst in zip(src_blocks, dst_blocks, strict=True):
+        if runs and src == runs[-1][0] + runs[-1][2] and dst == runs[-1][1] + runs[-1][2]:
+            runs[-1][2] += 1
+        else:
+            runs.append([src, dst, 1])
+    return np.array(runs, dtype=np.int64).reshape(-1, 3)
 
 
 def layer_pieces(runs: Runs, src: KvLayout, dst: KvLayout, first_layer: int, end_layer: int) -> Pieces:
@@ -65,16 +65,23 @@ def batches(pieces: Pieces, max_bytes: int) -> list[Pieces]:
 
     A piece longer than ``max_bytes`` is cut too, so no batch exceeds twice that.
     """
-    largest = int(pieces[:, 2].max(initial=0))
-    if largest > max_bytes:
-        repeats = -(-pieces[:, 2] // max_bytes)
-        part = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        whole = np.repeat(pieces, repeats, axis=0)
-        skipped = part * max_bytes
-        pieces = np.stack(
-            (whole[:, 0] + skipped, whole[:, 1] + skipped, np.minimum(whole[:, 2] - skipped, max_bytes)), axis=1
-        )
+    if len(pieces) == 0:
+        return []
+    if pieces[:, 2].sum() <= max_bytes:
+        return [pieces]
+    if pieces[:, 2].max() > max_bytes:
+        pieces = _cut(pieces, max_bytes)
     ends = np.cumsum(pieces[:, 2])
-    total = int(ends[-1]) if ends.size else 0
-    cuts = np.searchsorted(ends, np.arange(max_bytes, total, max_bytes), side="left") + 1
+    cuts = np.searchsorted(ends, np.arange(max_bytes, ends[-1], max_bytes), side="left") + 1
     return [batch for batch in np.split(pieces, np.unique(cuts)) if batch.size]
+
+
+def _cut(pieces: Pieces, max_bytes: int) -> Pieces:
+    """Cut pieces longer than ``max_bytes``."""
+    num_parts = -(-pieces[:, 2] // max_bytes)
+    part = np.arange(num_parts.sum()) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)
+    cut = np.repeat(pieces, num_parts, axis=0)
+    skipped = part * max_bytes
+    cut[:, :2] += skipped[:, None]
+    cut[:, 2] = np.minimum(cut[:, 2] - skipped, max_bytes)
+    return cut

@@ -154,7 +154,7 @@ def test_a_source_killed_while_it_is_read(start, sink):
         if any(event.ok for event in events):
             assert np.array_equal(blocks_of(sink.buffer, LAYOUT), want)
         assert ended.none()
-        assert eventually(lambda: kv_mappings() == before), "a dead peer's memory stays mapped"
+        assert eventually(lambda: kv_mappings() <= before), "a dead peer's memory stays mapped"
 
 
 def test_a_destination_killed_while_it_pulls_leaves_the_source_serving(start):
@@ -177,18 +177,17 @@ def test_a_destination_killed_while_it_pulls_leaves_the_source_serving(start):
 
 
 def test_nothing_is_left_of_killed_processes(start):
-    before = sorted(Path("/dev/shm").iterdir())
+    """Their memory never had a name, so its end is that of the processes; the sockets' names end with them too."""
     source, sink = start(), start()
     sink.call("connect", "source", source.address)
     sink.call("pull", 1, [1], [1], 0, 5)
-    names = (source.address, sink.address)
     for peer in (source, sink):
         assert kv_files(peer.process.pid)
+        assert "/dev/shm/" not in Path(f"/proc/{peer.process.pid}/maps").read_text()
+        assert peer.address in Path("/proc/net/unix").read_text()
         peer.release()
-    assert sorted(Path("/dev/shm").iterdir()) == before
-    listening = Path("/proc/net/unix").read_text()
-    assert not any(name in listening for name in names)
     for peer in (source, sink):
+        assert peer.address not in Path("/proc/net/unix").read_text()
         assert not Path(f"/proc/{peer.process.pid}/fd").exists()
 
 
