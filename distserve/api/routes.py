@@ -81,6 +81,7 @@ def build_router(service: Service) -> APIRouter:
             "root": model.names[0],
             "parent": None,
             "max_model_len": model.max_model_len,
+            "vocab_size": model.vocab_size,
         }
 
     @router.post("/v1/completions", openapi_extra=_takes(CompletionBody), responses=_STREAMS)

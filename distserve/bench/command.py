@@ -156,6 +156,10 @@ def bench(url: str, **options: Any) -> None:
         directory: Path | None = options["output_dir"]
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
+        # Now, not after an hour's measurement.
+        for place in filter(None, (directory, options["output"] and options["output"].parent)):
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise click.ClickException(f"cannot write into {place}: not there, or not allowed")
         outcome = asyncio.run(run_session(plan, Progress(Console(stderr=True)), os.environ.get("OPENAI_API_KEY")))
         if plan.workload.trace is not None and plan.workload.trace.note:
             outcome.notes.append(plan.workload.trace.note)

@@ -198,6 +198,7 @@ def test_a_wrong_model_name_lists_the_right_ones(start_stub: Start) -> None:
         (("--rate", "1", "--duration", "5", "--warmup", "5"), "leaves nothing"),
         (("--rate", "1", "--extra-body", "[1]"), "JSON object"),
         (("--trace", "/nowhere/trace.csv"), "cannot read the trace"),
+        (("--rate", "1", "--output", "/nowhere/result.json"), "cannot write into /nowhere"),
     ],
 )
 def test_contradictory_options_are_refused_before_anything_is_sent(arguments: tuple[str, ...], message: str) -> None:
