@@ -183,6 +183,7 @@ class Router:
                 self._pending.pop(key, None)
                 if decode_id in self._instances:
                     self._instances[decode_id].assigned.pop(key, None)
+                self._assign_pending()
             case Hello():
                 self._owners[sender] = None
                 self._send_status()

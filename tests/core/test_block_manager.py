@@ -1,0 +1,57 @@
+"""Blocks are conserved whatever happens to them."""
+
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from distserve.core.block_manager import BlockManager
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    """Tables that own references, checked against a plain count of them."""
+
+    tables = Bundle("tables")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.manager = BlockManager(12)
+        self.held: list[list[int]] = []
+
+    @rule(target=tables, count=st.integers(0, 5))
+    def allocate(self, count: int) -> list[int]:
+        table = self.manager.allocate(min(count, self.manager.num_free))
+        self.held.append(table)
+        return table
+
+    @precondition(lambda self: self.held)
+    @rule(target=tables, table=tables)
+    def fork(self, table: list[int]) -> list[int]:
+        self.manager.share(table)
+        copy = list(table)
+        self.held.append(copy)
+        return copy
+
+    @rule(table=consumes(tables))
+    def release(self, table: list[int]) -> None:
+        self.manager.release(table)
+        self.held = [other for other in self.held if other is not table]
+
+    @invariant()
+    def blocks_are_free_or_held(self) -> None:
+        counts: dict[int, int] = {}
+        for table in self.held:
+            for block in table:
+                counts[block] = counts.get(block, 0) + 1
+        assert self.manager.num_free == 12 - len(counts)
+        for block, count in counts.items():
+            assert self.manager.is_shared(block) == (count > 1)
+
+
+TestBlockManager = BlockManagerMachine.TestCase
+
+
+def test_blocks_handed_out_are_distinct() -> None:
+    manager = BlockManager(8)
+    first = manager.allocate(5)
+    manager.release(first[1:3])
+    second = manager.allocate(5)
+    assert len({*second, first[0], *first[3:]}) == 8

@@ -1,0 +1,120 @@
+"""Who prefills, who decodes, and what is turned away."""
+
+from distserve.core.commands import Send
+from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
+from distserve.core.events import Event, InstanceDraining, InstanceLost, InstanceUp, Received
+from distserve.core.messages import (
+    DecodeAssigned,
+    DecodeDropped,
+    DecodeWanted,
+    Hello,
+    InstanceGone,
+    Message,
+    Prefill,
+    Rejected,
+    Report,
+    Status,
+    Submit,
+)
+from distserve.core.router import Router, RouterConfig
+from tests.core.harness import make_request
+
+CONFIG = SchedulerConfig(max_batch_size=4, headroom=0.0)
+
+
+class Switchboard:
+    """A router and what it sent last."""
+
+    def __init__(self, *instances: str) -> None:
+        self.router = Router(RouterConfig(max_wait=10.0))
+        self.now = 0.0
+        for name in instances:
+            self.feed(InstanceUp(InstanceSpec(name, Role(name.split("-", maxsplit=1)[0]), KvConfig(32, 4), CONFIG)))
+        self.feed(Received("api-0", Hello()))
+
+    def feed(self, event: Event) -> list[tuple[str, Message]]:
+        commands = self.router.handle(self.now, event)
+        return [(c.to, c.message) for c in commands if isinstance(c, Send) and not isinstance(c.message, Status)]
+
+    def submit(self, name: str, prompt: int) -> list[tuple[str, Message]]:
+        return self.feed(Received("api-0", Submit(make_request(name, prompt))))
+
+    def want(self, name: str, tokens: int, refused_by: tuple[str, ...] = ()) -> list[tuple[str, Message]]:
+        return self.feed(Received("prefill-0", DecodeWanted((name, 0), "api-0", tokens, 1, refused_by)))
+
+    def report(self, name: str, *, waiting: int = 0, free: int = 32, rate: float = 100.0, **more: object) -> list:
+        return self.feed(Received(name, Report(name, 0, waiting, 0, free, prefill_rate=rate, **more)))
+
+
+def target(sent: list[tuple[str, Message]]) -> str:
+    return next(to for to, message in sent if isinstance(message, Prefill))
+
+
+def test_prompts_go_to_the_shortest_predicted_wait() -> None:
+    board = Switchboard("prefill-0", "prefill-1", "decode-0")
+    board.report("prefill-0", waiting=300, rate=1000.0)
+    board.report("prefill-1", waiting=100, rate=100.0)
+    assert target(board.submit("a", 10)) == "prefill-0"
+
+
+def test_work_assigned_since_the_last_report_counts_until_a_report_names_it() -> None:
+    board = Switchboard("prefill-0", "prefill-1", "decode-0")
+    assert target(board.submit("a", 20)) == "prefill-0"
+    assert target(board.submit("b", 10)) == "prefill-1"
+    assert target(board.submit("c", 10)) == "prefill-1"
+    board.report("prefill-1", seen=(("b", 0), ("c", 0)))
+    assert target(board.submit("d", 10)) == "prefill-1"
+
+
+def test_decode_goes_where_memory_is_and_waits_in_order_when_there_is_none() -> None:
+    board = Switchboard("prefill-0", "decode-0", "decode-1")
+    board.report("decode-0", free=10)
+    assert board.want("a", 60) == [("prefill-0", DecodeAssigned(("a", 0), "decode-1"))]
+    assert board.want("b", 80) == []
+    assert board.want("c", 4) == [], "nobody overtakes"
+    answers = board.report("decode-0", free=32)
+    assert answers == [
+        ("prefill-0", DecodeAssigned(("b", 0), "decode-0")),
+        ("prefill-0", DecodeAssigned(("c", 0), "decode-1")),
+    ]
+
+
+def test_who_refused_is_asked_again_only_after_it_reports() -> None:
+    board = Switchboard("prefill-0", "decode-0")
+    assert board.want("a", 20, refused_by=("decode-0",)) == []
+    assert board.report("decode-0") == [("prefill-0", DecodeAssigned(("a", 0), "decode-0"))]
+
+
+def test_a_dropped_question_gives_its_memory_back() -> None:
+    board = Switchboard("prefill-0", "decode-0")
+    board.want("a", 100)
+    assert board.want("b", 100) == []
+    assert board.feed(Received("prefill-0", DecodeDropped(("a", 0), "decode-0"))) == [
+        ("prefill-0", DecodeAssigned(("b", 0), "decode-0"))
+    ]
+
+
+def test_a_loss_is_told_to_all_and_forgets_what_was_to_come_through_it() -> None:
+    board = Switchboard("prefill-0", "prefill-1", "decode-0")
+    board.want("a", 100)
+    told = board.feed(InstanceLost("prefill-0"))
+    assert {to for to, message in told if message == InstanceGone("prefill-0")} == {"prefill-1", "decode-0", "api-0"}
+    sent = board.feed(Received("prefill-1", DecodeWanted(("b", 0), "api-0", 100, 1)))
+    assert sent == [("prefill-1", DecodeAssigned(("b", 0), "decode-0"))]
+
+
+def test_a_draining_instance_gets_nothing_new() -> None:
+    board = Switchboard("prefill-0", "prefill-1", "decode-0")
+    board.feed(InstanceDraining("prefill-0"))
+    assert target(board.submit("a", 10)) == "prefill-1"
+    board.feed(InstanceDraining("decode-0"))
+    ((_, refusal),) = board.submit("b", 10)
+    assert isinstance(refusal, Rejected)
+    assert refusal.status == 503
+
+
+def test_when_every_wait_is_too_long_requests_are_shed() -> None:
+    board = Switchboard("prefill-0", "decode-0")
+    board.report("prefill-0", waiting=1600, rate=100.0)
+    ((_, refusal),) = board.submit("a", 10)
+    assert refusal == Rejected(("a", 0), 429, refusal.reason, retry_after=6.0)
