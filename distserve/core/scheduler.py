@@ -67,6 +67,10 @@ class InstanceScheduler:
         self._reported: tuple[int, ...] = ()
         self._report_timer = 0.0
 
+    def horizon(self) -> int:
+        """Steps, the next one included, over which no batch can change: no message and no end token provided."""
+        raise NotImplementedError
+
     # -- the role's part ------------------------------------------------------------------------------------------
 
     def _on_message(self, sender: str, message: Message) -> None:

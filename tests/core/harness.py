@@ -1,4 +1,4 @@
-"""A whole simulated deployment for tests: owner, router and instances on the simulator's loop, with every turn recorded."""
+"""A whole simulated deployment for tests: owner, router and instances on the loop, every turn recorded."""
 
 import hashlib
 from collections import defaultdict
