@@ -35,16 +35,19 @@ def block_runs(src_blocks: Sequence[int], dst_blocks: Sequence[int], num_src: in
     """
     if len(src_blocks) != len(dst_blocks):
         raise TransferError(f"{len(src_blocks)} source blocks cannot go into {len(dst_blocks)} destination blocks")
-    for side, blocks, num_blocks in (("source", src_blocks, num_src), ("destination", dst_blocks, num_dst)):
-        if blocks and not (min(blocks) >= 0 and max(blocks) < num_blocks):
-            raise TransferError(f"{side} blocks {min(blocks)}..{max(blocks)} are not all within 0..{num_blocks - 1}")
-    runs: list[list[int]] = []
-    for src, dst in zip(src_blocks, dst_blocks, strict=True):
-        if runs and src == runs[-1][0] + runs[-1][2] and dst == runs[-1][1] + runs[-1][2]:
-            runs[-1][2] += 1
-        else:
-            runs.append([src, dst, 1])
-    return np.array(runs, dtype=np.int64).reshape(-1, 3)
+    if not src_blocks:
+        return np.empty((0, 3), dtype=np.int64)
+    pairs = np.array((src_blocks, dst_blocks), dtype=np.int64)
+    for side, blocks, num_blocks in (("source", pairs[0], num_src), ("destination", pairs[1], num_dst)):
+        if blocks.min() < 0 or blocks.max() >= num_blocks:
+            raise TransferError(f"{side} blocks {blocks.min()}..{blocks.max()} are not all within 0..{num_blocks - 1}")
+    follows = (pairs[:, 1:] - pairs[:, :-1] == 1).all(axis=0)
+    starts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
+    runs = np.empty((len(starts), 3), dtype=np.int64)
+    runs[:, :2] = pairs[:, starts].T
+    runs[:-1, 2] = starts[1:] - starts[:-1]
+    runs[-1, 2] = len(src_blocks) - starts[-1]
+    return runs
 
 
 def layer_pieces(runs: Runs, src: KvLayout, dst: KvLayout, first_layer: int, end_layer: int) -> Pieces:
