@@ -94,6 +94,27 @@ def serve(model: str | None, config: Path | None, **flags: Any) -> None:
         run(load_config(config, _by_path(model, flags), model_dir()), Console(stderr=True))
 
 
+@main.command()
+@click.argument("question", required=False)
+@click.option("--prefill", type=int, help="Prefill instances.  [default: 1]")
+@click.option("--decode", type=int, help="Decode instances.  [default: 1]")
+def demo(question: str | None, **flags: Any) -> None:
+    """Ask the embedded demo model a QUESTION and show where the time of the answer went.
+
+    Starts a local Ray cluster with one prefill and one decode instance, streams one chat answer through the HTTP
+    endpoint, and stops everything again.
+    """
+    from rich.console import Console
+
+    from distserve.cluster.config import load_config
+    from distserve.cluster.demo import QUESTION
+    from distserve.cluster.demo import demo as run
+    from distserve.demo import model_dir
+
+    with _errors_for_humans():
+        run(load_config(None, _by_path(None, flags), model_dir()), question or QUESTION, Console())
+
+
 def _by_path(model: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Flags under the names of the configuration file's keys."""
     pools = ("prefill", "decode", "mixed")

@@ -15,6 +15,8 @@ from distserve.cluster.sizing import KvRequest
 from distserve.core.config import Role
 from distserve.core.errors import ConfigError
 
+_DEFAULT_MODEL_NAME = "distserve-demo"
+
 Count = Annotated[int, Field(ge=0, le=10_000)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -157,11 +159,17 @@ def load_config(path: Path | None, flags: dict[str, Any], default_model: Path) -
         host=serving.host,
         port=serving.port,
         api_key=serving.api_key,
-        served_model_names=tuple(name for name in (serving.served_model_name or "").split(",") if name),
+        served_model_names=_names(checked),
         ray_address=serving.ray_address,
         drain_timeout=serving.drain_timeout,
         event_log=serving.event_log.resolve() if serving.event_log else None,
     )
+
+
+def _names(checked: ConfigFile) -> tuple[str, ...]:
+    """Names in the API; none given leaves the choice to whoever reads the model's directory."""
+    names = tuple(name for name in (checked.serving.served_model_name or "").split(",") if name)
+    return names or (() if checked.model is not None else (_DEFAULT_MODEL_NAME,))
 
 
 def _pools(checked: ConfigFile) -> tuple[tuple[Role, int], ...]:

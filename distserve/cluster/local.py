@@ -7,7 +7,6 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -80,7 +79,11 @@ class LocalCluster:
 
     async def __aenter__(self) -> OwnerBackend:
         loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._start)
+        try:
+            await asyncio.to_thread(self._start)
+        except BaseException:
+            self._close()
+            raise
         backend = OwnerBackend(OWNER, Owner(OWNER), self._post.of(OWNER), loop, self._log(OWNER))
         self._post.open(OWNER, lambda received: loop.call_soon_threadsafe(backend.receive, received))
         backend.start()
@@ -111,8 +114,9 @@ class LocalCluster:
             addresses[spec.instance_id] = transport.address
             name = spec.instance_id
             self._ranks[name] = Rank(spec, self._plan, transport, self._post.of(name), self._log(name))
-        with ThreadPoolExecutor() as executor:
-            list(executor.map(Rank.load, self._ranks.values()))
+        # One after the other: transformers patches module-wide state while it loads.
+        for rank in self._ranks.values():
+            rank.load()
         self._router = Driver(Router(), cluster_time, self._post.of(ROUTER), self._router_timers, log=self._log(ROUTER))
         self._post.open(ROUTER, self._router.feed)
         self._router_timers.start()

@@ -60,6 +60,7 @@ def ray_cluster(address: str | None, directory: str, num_cpus: int) -> Iterator[
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
                 _temp_dir=directory,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:

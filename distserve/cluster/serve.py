@@ -10,11 +10,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import ray
 import uvicorn
@@ -43,6 +43,9 @@ from distserve.core.owner import Owner
 
 logger = logging.getLogger(__name__)
 
+Client = Callable[[str], Coroutine[Any, Any, None]]
+"""Talks to the endpoint at the URL it is given."""
+
 OWNER = "api-0"
 _DRAIN_LIMIT = 256
 """Messages handled at a stretch before the loop looks after its connections again."""
@@ -51,13 +54,13 @@ _FAREWELL = 2
 _BACKLOG = 2048
 
 
-def serve(config: ServeConfig, console: Console, on_ready: Callable[[str], None] | None = None) -> None:
+def serve(config: ServeConfig, console: Console, client: Client | None = None) -> None:
     """Serve until told to stop by SIGTERM or SIGINT; returns once nothing is left running.
 
     Args:
         config: What to serve, and how.
         console: Shows the start's progress and the line that ends it.
-        on_ready: Called with the URL once requests can come, for whoever embeds the server.
+        client: Run with the URL once requests can come; serving ends with it.
 
     Raises:
         ConfigError: it cannot be served; nothing is left running.
@@ -75,11 +78,9 @@ def serve(config: ServeConfig, console: Console, on_ready: Callable[[str], None]
         def announce(url: str) -> None:
             progress.stop()
             console.print(_summary(url, model, launch.deployment.blueprint), highlight=False, soft_wrap=True)
-            if on_ready is not None:
-                on_ready(url)
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(config, model, launch, listener, announce))
+            runner.run(_serve(config, model, launch, listener, announce, client))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +185,7 @@ async def _serve(
     launch: _Launch,
     listener: socket.socket,
     announce: Callable[[str], None],
+    client: Client | None,
 ) -> None:
     """Run the endpoint until a signal has come and what was under way has ended."""
     loop = asyncio.get_running_loop()
@@ -212,22 +214,29 @@ async def _serve(
         loop.add_signal_handler(number, told.put_nowait, None)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(told.get())
+    ends: set[asyncio.Task[Any]] = {serving, stopping}
     ready = asyncio.create_task(backend.ready(config.num_instances))
     try:
-        await asyncio.wait({serving, stopping, ready}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            announce(_url(listener))
-            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            url = _url(listener)
+            announce(url)
+            if client is not None:
+                ends.add(asyncio.create_task(client(url)))
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await _drain(backend, told, config.drain_timeout)
     finally:
         ready.cancel()
         backend.close()
         server.should_exit = True
-        await serving
+        await asyncio.wait({serving})
         loop.remove_reader(launch.mailbox.fileno)
         if log is not None:
             log.close()
+    for task in ends:
+        if task.done():
+            task.result()
 
 
 async def _drain(backend: OwnerBackend, told: asyncio.Queue[None], patience: float) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import zmq
 
-from distserve.cluster.network import ClusterKey, Mailbox, ReceiverThread
+from distserve.cluster.network import Mailbox, ReceiverThread, create_key
+from distserve.cluster.parts import ClusterKey
 from distserve.cluster.wire import EVENTS
 from distserve.core.errors import ConfigError
 from distserve.core.events import Received, Timer
 from distserve.core.messages import Abort, Hello, Prefill
 from distserve.core.request import Request, SamplingParams
 
-KEY = ClusterKey.create()
+KEY = create_key()
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_dead_peer_never_blocks_its_sender(make: Callable[..., Mailbox], monke
 @pytest.mark.parametrize("stranger", ["another key", "no key", "another secret"])
 def test_strangers_are_not_heard(make: Callable[..., Mailbox], stranger: str) -> None:
     bob = make("bob")
-    other = ClusterKey.create()
+    other = create_key()
     context = zmq.Context()
     socket = context.socket(zmq.PUSH)
     socket.linger = 0

@@ -1,0 +1,170 @@
+"""A cluster in one process serves what transformers' own generate would, also when instances are lost or clients leave."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distserve.cluster.local import OWNER, LocalCluster
+from distserve.cluster.owner_backend import OwnerBackend
+from distserve.cluster.rank import scheduler_for
+from distserve.cluster.replay import replay
+from distserve.core.commands import Conclude, Deliver
+from distserve.core.config import KvConfig, SchedulerConfig
+from distserve.core.owner import Owner
+from distserve.core.request import Request, SamplingParams
+from distserve.core.router import Router
+from distserve.demo import model_dir
+
+PROMPTS = [list(range(20 + 7 * number, 20 + 7 * number + 3 + 11 * number)) for number in range(6)]
+NUM_TOKENS = 24
+
+
+def greedy(name: str, prompt: list[int], num_tokens: int = NUM_TOKENS) -> Request:
+    return Request(name, OWNER, tuple(prompt), SamplingParams(num_tokens, temperature=0.0, ignore_eos=True))
+
+
+async def collect(backend: OwnerBackend, request: Request) -> tuple[list[int], Conclude]:
+    tokens: list[int] = []
+    async for item in backend.submit(request):
+        if isinstance(item, Conclude):
+            return tokens, item
+        tokens += [output.token_id for output in item.outputs]
+    raise AssertionError("a stream ends with its Conclude")
+
+
+async def idle(backend: OwnerBackend, specs_kv: KvConfig) -> bool:
+    """Whether, before long, every instance reports all its blocks free."""
+    for _ in range(200):
+        status = backend.status()
+        if status is not None and all(
+            report.num_free_blocks == specs_kv.num_blocks and report.num_running == 0
+            for _, report in status.instances
+        ):
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    return [
+        model.generate(
+            torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize(("prefill", "decode", "mixed"), [(1, 1, 0), (2, 2, 0), (0, 0, 1)])
+async def test_tokens_are_those_of_generate(
+    expected: list[list[int]], prefill: int, decode: int, mixed: int, tmp_path: Path
+) -> None:
+    kv = KvConfig(num_blocks=64)
+    scheduler = SchedulerConfig(max_batch_tokens=48, report_interval=0.02)
+    cluster = LocalCluster(
+        model_dir(), prefill, decode, mixed=mixed, kv=kv, scheduler=scheduler, log_dir=tmp_path
+    )
+    async with cluster as backend:
+        answers = await asyncio.gather(
+            *(collect(backend, greedy(f"r{number}", prompt)) for number, prompt in enumerate(PROMPTS))
+        )
+        assert await idle(backend, kv)
+    assert [tokens for tokens, _ in answers] == expected
+    assert {conclude.status for _, conclude in answers} == {200}
+    # What the live machines decided follows from their logs alone.
+    machines = {spec.instance_id: scheduler_for(spec) for spec in cluster.specs}
+    for name, machine in {**machines, OWNER: Owner(OWNER), "router": Router()}.items():
+        steps = list(replay(tmp_path / f"{name}.log", machine))
+        assert steps
+        for _, event, live, again in steps:
+            assert live == again, (name, event)
+
+
+async def test_preempted_sequences_still_give_the_same_tokens(expected: list[list[int]]) -> None:
+    # Too few blocks for all sequences to grow to their ends.
+    kv = KvConfig(num_blocks=14)
+    scheduler = SchedulerConfig(headroom=0.0, report_interval=0.0)
+    async with LocalCluster(model_dir(), kv=kv, scheduler=scheduler) as backend:
+        answers = await asyncio.gather(
+            *(collect(backend, greedy(f"r{number}", prompt)) for number, prompt in enumerate(PROMPTS))
+        )
+        assert await idle(backend, kv)
+        status = backend.status()
+    assert status is not None
+    assert sum(report.num_preempted for _, report in status.instances) > 0
+    assert [tokens for tokens, _ in answers] == expected
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+async def test_a_lost_instance_costs_no_tokens(expected: list[list[int]], victim: str) -> None:
+    cluster = LocalCluster(model_dir(), prefill=2, decode=2)
+    async with cluster as backend:
+        tasks = [
+            asyncio.create_task(collect(backend, greedy(f"r{number}", prompt)))
+            for number, prompt in enumerate(PROMPTS)
+        ]
+        await asyncio.sleep(0.03)
+        await asyncio.to_thread(cluster.lose, victim)
+        answers = await asyncio.gather(*tasks)
+    assert [tokens for tokens, _ in answers] == expected
+
+
+async def test_a_client_that_leaves_frees_its_blocks() -> None:
+    kv = KvConfig(num_blocks=64)
+    scheduler = SchedulerConfig(report_interval=0.02, heartbeat=0.1)
+    async with LocalCluster(model_dir(), kv=kv, scheduler=scheduler) as backend:
+        for number in range(4):
+            stream = backend.submit(greedy(f"r{number}", PROMPTS[1], num_tokens=400))
+            for _ in range(number):
+                assert isinstance(await anext(stream), Deliver)
+            backend.abandon(f"r{number}")
+        assert backend.num_active == 0
+        assert await idle(backend, kv)
+
+
+async def test_a_stopped_choice_ends_there() -> None:
+    async with LocalCluster(model_dir()) as backend:
+        tokens = 0
+        async for item in backend.submit(greedy("r", PROMPTS[0], num_tokens=400)):
+            if isinstance(item, Conclude):
+                assert item.status == 200
+                break
+            tokens += len(item.outputs)
+            if tokens == 3:
+                backend.stop("r", 0, 3)
+        assert tokens < 100
+
+
+async def test_draining_refuses_the_new_and_finishes_the_old(expected: list[list[int]]) -> None:
+    async with LocalCluster(model_dir()) as backend:
+        old = asyncio.create_task(collect(backend, greedy("old", PROMPTS[2])))
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(backend.drain(30))
+        await asyncio.sleep(0)
+        tokens, refusal = await collect(backend, greedy("new", PROMPTS[0]))
+        assert (tokens, refusal.status) == ([], 503)
+        assert backend.status() is None
+        assert await draining
+        assert (await old)[0] == expected[2]
+
+
+async def test_draining_gives_up_in_time() -> None:
+    async with LocalCluster(model_dir()) as backend:
+        old = asyncio.create_task(collect(backend, greedy("old", PROMPTS[2], num_tokens=450)))
+        await asyncio.sleep(0)
+        assert not await backend.drain(0.05)
+    _, conclude = await old
+    assert conclude.status == 503
+
+
+async def test_what_can_never_fit_is_refused() -> None:
+    async with LocalCluster(model_dir(), kv=KvConfig(num_blocks=4)) as backend:
+        tokens, refusal = await collect(backend, greedy("big", list(range(10, 90))))
+        assert (tokens, refusal.status) == ([], 400)
+        tokens, _ = await collect(backend, greedy("small", PROMPTS[0], num_tokens=5))
+        assert len(tokens) == 5
