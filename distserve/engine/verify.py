@@ -4,7 +4,9 @@ A few tokens go through the model's own attention at once, and through the paged
 sequence. Position biases, masks or states that the paged path does not know of show as a difference.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +38,27 @@ _KNOWN_ARGUMENTS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionSettings:
+    """How a layer asks for its attention; see :func:`distserve_kernels.paged_attention`."""
+
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a module's own attention made of the trial tokens (logits [T, V]), and each layer's settings."""
+
+    logits: Tensor
+    settings: tuple[AttentionSettings, ...]
+
+
 @torch.inference_mode()
-def expected_logits(module: PreTrainedModel, kv: KvPool) -> Tensor:
-    """What the model's own attention makes of the trial tokens: logits [T, V]. Checks how it calls attention, too.
+def run_trial(module: PreTrainedModel, kv: KvPool) -> Trial:
+    """Run the trial tokens through the model's own attention, and see how its layers call it.
 
     Raises:
         UnsupportedModelError: it calls attention in a way that the paged path does not cover.
@@ -54,16 +74,17 @@ def expected_logits(module: PreTrainedModel, kv: KvPool) -> Tensor:
     module.set_attn_implementation(IMPLEMENTATION)
     if not bool(logits.isfinite().all()):
         raise ConfigError("the model computes logits that are not finite numbers: its weights are damaged")
-    return logits
+    return Trial(logits, tuple(recorder.settings))
 
 
 @torch.inference_mode()
-def check_agreement(model: LanguageModel, expected: Tensor, kv: KvPool, model_type: str) -> None:
-    """Compare the paged path with :func:`expected_logits`. Leaves the first blocks of the pool with trial data.
+def check_agreement(model: LanguageModel, trial: Trial, kv: KvPool, model_type: str) -> None:
+    """Compare the paged path with what a trial gave. Leaves the first blocks of the pool with trial data.
 
     Raises:
         UnsupportedModelError: the two differ by more than rounding.
     """
+    expected = trial.logits
     tokens = _trial_tokens(expected.shape[-1], kv)
     num_tokens = len(tokens)
     borders = [0, num_tokens // 3, num_tokens - 2, num_tokens - 1, num_tokens]
@@ -114,8 +135,9 @@ class _Recorder:
         self.model_type = model_type
         self.layout = kv.layout
         self.layers: list[object] = []
+        self.settings: list[AttentionSettings] = []
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, object]) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
         self.layers.append(getattr(module, "layer_idx", None))
         unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _KNOWN_ARGUMENTS)
         if unknown:
@@ -128,6 +150,16 @@ class _Recorder:
                 f"its attention has keys of shape {list(key.shape)} and values of shape {list(value.shape)} "
                 f"where its configuration implies {list(kv_shape)}"
             )
+        scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+        default = self.layout.head_dim**-0.5
+        self.settings.append(
+            AttentionSettings(
+                scale=default if scale is None else float(scale),
+                sliding_window=kwargs.get("sliding_window"),
+                softcap=kwargs.get("softcap"),
+                has_sinks=sinks is not None,
+            )
+        )
         return query.transpose(1, 2).new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
 
     def check_layers(self) -> None:

@@ -17,12 +17,13 @@ from distserve.core.events import StepDone
 from distserve.core.request import TokenLogprobs
 from distserve.engine.batch import Batch
 from distserve.engine.description import describe_config, load_config
+from distserve.engine.fused import FusedModel, can_fuse
 from distserve.engine.kv import KvPool
 from distserve.engine.loader import load_module
 from distserve.engine.model import LanguageModel, TransformersModel
 from distserve.engine.sampling import token_logprobs
 from distserve.engine.sequences import SequenceState
-from distserve.engine.verify import check_agreement, expected_logits
+from distserve.engine.verify import check_agreement, run_trial
 
 
 class Worker:
@@ -40,6 +41,7 @@ class Worker:
         kv: KvConfig,
         kv_buffer: Tensor | None = None,
         num_threads: int | None = None,
+        fused: bool = True,
     ) -> None:
         """Load the model in ``model_dir``.
 
@@ -49,6 +51,7 @@ class Worker:
             kv: size of the KV pool.
             kv_buffer: flat uint8 memory for it, ``layout.num_bytes`` long; None allocates it.
             num_threads: threads of this process that compute; None leaves torch's setting.
+            fused: run on fused kernels where the model allows; False runs transformers' own modules, the reference.
 
         Raises:
             ConfigError: the model directory is missing, incomplete or damaged.
@@ -61,9 +64,13 @@ class Worker:
         self.description = describe_config(config, path)
         self.kv = KvPool(self.description.layout(kv, dtype), kv_buffer)
         module = load_module(config, path, dtype)
-        expected = expected_logits(module, self.kv)
-        self._model: LanguageModel = TransformersModel(module, self.kv)
-        check_agreement(self._model, expected, self.kv, config.model_type)
+        trial = run_trial(module, self.kv)
+        self._model: LanguageModel
+        if fused and can_fuse(module, self.kv, trial.settings):
+            self._model = FusedModel(module, self.kv, trial.settings)
+        else:
+            self._model = TransformersModel(module, self.kv)
+        check_agreement(self._model, trial, self.kv, config.model_type)
         self._sequences: dict[int, SequenceState] = {}
         self._batch: Batch | None = None
 

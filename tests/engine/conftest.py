@@ -33,8 +33,8 @@ class Served:
     prompts: list[list[int]]
     expected: list[list[int]]
 
-    def worker(self, num_blocks: int = 96, block_size: int = 4) -> Worker:
-        return Worker(self.path, kv=KvConfig(num_blocks, block_size))
+    def worker(self, num_blocks: int = 96, block_size: int = 4, *, fused: bool = True) -> Worker:
+        return Worker(self.path, kv=KvConfig(num_blocks, block_size), fused=fused)
 
 
 @pytest.fixture(scope="session")
