@@ -17,7 +17,8 @@ each computes.
 The package imports nothing of the rest of the project and needs only torch.
 """
 
-from distserve_kernels.fused_decoder import DecoderLayer, DecoderShape, FusedDecoder, StepInputs
+from distserve_kernels.decoder_types import DecoderLayer, DecoderShape, StepInputs
+from distserve_kernels.fused_decoder import FusedDecoder
 from distserve_kernels.linear import PackedLinear
 from distserve_kernels.ops import (
     add_rms_norm,

@@ -8,130 +8,57 @@ Under tensor parallelism each rank builds it from its shard (its heads, its slic
 ``all_reduce`` that sums the two partial results of every layer.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
+import torch
 from torch import Tensor
 
-from distserve_kernels.linear import PackedLinear
-from distserve_kernels.ops import add_rms_norm, paged_attention, rms_norm, rope_and_write_kv, silu_mul
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderShape:
-    """Sizes shared by all layers; heads and ``intermediate_size`` are this rank's own."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    norm_eps: float
-    scale: float
-    """Factor on the attention's dot products, usually head_dim ** -0.5."""
-    softcap: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderLayer:
-    """One layer's weights, as [out, in] matrices; the decoder copies what it needs in another layout."""
-
-    input_norm: Tensor
-    """[hidden]"""
-    qkv: Tensor
-    """[(H + 2 K) * D, hidden], q's rows, then k's, then v's"""
-    o_proj: Tensor
-    """[hidden, H * D]"""
-    post_attention_norm: Tensor
-    """[hidden]"""
-    gate_up: Tensor
-    """[2 * I, hidden], gate's rows, then up's"""
-    down: Tensor
-    """[hidden, I]"""
-    qkv_bias: Tensor | None = None
-    o_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    sliding_window: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepInputs:
-    """What a step's tokens are and where their keys and values live; the same for every layer."""
-
-    cos: Tensor
-    """[T, R] float32"""
-    sin: Tensor
-    """[T, R] float32"""
-    slots: Tensor
-    """[T] int64"""
-    block_tables: Tensor
-    """[B, max blocks] int32"""
-    query_starts: Tensor
-    """[B + 1] int32"""
-    context_lens: Tensor
-    """[B] int32"""
-
-
-class _TorchLayer:
-    """A layer composed of this package's functions."""
-
-    def __init__(self, shape: DecoderShape, layer: DecoderLayer) -> None:
-        self.shape = shape
-        self.input_norm = layer.input_norm
-        self.post_attention_norm = layer.post_attention_norm
-        self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
-        self.sliding_window = layer.sliding_window
-        self.qkv = PackedLinear(layer.qkv, layer.qkv_bias)
-        self.o_proj = PackedLinear(layer.o_proj, layer.o_bias)
-        self.gate_up = PackedLinear(layer.gate_up)
-        self.down = PackedLinear(layer.down)
-
-    def attention(self, normed: Tensor, step: StepInputs, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        shape = self.shape
-        q = rope_and_write_kv(
-            self.qkv(normed),
-            step.cos,
-            step.sin,
-            k_cache,
-            v_cache,
-            step.slots,
-            shape.num_heads,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            eps=shape.norm_eps,
-        )
-        attended = paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            step.block_tables,
-            step.query_starts,
-            step.context_lens,
-            scale=shape.scale,
-            sliding_window=self.sliding_window,
-            softcap=shape.softcap,
-        )
-        return self.o_proj(attended.flatten(1))
-
-    def mlp(self, normed: Tensor) -> Tensor:
-        return self.down(silu_mul(self.gate_up(normed)))
+from distserve_kernels.decoder_types import DecoderLayer, DecoderShape, StepInputs
+from distserve_kernels.native_layers import ATTENTION_HALF, MLP_HALF, NativeLayers, layer_is_native
+from distserve_kernels.ops import add_rms_norm, rms_norm
+from distserve_kernels.torch_layer import TorchLayer
 
 
 class FusedDecoder:
-    """Decoder layers ready to run; each iterated layer is packed and may be freed before the next is made."""
+    """Decoder layers ready to run: native code where it supports them, this package's functions elsewhere.
+
+    Native layers need caches of bfloat16 with contiguous blocks of a multiple of 16 tokens. An instance runs one
+    step at a time.
+    """
 
     def __init__(
         self,
         shape: DecoderShape,
-        layers: Sequence[DecoderLayer],
+        layers: Iterable[DecoderLayer],
         *,
         all_reduce: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Packs the layers; ``all_reduce`` sums a tensor over the ranks in place (None: one rank)."""
+        """Packs the layers one by one, so that an iterator may load each when it is asked for and drop it after.
+
+        Args:
+            shape: sizes; heads and intermediate size are this rank's.
+            layers: at least one.
+            all_reduce: sums a tensor over the ranks in place; None for one rank.
+        """
         self.shape = shape
         self.all_reduce = all_reduce
-        self.layers = [_TorchLayer(shape, layer) for layer in layers]
+        iterator = iter(layers)
+        first = next(iterator)
+        self.is_native = layer_is_native(shape, first)
+        self._native = NativeLayers(shape)
+        self._torch: list[TorchLayer] = []
+        self._num_layers = 0
+        for layer in chain([first], iterator):
+            if self.is_native:
+                self._native.append(layer)
+            else:
+                self._torch.append(TorchLayer(shape, layer))
+            self._num_layers += 1
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return self._num_layers
 
     def __call__(
         self,
@@ -146,20 +73,48 @@ class FusedDecoder:
         """Runs layers ``first`` to ``last`` (exclusive; all by default) on hidden [T, hidden], overwriting it.
 
         Args:
-            hidden: the embeddings, or what the layer before ``first`` returned.
+            hidden: the embeddings, or what the layer before ``first`` returned; contiguous.
             step: this step's tokens.
-            k_caches, v_caches: per layer of this decoder, [N, P, K, D].
-            first, last: the range, so that a caller can act between groups of layers.
+            k_caches: per layer of this decoder, [N, P, K, D].
+            v_caches: likewise.
+            first: begin of the range; a caller may act between groups of layers.
+            last: its end.
 
         Returns:
             ``hidden``: the residual stream after the last layer run, not yet normed.
+
+        Raises:
+            ValueError: native layers cannot read the caches' layout.
         """
+        assert hidden.is_contiguous()
+        end = len(self) if last is None else last
+        if not self.is_native:
+            self._run_torch(hidden, step, k_caches, v_caches, first, end)
+        elif self.all_reduce is None:
+            self._native.run(hidden, step, k_caches, v_caches, first, end)
+        else:
+            partial = torch.empty_like(hidden)
+            for index in range(first, end):
+                for half in (ATTENTION_HALF, MLP_HALF):
+                    self._native.run(hidden, step, k_caches, v_caches, index, index + 1, halves=half, partial=partial)
+                    self.all_reduce(partial)
+                    hidden += partial
+        return hidden
+
+    def _run_torch(
+        self,
+        hidden: Tensor,
+        step: StepInputs,
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
+        first: int,
+        end: int,
+    ) -> None:
         eps = self.shape.norm_eps
-        for index in range(first, len(self.layers) if last is None else last):
-            layer = self.layers[index]
-            partial = layer.attention(
-                rms_norm(hidden, layer.input_norm, eps), step, k_caches[index], v_caches[index]
-            )
+        for index in range(first, end):
+            layer = self._torch[index]
+            normed = rms_norm(hidden, layer.input_norm, eps)
+            partial = layer.attention(normed, step, k_caches[index], v_caches[index])
             if self.all_reduce is not None:
                 self.all_reduce(partial)
             normed = add_rms_norm(partial, hidden, layer.post_attention_norm, eps)
@@ -167,7 +122,3 @@ class FusedDecoder:
             if self.all_reduce is not None:
                 self.all_reduce(partial)
             hidden += partial
-        return hidden
-
-    def __len__(self) -> int:
-        return len(self.layers)

@@ -207,8 +207,8 @@ class Scratch:
         """Starts empty."""
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, num_bytes: int) -> int:
-        """The address of at least ``num_bytes``, valid until the next call."""
+    def take(self, num_bytes: int) -> Tensor:
+        """``num_bytes`` of it [num_bytes], valid until the next call; what they hold is arbitrary."""
         if self._bytes.numel() < num_bytes:
             self._bytes = huge_bytes(num_bytes)
-        return self._bytes.data_ptr()
+        return self._bytes[:num_bytes]

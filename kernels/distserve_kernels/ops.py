@@ -49,7 +49,7 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention over a paged cache; see `reference.paged_attention` for arguments and result."""
     library = native.library
-    num_tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     if (
         library is None
         or not (native.is_native(q) and native.cache_is_native(k_cache) and native.cache_is_native(v_cache))
@@ -101,7 +101,7 @@ def paged_attention(
     num_threads = torch.get_num_threads()
     pointer = ctypes.addressof(call)
     scratch = _per_thread.scratch.take(library.ds_attention_scratch(pointer, num_threads))
-    library.ds_paged_attention(pointer, scratch, num_threads)
+    library.ds_paged_attention(pointer, scratch.data_ptr(), num_threads)
     return result
 
 

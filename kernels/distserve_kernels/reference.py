@@ -9,8 +9,8 @@ P tokens per block, I intermediate size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -35,7 +35,8 @@ def paged_attention(
 
     Args:
         q: [T, H, D] queries; sequence b owns rows ``query_starts[b]:query_starts[b + 1]``, its newest tokens.
-        k_cache, v_cache: [N, P, K, D]; position p of sequence b is at ``[block_tables[b, p // P], p % P]``.
+        k_cache: [N, P, K, D]; position p of sequence b is at ``[block_tables[b, p // P], p % P]``.
+        v_cache: likewise.
         block_tables: [B, max blocks] int32; entries past a sequence's context are never read.
         query_starts: [B + 1] int32, ascending from 0.
         context_lens: [B] int32 tokens per sequence, this step's included.
@@ -120,11 +121,14 @@ def rope_and_write_kv(
 
     Args:
         qkv: [T, (H + 2 K) * D], the heads of q, then k, then v.
-        cos, sin: [T, R] of the tokens' positions, halves repeated as transformers has them; R <= D.
-        k_cache, v_cache: [N, P, K, D], written at ``slots``.
+        cos: [T, R] of the tokens' positions, halves repeated as transformers has them; R <= D.
+        sin: likewise.
+        k_cache: [N, P, K, D], written at ``slots``.
+        v_cache: likewise.
         slots: [T] int64, ``block * P + offset``.
         num_heads: H.
-        q_norm, k_norm: [D] weights of an RMS norm per head, applied before the rotation.
+        q_norm: [D] weight of an RMS norm of each query head, applied before the rotation.
+        k_norm: the same for key heads.
         eps: of those norms.
 
     Returns:
@@ -132,7 +136,8 @@ def rope_and_write_kv(
     """
     num_kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
+    v = heads[:, num_heads + num_kv_heads :]
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps)
     if k_norm is not None:
@@ -156,9 +161,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 def silu_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of [T, 2 I], gate in the first half: [T, I]."""
     gate, up = gate_up.to(_compute_dtype(gate_up)).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    return (functional.silu(gate) * up).to(gate_up.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``."""
-    return F.linear(x, weight, bias)
+    return functional.linear(x, weight, bias)
