@@ -65,7 +65,6 @@ class Generation:
     def advance(self, items: list[Deliver | Conclude]) -> list[tuple[Choice, Piece]]:
         """Take what came in. Sets ``failure`` when the cluster gave a request up."""
         now = self._clock()
-        before = self.num_output_tokens
         pieces: list[tuple[Choice, Piece]] = []
         for item in items:
             if isinstance(item, Conclude):
@@ -76,7 +75,7 @@ class Generation:
                 choice = self.choices[first + output.choice]
                 if choice.finish_reason is None:  # else tokens have overrun a stop string
                     pieces.append((choice, self._accept(item.request_id, choice, output, now)))
-        self._metrics.output_tokens.inc(self.num_output_tokens - before)
+        self._metrics.output_tokens.inc(sum(piece.token_id is not None for _, piece in pieces))
         return pieces
 
     def _accept(self, request_id: str, choice: Choice, output: TokenOutput, now: float) -> Piece:

@@ -5,24 +5,22 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
-import distserve.demo
 from distserve.api.app import create_app
 from distserve.api.model import ServedModel, load_served_model
 from distserve.api.settings import ApiSettings
 from distserve.api.tokenizer import TextTokenizer
 from distserve.core.request import Request
+from distserve.demo import model_dir
 from tests.api.fake_backend import FakeBackend
 
-MODEL_DIR = Path(distserve.demo.__file__).parent / "model"
+MODEL_DIR = model_dir()
 ANSWER = "The quick brown fox – naïve, 日本 and 🦊 – jumps over the lazy dog.\nThen it sleeps."
 
 
@@ -34,7 +32,6 @@ class Server:
     backend: FakeBackend
     model: ServedModel
     client: httpx.Client
-    loop: asyncio.AbstractEventLoop
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -89,24 +86,19 @@ def demo_model() -> ServedModel:
 
 def start(backend: FakeBackend, model: ServedModel, settings: ApiSettings) -> Iterator[Server]:
     app = create_app(backend, model, settings)
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         config = uvicorn.Config(app, log_level="warning", loop="asyncio", lifespan="off")
         server = uvicorn.Server(config)
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(sockets=[listener])))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         url = f"http://127.0.0.1:{port}"
         try:
             with httpx.Client(base_url=url, timeout=20) as client:
-                while not server.started:
-                    assert thread.is_alive()
-                yield Server(url, backend, model, client, loop)
+                yield Server(url, backend, model, client)
         finally:
             server.should_exit = True
             thread.join()
-            loop.close()
 
 
 def backend_for(model: ServedModel, text: str = ANSWER) -> FakeBackend:
