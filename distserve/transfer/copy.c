@@ -52,13 +52,17 @@ static void copy_piece(char *dst, const char *src, int64_t num_bytes, const char
 static void finish(void) {}
 #endif
 
-/* pieces: num_pieces rows of (offset in src, offset in dst, bytes). No piece overlaps another's destination. */
+/* pieces: num_pieces (at least one) rows of (offset in src, offset in dst, bytes), copied num_planes times, each time
+ * src_stride and dst_stride further on. No piece overlaps another's destination. */
 __attribute__((visibility("default"))) void distserve_copy_pieces(const char *src, char *dst, const int64_t *pieces,
-                                                                  int64_t num_pieces) {
+                                                                  int64_t num_pieces, int64_t num_planes,
+                                                                  int64_t src_stride, int64_t dst_stride) {
     const int64_t *last = pieces + 3 * (num_pieces - 1);
     /* Pairs with the source's order of KV before progress; no instruction on x86-64. */
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    for (const int64_t *piece = pieces; piece <= last; piece += 3)
-        copy_piece(dst + piece[1], src + piece[0], piece[2], src + (piece < last ? piece + 3 : piece)[0]);
+    for (int64_t plane = 0; plane < num_planes; plane++, src += src_stride, dst += dst_stride)
+        for (const int64_t *piece = pieces; piece <= last; piece += 3)
+            copy_piece(dst + piece[1], src + piece[0], piece[2],
+                       piece < last ? src + piece[3] : src + src_stride + pieces[0]);
     finish();
 }

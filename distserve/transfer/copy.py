@@ -27,7 +27,8 @@ def _load() -> ctypes.CDLL | None:
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
-    library.distserve_copy_pieces.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.distserve_copy_pieces.argtypes = [pointer, pointer, pointer, number, number, number, number]
     library.distserve_copy_pieces.restype = None
     return library
 
@@ -35,23 +36,38 @@ def _load() -> ctypes.CDLL | None:
 _library = _load()
 
 
-def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces) -> None:
-    """Copy every piece from ``src`` to ``dst`` (flat bytes). Pieces lie within both and do not overlap in ``dst``."""
+def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces, num_planes: int, src_stride: int, dst_stride: int) -> None:
+    """Copy every piece from ``src`` to ``dst`` (flat bytes), ``num_planes`` times, each time one stride further on.
+
+    There is at least one piece; pieces lie within both memories and do not overlap in ``dst``.
+    """
     if _library is None:
-        copy_pieces_with_numpy(src, dst, pieces)
+        copy_pieces_with_numpy(src, dst, pieces, num_planes, src_stride, dst_stride)
         return
     assert pieces.flags.c_contiguous
     assert pieces.dtype == np.int64
-    _library.distserve_copy_pieces(src.ctypes.data, dst.ctypes.data, pieces.ctypes.data, len(pieces))
+    _library.distserve_copy_pieces(
+        src.ctypes.data, dst.ctypes.data, pieces.ctypes.data, len(pieces), num_planes, src_stride, dst_stride
+    )
 
 
-def copy_pieces_with_numpy(src: Bytes, dst: Bytes, pieces: Pieces) -> None:
+def copy_pieces_with_numpy(
+    src: Bytes, dst: Bytes, pieces: Pieces, num_planes: int, src_stride: int, dst_stride: int
+) -> None:
     """Do what :func:`copy_pieces` does without native code."""
-    if int(pieces[:, 2].sum()) >= _LONG_PIECE * len(pieces):
-        src_start, dst_start = src.ctypes.data, dst.ctypes.data
-        for src_offset, dst_offset, length in pieces.tolist():
-            ctypes.memmove(dst_start + dst_offset, src_start + src_offset, length)
-        return
+    in_long_pieces = int(pieces[:, 2].sum()) >= _LONG_PIECE * len(pieces)
+    copy_plane = _copy_long if in_long_pieces else _copy_short
+    for plane in range(num_planes):
+        copy_plane(src[plane * src_stride :], dst[plane * dst_stride :], pieces)
+
+
+def _copy_long(src: Bytes, dst: Bytes, pieces: Pieces) -> None:
+    src_start, dst_start = src.ctypes.data, dst.ctypes.data
+    for src_offset, dst_offset, length in pieces.tolist():
+        ctypes.memmove(dst_start + dst_offset, src_start + src_offset, length)
+
+
+def _copy_short(src: Bytes, dst: Bytes, pieces: Pieces) -> None:
     # The largest unit of which all offsets and lengths are multiples: a block, if blocks are what is copied.
     unit = int(np.gcd.reduce(pieces, axis=None))
     lengths = pieces[:, 2] // unit

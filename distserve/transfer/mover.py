@@ -16,7 +16,7 @@ from distserve.core.config import KvLayout
 from distserve.core.errors import TransferError
 from distserve.core.events import Migrated
 from distserve.transfer.copy import Bytes, copy_pieces
-from distserve.transfer.plan import Runs, batches, block_runs, layer_pieces
+from distserve.transfer.plan import Pieces, plane_bytes, plane_pieces, portions
 from distserve.transfer.progress import SourceProgress
 from distserve.transfer.transport import Clock
 
@@ -203,24 +203,34 @@ class Mover:
         """Copy batch by batch; yields whether something moved."""
         migrate, ours, theirs = pull.migrate, self._layout, source.layout
 
-        def runs(blocks: slice) -> Runs:
-            src, dst = migrate.src_blocks[blocks], migrate.dst_blocks[blocks]
-            return block_runs(src, dst, theirs.num_blocks, ours.num_blocks)
+        def pieces(blocks: slice) -> Pieces:
+            return plane_pieces(migrate.src_blocks[blocks], migrate.dst_blocks[blocks], theirs, ours)
 
-        def copy(runs: Runs, first_layer: int, end_layer: int) -> Iterator[bool]:
-            for batch in batches(layer_pieces(runs, theirs, ours, first_layer, end_layer), _BATCH_BYTES):
-                copy_pieces(source.memory, self._memory, batch)
-                pull.num_bytes += int(batch[:, 2].sum())
-                yield True
-
-        ready_runs, late_runs = runs(slice(migrate.num_ready_blocks)), runs(slice(migrate.num_ready_blocks, None))
-        yield from copy(ready_runs, 0, ours.num_layers)
-        layer = 0 if late_runs.size else ours.num_layers
+        ready = pieces(slice(migrate.num_ready_blocks))
+        late = pieces(slice(migrate.num_ready_blocks, None))
+        yield from self._copy(pull, source, ready, 0, ours.num_layers)
+        layer = 0 if late.size else ours.num_layers
         while layer < ours.num_layers:
             passed = source.progress.layers_passed(migrate.ready_step, ours.num_layers)
             pull.num_layers_missing = ours.num_layers - passed
             if passed > layer:
-                yield from copy(late_runs, layer, passed)
+                yield from self._copy(pull, source, late, layer, passed)
                 layer = passed
             else:
                 yield False
+
+    def _copy(self, pull: _Pull, source: Source, pieces: Pieces, first_layer: int, end_layer: int) -> Iterator[bool]:
+        """Copy ``pieces`` of the layers' keys and values, in batches of whole planes or of portions of one."""
+        src_stride, dst_stride = plane_bytes(source.layout), plane_bytes(self._layout)
+        per_plane = int(pieces[:, 2].sum())
+        if per_plane == 0:
+            return
+        planes_per_batch = max(1, _BATCH_BYTES // per_plane)
+        cut = portions(pieces, _BATCH_BYTES)
+        for first in range(2 * first_layer, 2 * end_layer, planes_per_batch):
+            num_planes = min(planes_per_batch, 2 * end_layer - first)
+            src, dst = source.memory[first * src_stride :], self._memory[first * dst_stride :]
+            for portion in cut:
+                copy_pieces(src, dst, portion, num_planes, src_stride, dst_stride)
+                yield True
+            pull.num_bytes += num_planes * per_plane

@@ -7,17 +7,21 @@ from distserve.transfer.copy import copy_pieces, copy_pieces_with_numpy
 @pytest.mark.parametrize("copy", [copy_pieces, copy_pieces_with_numpy])
 @pytest.mark.parametrize("unit", [1, 48, 2048, 40_000, 100_000])
 @pytest.mark.parametrize("longest_run", [1, 5])
-def test_pieces_of_any_length_arrive_and_nothing_else_changes(unit, longest_run, copy):
+@pytest.mark.parametrize("num_planes", [1, 3])
+def test_pieces_of_any_length_arrive_and_nothing_else_changes(unit, longest_run, copy, num_planes):
     rng = np.random.default_rng(unit + longest_run)
-    src = rng.integers(0, 256, 64 * unit + 5).astype(np.uint8)
-    dst = rng.integers(0, 256, 80 * unit + 3).astype(np.uint8)
+    src_stride, dst_stride = 64 * unit, 81 * unit
+    src = rng.integers(0, 256, num_planes * src_stride + 5).astype(np.uint8)
+    dst = rng.integers(0, 256, num_planes * dst_stride + 3).astype(np.uint8)
     want = dst.copy()
     src.flags.writeable = False
     pieces = []
     for slot in rng.permutation(16)[:9].tolist():
         length = int(rng.integers(1, longest_run + 1)) * unit
-        from_ = int(rng.integers(0, 59)) * unit
-        pieces.append((from_, slot * 5 * unit, length))
-        want[slot * 5 * unit : slot * 5 * unit + length] = src[from_ : from_ + length]
-    copy(src, dst, np.array(pieces))
+        offset, to = int(rng.integers(0, 59)) * unit, slot * 5 * unit
+        pieces.append((offset, to, length))
+        for plane in range(num_planes):
+            piece = src[plane * src_stride + offset :][:length]
+            want[plane * dst_stride + to :][:length] = piece
+    copy(src, dst, np.array(pieces), num_planes, src_stride, dst_stride)
     assert np.array_equal(dst, want)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from distserve.core.config import KvLayout
 from distserve.core.errors import TransferError
-from distserve.transfer.plan import batches, block_runs, layer_pieces, layout_difference
+from distserve.transfer.plan import layout_difference, plane_bytes, plane_pieces, portions
 
 
 @st.composite
@@ -28,10 +28,9 @@ def layout(num_blocks: int, num_layers: int = 3) -> KvLayout:
     return KvLayout(num_layers, num_blocks, block_size=2, num_kv_heads=1, head_dim=3, dtype="float16")
 
 
-@given(block_lists(), st.integers(0, 3), st.integers(0, 3), st.integers(1, 100))
-def test_pieces_are_the_brute_force_scatter(lists, first_layer, num_layers, max_bytes):
+@given(block_lists(), st.integers(1, 100))
+def test_pieces_are_the_brute_force_scatter(lists, max_bytes):
     num_src, num_dst, src_blocks, dst_blocks = lists
-    end_layer = min(first_layer + num_layers, 3)
     src, dst = layout(num_src), layout(num_dst)
     source = np.random.default_rng(0).integers(0, 256, src.num_bytes).astype(np.uint8)
     got = np.zeros(dst.num_bytes, dtype=np.uint8)
@@ -40,29 +39,27 @@ def test_pieces_are_the_brute_force_scatter(lists, first_layer, num_layers, max_
     def blocks_of(memory, of):
         return memory.reshape(of.num_layers, 2, of.num_blocks, of.block_bytes)
 
-    for layer in range(first_layer, end_layer):
-        for s, d in zip(src_blocks, dst_blocks, strict=True):
-            blocks_of(want, dst)[layer, :, d] = blocks_of(source, src)[layer, :, s]
+    for s, d in zip(src_blocks, dst_blocks, strict=True):
+        blocks_of(want, dst)[:, :, d] = blocks_of(source, src)[:, :, s]
     written = np.zeros(dst.num_bytes, dtype=int)
-    pieces = layer_pieces(block_runs(src_blocks, dst_blocks, num_src, num_dst), src, dst, first_layer, end_layer)
-    cut = batches(pieces, max_bytes)
-    for from_, to, length in np.concatenate([np.empty((0, 3), dtype=int), *cut]).tolist():
-        got[to : to + length] = source[from_ : from_ + length]
-        written[to : to + length] += 1
+    cut = portions(plane_pieces(src_blocks, dst_blocks, src, dst), max_bytes)
+    for plane in range(2 * src.num_layers):
+        for offset, to, length in np.concatenate([np.empty((0, 3), dtype=int), *cut]).tolist():
+            src_start, dst_start = plane * plane_bytes(src) + offset, plane * plane_bytes(dst) + to
+            got[dst_start : dst_start + length] = source[src_start : src_start + length]
+            written[dst_start : dst_start + length] += 1
     assert np.array_equal(got, want)
     assert written.max(initial=0) <= 1, "a byte is written twice"
-    assert written.sum() == max(0, end_layer - first_layer) * 2 * len(src_blocks) * src.block_bytes
-    for batch in cut:
-        assert 0 < batch[:, 2].sum() < 2 * max_bytes
+    assert written.sum() == src.num_layers * 2 * len(src_blocks) * src.block_bytes
+    for portion in cut:
+        assert 0 < portion[:, 2].sum() < 2 * max_bytes
 
 
 @given(block_lists())
-def test_runs_are_maximal_and_cover_the_lists(lists):
+def test_pieces_are_as_long_as_can_be(lists):
     num_src, num_dst, src_blocks, dst_blocks = lists
-    runs = block_runs(src_blocks, dst_blocks, num_src, num_dst).tolist()
-    assert [s + i for s, _, n in runs for i in range(n)] == src_blocks
-    assert [d + i for _, d, n in runs for i in range(n)] == dst_blocks
-    for (s, d, n), (next_s, next_d, _) in itertools.pairwise(runs):
+    pieces = plane_pieces(src_blocks, dst_blocks, layout(num_src), layout(num_dst)).tolist()
+    for (s, d, n), (next_s, next_d, _) in itertools.pairwise(pieces):
         assert (s + n, d + n) != (next_s, next_d)
 
 
@@ -77,7 +74,7 @@ def test_runs_are_maximal_and_cover_the_lists(lists):
 )
 def test_impossible_lists_are_refused(src_blocks, dst_blocks, says):
     with pytest.raises(TransferError, match=says):
-        block_runs(src_blocks, dst_blocks, 4, 8)
+        plane_pieces(src_blocks, dst_blocks, layout(4), layout(8))
 
 
 def test_layouts_may_differ_in_pool_size_only():
