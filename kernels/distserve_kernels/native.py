@@ -192,7 +192,8 @@ def huge_bytes(num_bytes: int) -> Tensor:
     """Zeroed bytes [num_bytes] on huge pages where the system has them: fewer address translations per read."""
     if num_bytes < _HUGE_PAGE:
         return torch.zeros(num_bytes, dtype=torch.uint8)
-    region = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+    # Private: huge pages for shared anonymous memory are a separate setting, off by default.
+    region = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)
     everything = torch.frombuffer(region, dtype=torch.uint8)
