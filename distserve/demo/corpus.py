@@ -41,7 +41,6 @@ STATEMENTS = (
 
 POPULAR_WEIGHT = 3.0
 STATEMENT_WEIGHT = 2.0
-OTHER_WEIGHT = 1.0
 MIN_ANSWER_CHARS = 20
 ENOUGH_CHARS = 100  # a first paragraph shorter than this takes the next one with it
 MAX_ANSWER_CHARS = 480
@@ -127,10 +126,13 @@ class Corpus:
         return messages
 
 
-def gather() -> Corpus:
-    """Read the documentation of the running interpreter and the project's own conversations."""
+def gather(rare_weight: float = 1.0) -> Corpus:
+    """Read the documentation of the running interpreter and the project's own conversations.
+
+    `rare_weight` is the weight of what newcomers seldom ask about; popular functions have `POPULAR_WEIGHT`.
+    """
     entries: dict[str, Entry] = {}
-    for entry in _documentation_entries():
+    for entry in _documentation_entries(rare_weight):
         # The same object is often reachable by several names; the first, most popular one is kept.
         entries.setdefault(entry.names[0], entry)
     return Corpus(
@@ -139,15 +141,15 @@ def gather() -> Corpus:
     )
 
 
-def _documentation_entries() -> Iterator[Entry]:
+def _documentation_entries(rare_weight: float) -> Iterator[Entry]:
     for kind in POPULAR_TYPES:
         yield from _class_entries(kind, kind.__name__, POPULAR_WEIGHT)
     for kind in OTHER_TYPES:
-        yield from _class_entries(kind, kind.__name__, OTHER_WEIGHT)
+        yield from _class_entries(kind, kind.__name__, rare_weight)
     for name in POPULAR_MODULES:
         yield from _module_entries(importlib.import_module(name), name, POPULAR_WEIGHT)
     for name in OTHER_MODULES:
-        yield from _module_entries(importlib.import_module(name), name, OTHER_WEIGHT)
+        yield from _module_entries(importlib.import_module(name), name, rare_weight)
 
 
 def _module_entries(module: ModuleType, name: str, weight: float) -> Iterator[Entry]:

@@ -105,8 +105,13 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     return [muon, adamw]
 
 
-def train(model: LlamaForCausalLM, sampler: BatchSampler, budget: Budget, checkpoint: "Checkpoint") -> float:
-    """Train `model` in place until the budget is used up; return the mean loss of the last 50 steps."""
+def train(
+    model: LlamaForCausalLM, sampler: BatchSampler, budget: Budget, rate: float, checkpoint: "Checkpoint"
+) -> float:
+    """Train `model` in place until the budget is used up; return the mean loss of the last 50 steps.
+
+    `rate` scales the peak learning rates.
+    """
     parts = optimizers(model)
     peaks = [part.param_groups[0]["lr"] for part in parts]
     model.train()
@@ -118,7 +123,7 @@ def train(model: LlamaForCausalLM, sampler: BatchSampler, budget: Budget, checkp
         if progress >= 1.0:
             break
         for part, peak in zip(parts, peaks, strict=True):
-            part.param_groups[0]["lr"] = peak * rate_factor(step, progress)
+            part.param_groups[0]["lr"] = rate * peak * rate_factor(step, progress)
         ids, labels = sampler.batch(*(LONG_ROWS if step % LONG_EVERY == LONG_EVERY - 1 else SHORT_ROWS))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=labels, use_cache=False).loss
@@ -198,21 +203,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="end (and cool down) by then at the latest")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (%(default)s)")
+    parser.add_argument(
+        "--rare-weight",
+        type=float,
+        default=1.0,
+        help="how often little-known functions are seen, relative to 3 for popular ones (%(default)s)",
+    )
+    parser.add_argument("--start-from", type=Path, help="go on from this model directory, with its tokenizer")
+    parser.add_argument("--rate", type=float, default=1.0, help="scales the learning rates (%(default)s)")
     parser.add_argument("--checkpoints", type=Path, help="also save a usable model here every five minutes")
     options = parser.parse_args(arguments)
-    if options.steps < 1 or options.max_minutes <= 0 or options.threads < 1:
-        parser.error("--steps, --max-minutes and --threads must be positive")
+    if options.steps < 1 or options.max_minutes <= 0 or options.threads < 1 or options.rate <= 0:
+        parser.error("--steps, --max-minutes, --threads and --rate must be positive")
+    if options.rare_weight < 0:
+        parser.error("--rare-weight must not be negative")
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    corpus = gather()
+    corpus = gather(options.rare_weight)
     print(f"{len(corpus.entries)} answers, {len(corpus.texts)} texts from Python {sys.version.split()[0]}", flush=True)
-    tokenizer = train_tokenizer(tokenizer_texts(corpus, options.seed), VOCAB_SIZE, MAX_POSITIONS)
-    model = new_model(tokenizer)
+    if options.start_from is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start_from)
+        model = LlamaForCausalLM.from_pretrained(options.start_from, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(tokenizer_texts(corpus, options.seed), VOCAB_SIZE, MAX_POSITIONS)
+        model = new_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} token vocabulary", flush=True)
     budget = Budget(options.steps, options.max_minutes * 60)
     checkpoint = Checkpoint(options.checkpoints, model, tokenizer)
-    final_loss = train(model, BatchSampler(corpus, tokenizer, options.seed), budget, checkpoint)
+    final_loss = train(model, BatchSampler(corpus, tokenizer, options.seed), budget, options.rate, checkpoint)
     save(model, tokenizer, options.output)
     print(f"final loss {final_loss:.3f}, saved to {options.output}", flush=True)
     model.train(mode=False)

@@ -52,6 +52,13 @@ def test_conversations_depend_on_the_seed_alone(corpus):
     assert draw[0] == draw[1] != draw[2]
 
 
+def test_rare_functions_can_be_made_rarer_without_losing_any(corpus):
+    rarer = gather(rare_weight=0.25)
+    assert [entry.answer for entry in rarer.entries] == [entry.answer for entry in corpus.entries]
+    weights = {entry.names[0]: entry.weight for entry in rarer.entries if entry.names}
+    assert weights["str.split"] > 1 > weights["zlib.crc32"] == 0.25
+
+
 def test_a_question_names_what_it_asks_for():
     entry = Entry("An answer.", 1.0, names=("str.split", "the split method of str"))
     rng = random.Random(0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distserve.demo import train
+from distserve.demo import model_dir, train
 from distserve.demo.train import Budget, rate_factor
 
 
@@ -49,11 +49,20 @@ def test_an_interrupted_run_leaves_the_model_directory_alone(tmp_path, monkeypat
     (folder / "kept").touch()
     monkeypatch.setattr(train.BatchSampler, "batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train.main(["--steps", "2", "--output", str(folder)])
+        train.main(["--start-from", str(model_dir()), "--output", str(folder)])
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "kept"]
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--max-minutes", "0"], ["--threads", "0"]])
+@pytest.mark.usefixtures("one_thread_as_before", "small")
+def test_training_goes_on_from_given_weights_with_their_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_tokenizer", None)
+    train.main(["--start-from", str(model_dir()), "--steps", "1", "--output", str(tmp_path / "model")])
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab() == (
+        AutoTokenizer.from_pretrained(model_dir()).get_vocab()
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--max-minutes", "0"], ["--threads", "0"], ["--rate", "-1"]])
 def test_senseless_budgets_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         train.main(arguments)
