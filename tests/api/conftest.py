@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from distserve.api.app import create_app
 from distserve.api.model import ServedModel, load_served_model
@@ -84,18 +86,37 @@ def demo_model() -> ServedModel:
     return load_served_model(MODEL_DIR, names=("demo", "alias"))
 
 
-def start(backend: FakeBackend, model: ServedModel, settings: ApiSettings) -> Iterator[Server]:
-    app = create_app(backend, model, settings)
+Start = Callable[..., Server]
+
+
+class Host:
+    """A running server, whose app each test replaces: starting one takes longer than most tests."""
+
+    def __init__(self) -> None:
+        self.app: FastAPI | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.app is not None
+        await self.app(scope, receive, send)
+
+
+@pytest.fixture(scope="session")
+def start() -> Iterator[Start]:
+    """Have the server serve ``model`` on ``backend``."""
+    host = Host()
+    server = uvicorn.Server(uvicorn.Config(host, log_level="warning", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        config = uvicorn.Config(app, log_level="warning", loop="asyncio", lifespan="off")
-        server = uvicorn.Server(config)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
-        url = f"http://127.0.0.1:{port}"
         try:
             with httpx.Client(base_url=url, timeout=20) as client:
-                yield Server(url, backend, model, client)
+
+                def serve(backend: FakeBackend, model: ServedModel, settings: ApiSettings = ApiSettings()) -> Server:
+                    host.app = create_app(backend, model, settings)
+                    return Server(url, backend, model, client)
+
+                yield serve
         finally:
             server.should_exit = True
             thread.join()
@@ -108,12 +129,12 @@ def backend_for(model: ServedModel, text: str = ANSWER) -> FakeBackend:
 
 
 @pytest.fixture
-def server(demo_model: ServedModel) -> Iterator[Server]:
-    yield from start(backend_for(demo_model), demo_model, ApiSettings())
+def server(start: Start, demo_model: ServedModel) -> Server:
+    return start(backend_for(demo_model), demo_model)
 
 
 @pytest.fixture
-def bare_server(demo_model: ServedModel) -> Iterator[Server]:
+def bare_server(start: Start, demo_model: ServedModel) -> Server:
     """The same model without its tokenizer."""
     model = replace(demo_model, tokenizer=None)
-    yield from start(backend_for(model), model, ApiSettings())
+    return start(backend_for(model), model)

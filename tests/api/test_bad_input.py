@@ -3,25 +3,18 @@
 import asyncio
 import http.client
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from distserve.api.settings import ApiSettings
 from distserve.core.commands import Conclude
-from tests.api.conftest import Server, backend_for, start
+from tests.api.conftest import Server
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hello"}]
 OK = {"prompt": "Hello", "max_tokens": 2}
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def shared(demo_model: Any) -> Iterator[Server]:
-    yield from start(backend_for(demo_model), demo_model, ApiSettings())
 
 
 def assert_error(response: Any, status: int, param: str | None = None, *parts: str) -> None:
@@ -57,9 +50,9 @@ def assert_still_serves(server: Server) -> None:
     ],
 )
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
-def test_bodies_that_are_no_json_object(shared: Server, path: str, data: bytes, parts: list[str]) -> None:
-    assert_error(shared.client.post(path, content=data, headers=JSON), 400, None, *parts)
-    assert_still_serves(shared)
+def test_bodies_that_are_no_json_object(server: Server, path: str, data: bytes, parts: list[str]) -> None:
+    assert_error(server.client.post(path, content=data, headers=JSON), 400, None, *parts)
+    assert_still_serves(server)
 
 
 BAD_FIELDS: list[tuple[str, str, Any, str]] = [
@@ -147,51 +140,51 @@ BAD_FIELDS: list[tuple[str, str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("path", "field", "value", "param"), BAD_FIELDS)
-def test_bad_fields_are_named(shared: Server, path: str, field: str, value: Any, param: str) -> None:
+def test_bad_fields_are_named(server: Server, path: str, field: str, value: Any, param: str) -> None:
     base: dict[str, Any] = {COMPLETIONS: OK, CHAT: {"messages": USER}}.get(path, {})
     status = 404 if (field, value) == ("model", "gpt-5") else 400
     for stream in [True, False] if path in {COMPLETIONS, CHAT} and not field.startswith("stream") else [False]:
         body = {**base, "stream": stream, field: value} if stream else {**base, field: value}
         content = json.dumps(body).encode()
-        assert_error(shared.client.post(path, content=content, headers=JSON), status, param)
-    assert_still_serves(shared)
+        assert_error(server.client.post(path, content=content, headers=JSON), status, param)
+    assert_still_serves(server)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "presence_penalty"])
-def test_numbers_that_are_none(shared: Server, field: str, number: str) -> None:
+def test_numbers_that_are_none(server: Server, field: str, number: str) -> None:
     data = f'{{"prompt": "a", "{field}": {number}}}'.encode()
-    assert_error(shared.client.post(COMPLETIONS, content=data, headers=JSON), 400, field)
+    assert_error(server.client.post(COMPLETIONS, content=data, headers=JSON), 400, field)
     data = f'{{"prompt": "a", "logit_bias": {{"5": {number}}}}}'.encode()
-    assert_error(shared.client.post(COMPLETIONS, content=data, headers=JSON), 400, "logit_bias.5")
-    assert_still_serves(shared)
+    assert_error(server.client.post(COMPLETIONS, content=data, headers=JSON), 400, "logit_bias.5")
+    assert_still_serves(server)
 
 
-def test_a_prompt_past_the_context_says_the_numbers(shared: Server) -> None:
-    too_long = shared.post(COMPLETIONS, prompt=[5] * 2048, max_tokens=1)
+def test_a_prompt_past_the_context_says_the_numbers(server: Server) -> None:
+    too_long = server.post(COMPLETIONS, prompt=[5] * 2048, max_tokens=1)
     assert_error(too_long, 400, "prompt", "2048 tokens", "maximum context length")
     assert too_long.json()["error"]["code"] == "context_length_exceeded"
-    both = shared.post(COMPLETIONS, prompt=[5] * 2000, max_tokens=100)
+    both = server.post(COMPLETIONS, prompt=[5] * 2000, max_tokens=100)
     assert_error(both, 400, "max_tokens", "2048", "2100", "2000 in the prompt", "100 for the output")
-    text = shared.post(COMPLETIONS, prompt="x y " * 100_000)
+    text = server.post(COMPLETIONS, prompt="x y " * 100_000)
     assert_error(text, 400, "prompt", "at least")
-    chat = shared.post(CHAT, messages=[{"role": "user", "content": "x y " * 5000}])
+    chat = server.post(CHAT, messages=[{"role": "user", "content": "x y " * 5000}])
     assert_error(chat, 400, "messages", "maximum context length is 2048")
-    assert_still_serves(shared)
+    assert_still_serves(server)
 
 
-def test_just_within_the_context_is_served(shared: Server) -> None:
-    assert shared.complete(prompt=[5] * 2047, max_tokens=1)["usage"]["total_tokens"] == 2048
-    assert shared.complete(prompt=[5] * 2046, max_tokens=None)["usage"]["completion_tokens"] == 2
+def test_just_within_the_context_is_served(server: Server) -> None:
+    assert server.complete(prompt=[5] * 2047, max_tokens=1)["usage"]["total_tokens"] == 2048
+    assert server.complete(prompt=[5] * 2046, max_tokens=None)["usage"]["completion_tokens"] == 2
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_is_read(shared: Server) -> None:
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(server: Server) -> None:
     body = json.dumps({"prompt": "x" * 10_000_000}).encode()
-    response = shared.client.post(COMPLETIONS, content=body, headers=JSON)
+    response = server.client.post(COMPLETIONS, content=body, headers=JSON)
     assert_error(response, 413, None, "larger than 8388608 bytes")
     assert response.json()["error"]["code"] == "request_too_large"
     # Announced but not sent: the refusal does not wait for it.
-    connection = http.client.HTTPConnection("127.0.0.1", shared.client.base_url.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.client.base_url.port, timeout=5)
     connection.putrequest("POST", COMPLETIONS)
     connection.putheader("content-type", "application/json")
     connection.putheader("content-length", str(10**12))
@@ -199,41 +192,41 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(shared: Server) -
     assert connection.getresponse().status == 413
     connection.close()
     # Not announced: refused once it exceeds the limit.
-    response = shared.client.post(
+    response = server.client.post(
         COMPLETIONS, content=iter([body[i : i + 100_000] for i in range(0, len(body), 100_000)]), headers=JSON
     )
     assert_error(response, 413)
-    assert_still_serves(shared)
+    assert_still_serves(server)
 
 
-def test_a_client_that_leaves_while_sending(shared: Server) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", shared.client.base_url.port, timeout=5)
+def test_a_client_that_leaves_while_sending(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.client.base_url.port, timeout=5)
     connection.putrequest("POST", COMPLETIONS)
     connection.putheader("content-type", "application/json")
     connection.putheader("content-length", "1000")
     connection.endheaders()
     connection.send(b'{"prompt')
     connection.close()
-    assert_still_serves(shared)
+    assert_still_serves(server)
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None])
-def test_only_json_is_read(shared: Server, media_type: str | None) -> None:
+def test_only_json_is_read(server: Server, media_type: str | None) -> None:
     headers = {} if media_type is None else {"content-type": media_type}
-    response = shared.client.post(COMPLETIONS, content=json.dumps(OK).encode(), headers=headers)
+    response = server.client.post(COMPLETIONS, content=json.dumps(OK).encode(), headers=headers)
     assert_error(response, 415, None, "application/json")
     fine = {"content-type": "application/json; charset=utf-8"}
-    assert shared.client.post(COMPLETIONS, content=json.dumps(OK).encode(), headers=fine).status_code == 200
+    assert server.client.post(COMPLETIONS, content=json.dumps(OK).encode(), headers=fine).status_code == 200
 
 
-def test_unknown_paths_and_methods(shared: Server) -> None:
-    assert_error(shared.client.get("/v1/nothing"), 404, None, "/v1/nothing")
-    assert_error(shared.client.get("/v1/models/nothing"), 404, "model", "nothing", "demo")
+def test_unknown_paths_and_methods(server: Server) -> None:
+    assert_error(server.client.get("/v1/nothing"), 404, None, "/v1/nothing")
+    assert_error(server.client.get("/v1/models/nothing"), 404, "model", "nothing", "demo")
     for path in (COMPLETIONS, CHAT, "/tokenize", "/detokenize"):
-        response = shared.client.get(path)
+        response = server.client.get(path)
         assert_error(response, 405)
         assert response.headers["allow"] == "POST"
-    assert_error(shared.client.delete("/v1/models"), 405)
+    assert_error(server.client.delete("/v1/models"), 405)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from distserve.api.model import SamplingDefaults
-from distserve.api.settings import ApiSettings
-from tests.api.conftest import ANSWER, Server, backend_for, start
+from distserve.api.model import SamplingDefaults, ServedModel
+from tests.api.conftest import ANSWER, Server, Start, backend_for
 
 PATH = "/v1/chat/completions"
 
@@ -90,15 +89,15 @@ def test_prompt_logprobs(server: Server) -> None:
     assert len(body["prompt_logprobs"]) == body["usage"]["prompt_tokens"]
 
 
-def test_what_the_model_recommends_is_the_default(server: Server) -> None:
+def test_what_the_model_recommends_is_the_default(start: Start, demo_model: ServedModel) -> None:
     defaults = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20, max_tokens=7)
-    model = replace(server.model, defaults=defaults)
-    for other in start(backend_for(model), model, ApiSettings()):
-        assert other.chat()["usage"]["completion_tokens"] == 7
-        other.chat(temperature=0, max_tokens=9)
-        first, second = (request.sampling for request in other.backend.submitted)
-        assert (first.temperature, first.top_p, first.top_k) == (0.6, 0.9, 20)
-        assert (second.temperature, second.top_p, second.max_tokens) == (0.0, 0.9, 9)
+    model = replace(demo_model, defaults=defaults)
+    other = start(backend_for(model), model)
+    assert other.chat()["usage"]["completion_tokens"] == 7
+    other.chat(temperature=0, max_tokens=9)
+    first, second = (request.sampling for request in other.backend.submitted)
+    assert (first.temperature, first.top_p, first.top_k) == (0.6, 0.9, 20)
+    assert (second.temperature, second.top_p, second.max_tokens) == (0.0, 0.9, 9)
 
 
 def test_harmless_values_of_unsupported_fields_pass(server: Server) -> None:

@@ -1,7 +1,5 @@
 """Requests made up from the app's own OpenAPI description, fitting it and not: never a 5xx, always an envelope."""
 
-from collections.abc import Iterator
-
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
@@ -17,7 +15,7 @@ from schemathesis.specs.openapi.checks import (
 from distserve.api.app import create_app
 from distserve.api.model import load_served_model
 from distserve.api.settings import ApiSettings
-from tests.api.conftest import MODEL_DIR, Server, backend_for, start
+from tests.api.conftest import MODEL_DIR, Server, Start, backend_for
 
 MODEL = load_served_model(MODEL_DIR, names=("demo",))
 DESCRIPTION = create_app(backend_for(MODEL), MODEL, ApiSettings()).openapi()
@@ -27,12 +25,12 @@ schema = schemathesis.openapi.from_dict(DESCRIPTION, config=CONFIG)
 
 
 @pytest.fixture(scope="module")
-def fuzzed() -> Iterator[Server]:
-    yield from start(backend_for(MODEL), MODEL, ApiSettings())
+def fuzzed(start: Start) -> Server:
+    return start(backend_for(MODEL), MODEL)
 
 
 @schema.parametrize()
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_is_sent(case: Case, fuzzed: Server) -> None:
     response = case.call(base_url=fuzzed.url)
     case.validate_response(

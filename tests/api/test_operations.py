@@ -1,7 +1,5 @@
 """Models, tokens, health, metrics, keys: what is there besides generation."""
 
-from collections.abc import Iterator
-
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -10,7 +8,7 @@ from distserve.api.model import ServedModel
 from distserve.api.settings import ApiSettings
 from distserve.core.config import Role
 from distserve.core.messages import Status
-from tests.api.conftest import Server, backend_for, start
+from tests.api.conftest import Server, Start, backend_for
 from tests.api.fake_backend import pool_status
 
 
@@ -113,8 +111,8 @@ def test_metrics_show_the_pools(server: Server) -> None:
 
 
 @pytest.fixture
-def locked(demo_model: ServedModel) -> Iterator[Server]:
-    yield from start(backend_for(demo_model), demo_model, ApiSettings(api_key="sesame"))
+def locked(start: Start, demo_model: ServedModel) -> Server:
+    return start(backend_for(demo_model), demo_model, ApiSettings(api_key="sesame"))
 
 
 def test_a_key_guards_what_costs(locked: Server) -> None:
