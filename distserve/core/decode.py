@@ -91,7 +91,7 @@ class DecodeScheduler(DecodingScheduler):
         needed = kv.blocks_for(offer.num_tokens + 1) + len(request.choices) - 1
         if max(needed, kv.blocks_for(request.max_total_tokens)) > kv.num_blocks:
             reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
-            self._send(request.owner_id, Failed(key, reason, retryable=False))
+            self._send(request.owner_id, Failed(key, reason, status=400))
             self._send(sender, Refused(key))
             return
         is_idle = not self._running and not self._intakes

@@ -22,6 +22,10 @@ class Received:
     message: Message
 
 
+NOT_FINITE = -1
+"""Stands in :class:`StepDone` for a token that could not be drawn because its logits were not finite."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepDone:
     """A step ended. ``tokens`` holds, for each sampling chunk in order, one token per choice of its sequence, flat.

@@ -202,11 +202,14 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The attempt cannot go on here; ``retryable`` says whether another attempt could succeed."""
+    """The attempt cannot go on here.
+
+    ``status`` None says that another attempt may succeed; else it is the HTTP status the client is to get.
+    """
 
     key: RequestKey
     reason: str
-    retryable: bool = True
+    status: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class MixedScheduler(DecodingScheduler):
         kv = self.spec.kv
         if kv.blocks_for(request.max_total_tokens) + len(request.choices) - 1 > kv.num_blocks:
             reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
-            self._send(request.owner_id, Failed(request.key, reason, retryable=False))
+            self._send(request.owner_id, Failed(request.key, reason, status=400))
             return
         seq = Sequence(
             seq_id=self._new_seq_id(),

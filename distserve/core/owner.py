@@ -207,12 +207,12 @@ class Owner:
                 live = self._find(key)
                 if live is not None and choice in live.attempts[key[1]].choices:
                     self._resubmit(live, key[1], {choice})
-            case Failed(key, reason, retryable):
+            case Failed(key, reason, status):
                 live = self._find(key)
-                if live is not None and retryable:
+                if live is not None and status is None:
                     self._on_loss(live, key[1], reason)
-                elif live is not None:
-                    self._conclude(live, 400, reason)
+                elif live is not None and status is not None:
+                    self._conclude(live, status, reason)
             case InstanceGone(instance_id):
                 self._on_instance_gone(instance_id)
             case Status(instances):

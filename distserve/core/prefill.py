@@ -81,7 +81,7 @@ class PrefillScheduler(InstanceScheduler):
             reason = (
                 f"{request.num_prefill_tokens} tokens exceed this instance's {self.spec.kv.num_tokens} tokens of KV"
             )
-            self._send(request.owner_id, Failed(request.key, reason, retryable=False))
+            self._send(request.owner_id, Failed(request.key, reason, status=400))
             return
         seq = Sequence(
             seq_id=self._new_seq_id(),

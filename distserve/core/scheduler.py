@@ -26,7 +26,7 @@ from distserve.core.commands import (
     WakeAt,
 )
 from distserve.core.config import InstanceSpec
-from distserve.core.events import Event, Migrated, Received, StepDone, StepFailed, Timer
+from distserve.core.events import NOT_FINITE, Event, Migrated, Received, StepDone, StepFailed, Timer
 from distserve.core.messages import Abort, Failed, Message, Report, RequestKey, Tokens
 from distserve.core.request import TokenLogprobs, TokenOutput
 from distserve.core.sequence import Sequence
@@ -148,6 +148,9 @@ class InstanceScheduler:
                 position += count
             if seq.is_closed:
                 self._settle(seq)
+            elif NOT_FINITE in tokens:
+                # Weights or activations overflowed: the same tokens would give the same logits anywhere.
+                self._fail(seq, "the model's logits are not finite", status=500)
             elif samples:
                 self._on_token(seq, tokens, logprobs or (None,) * len(tokens))
         assert position == len(event.tokens), "the engine returned a different number of tokens than it was asked for"
@@ -200,8 +203,8 @@ class InstanceScheduler:
         for seq in list(self._find(key, choice)):
             self._close(seq)
 
-    def _fail(self, seq: Sequence, reason: str, *, retryable: bool = True) -> None:
-        self._send(seq.request.owner_id, Failed(seq.request.key, reason, retryable))
+    def _fail(self, seq: Sequence, reason: str, status: int | None = None) -> None:
+        self._send(seq.request.owner_id, Failed(seq.request.key, reason, status))
         self._close(seq)
 
     # -- steps ----------------------------------------------------------------------------------------------------

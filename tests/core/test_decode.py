@@ -1,13 +1,17 @@
 """Continuous batching on pulled KV: admission, growth, preemption, lookahead, horizon."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.decode import DecodeScheduler
+from distserve.core.events import NOT_FINITE
 from distserve.core.messages import (
     Abort,
     Accepted,
+    Failed,
     InstanceGone,
     Leased,
     Offer,
@@ -130,6 +134,19 @@ def test_the_youngest_is_preempted_and_its_owner_told() -> None:
         node.finish_step()
     produced = [output.token_id for output in node.outputs() if output.request_id == "old"]
     assert produced == expected_tokens(make_request("old", 4, seed=20), 0)[1:]
+
+
+def test_logits_that_are_not_finite_fail_their_request_alone() -> None:
+    node = bench()
+    node.admit(make_request("a", 10, seed=20))
+    node.admit(make_request("b", 10, seed=20))
+    node.finish_step()
+    step, done = node.launched.pop(0)
+    node.launched.insert(0, (step, replace(done, tokens=(NOT_FINITE, done.tokens[1]))))
+    node.finish_step()
+    (failed,) = node.messages(Failed)
+    assert (failed.key, failed.status) == (("a", 0), 500)
+    assert [name for name, _, _ in node.named(node.launched[0][0])] == ["b"]
 
 
 def test_lookahead_discards_the_overrun() -> None:
