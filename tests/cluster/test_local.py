@@ -1,7 +1,8 @@
-"""A cluster in one process serves what transformers' own generate would, also when instances are lost or clients leave."""
+"""A cluster in one process gives the tokens of transformers' own generate, also when instances die or clients leave."""
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ async def idle(backend: OwnerBackend, specs_kv: KvConfig) -> bool:
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
     model.generation_config.eos_token_id = None
     return [
         model.generate(

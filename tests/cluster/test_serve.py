@@ -1,0 +1,197 @@
+"""The real thing: ``distserve serve`` on a local Ray cluster, through deaths of every kind, and what it leaves behind.
+
+One server lives through most tests, in the order written; a second one is killed.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .serving import Server
+
+PROMPT = list(range(30, 70))
+NUM_TOKENS = 200
+
+
+def shared_memory() -> set[str]:
+    return {entry.name for entry in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def before() -> set[str]:
+    return shared_memory()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, before: set[str]) -> Iterator[Server]:
+    server = Server("--prefill", "1", "--decode", "1", log=tmp_path_factory.mktemp("serve") / "log")
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.kill()
+        assert server.wait_gone() == {}
+
+
+@pytest.fixture(scope="module")
+def tokens(server: Server) -> list[int]:
+    """What the model says to PROMPT when nothing goes wrong."""
+    tokens = list(server.token_ids(PROMPT, NUM_TOKENS))
+    assert len(tokens) == NUM_TOKENS
+    return tokens
+
+
+def wait_healthy(server: Server, processes: int) -> None:
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        if server.call("/health")[0] == 200 and len(server.instances()) == processes:
+            return
+        time.sleep(0.1)
+    raise AssertionError(server.log.read_text())
+
+
+def test_the_start_ends_with_one_line_of_what_is_served(server: Server) -> None:
+    lines = server.log.read_text().splitlines()
+    assert lines[-1].startswith(f"Serving distserve-demo at {server.url}/v1 on 1 prefill x ")
+    assert "1 decode x " in lines[-1]
+    assert lines[-1].endswith("tokens of KV")
+    assert any("loading the model on prefill-0, decode-0" in line for line in lines)
+
+
+def test_both_pools_serve(server: Server, tokens: list[int]) -> None:
+    assert server.call("/health") == (
+        200,
+        {"status": "ok", "pools": {"prefill": {"instances": 1}, "decode": {"instances": 1}}},
+    )
+    assert list(server.token_ids(PROMPT, NUM_TOKENS)) == tokens
+
+
+def test_everything_listens_on_loopback_only(server: Server) -> None:
+    links = [link for pid in server.processes() for link in Path(f"/proc/{pid}/fd").iterdir()]
+    # A descriptor may be closed between the two looks.
+    targets = [str(link.readlink()) for link in links if link.is_symlink()]
+    inodes = {target[len("socket:[") : -1] for target in targets if target.startswith("socket:[")}
+    listening = [
+        columns[1]
+        for columns in (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+        if columns[3] == "0A" and columns[9] in inodes
+    ]
+    assert listening
+    assert [address for address in listening if not address.startswith("0100007F:")] == []
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="instances share a single CPU")
+def test_instances_keep_to_cpus_of_their_own(server: Server) -> None:
+    cores = [
+        set().union(*(os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()))
+        for pid in server.instances()
+    ]
+    assert len(cores) == 2
+    assert not cores[0] & cores[1]
+
+
+def test_an_instance_that_is_killed_costs_no_tokens_and_is_replaced(server: Server, tokens: list[int]) -> None:
+    for victim in server.instances():
+        stream = server.token_ids(PROMPT, NUM_TOKENS)
+        received = [next(stream)]
+        os.kill(victim, signal.SIGKILL)
+        received += stream
+        assert received == tokens
+        wait_healthy(server, 2)
+        assert victim not in server.instances()
+    assert list(server.token_ids(PROMPT, NUM_TOKENS)) == tokens
+
+
+def test_a_router_that_is_killed_is_replaced(server: Server, tokens: list[int]) -> None:
+    stream = server.token_ids(PROMPT, NUM_TOKENS)
+    received = [next(stream)]
+    (victim,) = server.routers()
+    os.kill(victim, signal.SIGKILL)
+    received += stream
+    assert received == tokens
+    end = time.monotonic() + 60
+    while victim in server.routers() or not server.routers() or server.call("/health")[0] != 200:
+        assert time.monotonic() < end, server.log.read_text()
+        time.sleep(0.1)
+    assert list(server.token_ids(PROMPT, NUM_TOKENS)) == tokens
+
+
+def test_a_port_in_use_is_said_before_anything_starts(server: Server, tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    second = Server("--port", port, log=tmp_path / "log")
+    assert second.process.wait(30) == 1
+    assert f"port {port}: Address already in use" in second.log.read_text()
+    assert "Ray" not in second.log.read_text()
+
+
+def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(
+    server: Server, tokens: list[int], before: set[str]
+) -> None:
+    # First all that runs is found, then it must be gone.
+    assert len(server.processes()) > 5
+    session = Path(str(server.session))
+    received: list[int] = []
+    started = threading.Event()
+
+    def read() -> None:
+        for token in server.token_ids(PROMPT, 400):
+            received.append(token)
+            started.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert started.wait(30)
+    server.send(signal.SIGTERM)
+    while "finishing 1 requests" not in server.log.read_text():
+        assert server.process.poll() is None
+        time.sleep(0.001)
+    status, answer = server.call("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})
+    assert status == 503
+    assert "shutting down" in answer["error"]["message"]
+    reader.join(60)
+    assert len(received) == 400
+    assert received[:NUM_TOKENS] == tokens
+    assert server.process.wait(30) == 0
+    assert server.processes() == {}
+    assert not session.exists()
+    assert shared_memory() <= before
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+
+
+def test_a_killed_launcher_takes_everything_with_it(tmp_path: Path, before: set[str]) -> None:
+    server = Server(log=tmp_path / "log")
+    try:
+        server.wait_ready()
+        session = Path(str(server.session))
+        stream = server.token_ids(PROMPT, NUM_TOKENS)
+        next(stream)
+        server.send(signal.SIGKILL)
+        server.process.wait()
+        assert server.wait_gone() == {}
+        assert not session.exists()
+        assert shared_memory() <= before
+    finally:
+        server.kill()
+
+
+def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path, before: set[str]) -> None:
+    server = Server(log=tmp_path / "log")
+    try:
+        end = time.monotonic() + 60
+        while "loading the model" not in server.log.read_text() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(server.processes()) > 5
+        server.send_to_group(signal.SIGINT)
+        assert server.process.wait(30) == 130
+        assert server.wait_gone() == {}
+        assert "Traceback" not in server.log.read_text()
+        assert shared_memory() <= before
+    finally:
+        server.kill()
