@@ -1,6 +1,6 @@
 """Copies pieces between two pools, out of Python's way: the interpreter lock is free while bytes move.
 
-The work is a few lines of C (``copy.c``), built when the package is installed. Where it could not be built, numpy does
+The work is a page of C (``copy.c``), built when the package is installed. Where it could not be built, numpy does
 the same at about half the speed for scattered blocks.
 """
 
@@ -15,6 +15,8 @@ from distserve.transfer.plan import Pieces
 
 Bytes = NDArray[np.uint8]
 
+_CACHED_BYTES = 64 << 20
+"""Destinations up to this size are likely to be in a processor's caches: it pays to write into those."""
 _LONG_PIECE = 64 << 10
 """Bytes from which one library call per piece costs nothing beside the copy."""
 _STAGE_BYTES = 256 << 10
@@ -28,7 +30,7 @@ def _load() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.distserve_copy_pieces.argtypes = [pointer, pointer, pointer, number, number, number, number]
+    library.distserve_copy_pieces.argtypes = [pointer, pointer, pointer, *[number] * 4, ctypes.c_int32]
     library.distserve_copy_pieces.restype = None
     return library
 
@@ -47,7 +49,14 @@ def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces, num_planes: int, src_str
     assert pieces.flags.c_contiguous
     assert pieces.dtype == np.int64
     _library.distserve_copy_pieces(
-        src.ctypes.data, dst.ctypes.data, pieces.ctypes.data, len(pieces), num_planes, src_stride, dst_stride
+        src.ctypes.data,
+        dst.ctypes.data,
+        pieces.ctypes.data,
+        len(pieces),
+        num_planes,
+        src_stride,
+        dst_stride,
+        dst.size > _CACHED_BYTES,
     )
 
 
