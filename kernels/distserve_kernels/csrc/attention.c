@@ -405,11 +405,13 @@ SIMD static void pack_keys(const Attention *a, const AttentionItem *item, const 
     }
 }
 
-/* One row's scores become weights; returns the factor that its earlier sums take. */
+/* One row's scores become weights; returns the factor that its earlier sums take. Two chains of maxima and sums, for
+ * one would wait on itself. */
 INLINE SIMD float soften_row(const Attention *a, const float *scores, int64_t keys, int masked, int64_t first_seen,
                              int64_t last_seen, float *maximum, float *total, bf16 *weights) {
-    __m512 x[KEYS / 16] = {_mm512_setzero_ps()}, top = _mm512_set1_ps(*maximum);
+    __m512 x[KEYS / 16] = {_mm512_setzero_ps()}, top[2], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     __m512i key = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    top[0] = top[1] = _mm512_set1_ps(*maximum);
 #pragma GCC unroll 8
     for (int v = 0; v < KEYS / 16; v++) {
         if (v * 16 >= keys) break;
@@ -420,19 +422,19 @@ INLINE SIMD float soften_row(const Attention *a, const float *scores, int64_t ke
                              _mm512_cmpge_epi32_mask(position, _mm512_set1_epi32((int32_t)first_seen));
             x[v] = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-__builtin_inff()), x[v]);
         }
-        top = _mm512_max_ps(top, x[v]);
+        top[v & 1] = _mm512_max_ps(top[v & 1], x[v]);
     }
-    float new_maximum = _mm512_reduce_max_ps(top);
-    __m512 highest = _mm512_set1_ps(new_maximum), sum = _mm512_setzero_ps();
+    float new_maximum = _mm512_reduce_max_ps(_mm512_max_ps(top[0], top[1]));
+    __m512 highest = _mm512_set1_ps(new_maximum);
 #pragma GCC unroll 8
     for (int v = 0; v < KEYS / 16; v++) {
         if (v * 16 >= keys) break;
         __m512 y = exp2_ps(_mm512_sub_ps(x[v], highest));
-        sum = _mm512_add_ps(sum, y);
+        sum[v & 1] = _mm512_add_ps(sum[v & 1], y);
         store_bf16(weights + v * 16, y);
     }
     float decay = *maximum == new_maximum ? 1.0f : exp2_scalar(*maximum - new_maximum);
-    *total = *total * decay + _mm512_reduce_add_ps(sum);
+    *total = *total * decay + _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
     *maximum = new_maximum;
     return decay;
 }
