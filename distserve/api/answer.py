@@ -169,7 +169,11 @@ class Answer(Response):
             if generation.failure is not None:
                 raise generation.failure
         body = renderer.whole(answers, generation.prompt_logprobs)
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"x-request-id", self._job.job_id.encode()),
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -178,7 +182,8 @@ class Answer(Response):
         pieces = generation.advance(await exchange.receive())
         if generation.failure is not None:
             raise generation.failure
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        headers = [*STREAM_HEADERS, (b"x-request-id", self._job.job_id.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         opened: set[int] = set()
         while True:
             events: list[bytes] = []

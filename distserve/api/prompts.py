@@ -10,7 +10,7 @@ from distserve.api.schemas import ChatMessage, CompletionBody, ConversationBody,
 from distserve.api.tokenizer import TextTokenizer
 from distserve.core.errors import InvalidRequestError
 
-LONG_TEXT = 20_000
+LONG_TEXT = 4_000
 """Characters from which tokenising (about a microsecond each) leaves the event loop for a thread."""
 
 
@@ -32,12 +32,17 @@ def require_tokenizer(model: ServedModel, param: str) -> TextTokenizer:
 
 
 async def encode(text: str, model: ServedModel, param: str, *, add_special_tokens: bool) -> list[int]:
-    """Tokenise ``text``, refusing without work one that cannot fit the context."""
+    """Tokenise ``text`` of any length without keeping the event loop busy for long."""
     tokenizer = require_tokenizer(model, param)
-    check_prompt_length(-(-len(text) // tokenizer.longest_token), model, param, exact=False)
     if len(text) < LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def _check_text_length(text: str, model: ServedModel, param: str) -> None:
+    """Refuse a text that cannot fit the context, however it is tokenised, before that costs anything."""
+    longest = require_tokenizer(model, param).longest_token
+    check_prompt_length(-(-len(text) // longest), model, param, exact=False)
 
 
 async def completion_prompts(body: CompletionBody, model: ServedModel, max_prompts: int) -> list[Prompt]:
@@ -58,6 +63,8 @@ async def completion_prompts(body: CompletionBody, model: ServedModel, max_promp
         if not prompt:
             raise InvalidRequestError("prompt is empty", param="prompt")
         if isinstance(prompt, str):
+            _check_text_length(prompt, model, "prompt")
+            await asyncio.sleep(0)  # a long batch lets others in between
             ids = await encode(prompt, model, "prompt", add_special_tokens=add_special_tokens)
             prompts.append(Prompt(ids, prompt))
         else:
@@ -98,7 +105,11 @@ RESERVED_KWARGS = frozenset(
 
 
 async def conversation_prompt(body: ConversationBody | TokenizeBody, model: ServedModel) -> Prompt:
-    """A conversation through the model's chat template. Raises InvalidRequestError."""
+    """A conversation through the model's chat template. Raises InvalidRequestError.
+
+    Only one that is to be served must fit the context.
+    """
+    is_served = isinstance(body, ConversationBody)
     tokenizer = require_tokenizer(model, "messages")
     template_kwargs = body.chat_template_kwargs or {}
     if reserved := RESERVED_KWARGS & template_kwargs.keys():
@@ -117,9 +128,12 @@ async def conversation_prompt(body: ConversationBody | TokenizeBody, model: Serv
         continue_final_message=continue_final,
         template_kwargs=template_kwargs,
     )
+    if is_served:
+        _check_text_length(text, model, "messages")
     # The template writes the special tokens itself.
     ids = await encode(text, model, "messages", add_special_tokens=body.add_special_tokens is True)
     if not ids:
         raise InvalidRequestError("the conversation has no tokens", param="messages")
-    check_prompt_length(len(ids), model, "messages")
+    if is_served:
+        check_prompt_length(len(ids), model, "messages")
     return Prompt(ids, text)

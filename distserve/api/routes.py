@@ -68,8 +68,8 @@ def build_router(service: Service) -> APIRouter:
     def authorise(request: Request) -> None:
         if settings.api_key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if not hmac.compare_digest(given, settings.api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), settings.api_key.encode()):
             raise AuthenticationError("the API key is missing or wrong: send Authorization: Bearer <key>")
 
     def describe(name: str) -> dict[str, Any]:

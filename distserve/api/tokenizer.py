@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
 from tokenizers import decoders
 
@@ -133,7 +132,7 @@ class TextTokenizer:
                 continue_final_message=continue_final_message,
                 **{**self._named_tokens, **template_kwargs},
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses this conversation: {error}", param="messages"
             ) from error

@@ -21,6 +21,7 @@ def test_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="demo", messages=MESSAGES, logprobs=True, top_logprobs=1, n=2)
     assert [choice.message.content for choice in answer.choices] == [ANSWER] * 2
     assert answer.choices[0].finish_reason == "stop"
+    assert answer._request_id == answer.id
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.choices[0].logprobs is not None

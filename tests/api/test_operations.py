@@ -40,6 +40,12 @@ def test_tokens_there_and_back(server: Server) -> None:
     assert server.post("/detokenize", tokens=bare["tokens"]).json() == {"prompt": "Hello 🦊"}
 
 
+def test_texts_past_the_context_can_be_counted(server: Server) -> None:
+    text = "many words " * 5000
+    assert server.post("/tokenize", prompt=text).json()["count"] > 10_000
+    assert server.post("/tokenize", messages=[{"role": "user", "content": text}]).json()["count"] > 10_000
+
+
 def test_a_conversation_is_tokenised_as_it_would_be_served(server: Server) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     tokens = server.post("/tokenize", messages=messages).json()["tokens"]
@@ -118,13 +124,14 @@ def locked(start: Start, demo_model: ServedModel) -> Server:
 def test_a_key_guards_what_costs(locked: Server) -> None:
     body = {"prompt": "Hello", "messages": [{"role": "user", "content": "x"}], "tokens": [5], "max_tokens": 1}
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
-        for key in (None, "Bearer wrong", "Bearer", "Bearer sésame"):
+        for key in (None, "Bearer wrong", "Bearer", "sesame", "Bearer sésame"):
             headers = {} if key is None else {"authorization": key.encode()}
             response = locked.client.post(path, json=body, headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
     assert locked.client.get("/v1/models").status_code == 401
     assert locked.backend.submitted == []
+    assert locked.client.get("/v1/models", headers={"authorization": "bearer sesame"}).status_code == 200
     fine = {"authorization": "Bearer sesame"}
     assert locked.client.post("/v1/completions", json=body, headers=fine).status_code == 200
     assert locked.client.get("/v1/models", headers=fine).status_code == 200
