@@ -13,7 +13,7 @@ from types import TracebackType
 from distserve.cluster.clock import TimerThread, cluster_time
 from distserve.cluster.driver import Driver
 from distserve.cluster.owner_backend import OwnerBackend
-from distserve.cluster.parts import EnginePlan
+from distserve.cluster.parts import OWNER, EnginePlan
 from distserve.cluster.rank import Rank
 from distserve.cluster.replay import EventLog
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
@@ -24,8 +24,6 @@ from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER
 from distserve.engine.description import describe
 from distserve.transfer.local import LocalNetwork, LocalTransport
-
-OWNER = "owner"
 
 
 class LocalCluster:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from distserve.core.config import InstanceSpec
 
+OWNER = "api-0"
+"""Name of the API process, which owns the requests."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterKey:

@@ -5,7 +5,6 @@ the session's directory. Its core processes die with the launcher by themselves;
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +15,6 @@ from distserve.core.errors import ConfigError
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Close to the least that Ray takes: tokens and KV never go through it."""
-
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_memory_monitor_refresh_ms": "0",  # memory is planned here; Ray's watcher would kill for other tenants' use
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TQDM_PATCH_PRINT": "0",
-    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # its stack traces would greet whoever stops the server
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +36,6 @@ def ray_cluster(address: str | None, directory: str, num_cpus: int) -> Iterator[
     Raises:
         ConfigError: nothing to join at ``address``, or the local cluster does not start.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     try:
         if address is not None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="distserve")

@@ -12,14 +12,12 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import ray
 import uvicorn
 import uvloop
-from ray.exceptions import RayError
 from rich.console import Console
 
 from distserve.api.app import create_app
@@ -27,26 +25,24 @@ from distserve.api.model import ServedModel, load_served_model
 from distserve.api.settings import ApiSettings
 from distserve.cluster.clock import cluster_time
 from distserve.cluster.config import ServeConfig
-from distserve.cluster.deployment import Blueprint, Deployment, cause_of
-from distserve.cluster.describe import Description, ModelFacts
-from distserve.cluster.network import Mailbox, create_key
+from distserve.cluster.network import Mailbox
 from distserve.cluster.owner_backend import OwnerBackend
-from distserve.cluster.parts import Card, ClusterKey, EnginePlan
-from distserve.cluster.ray_cluster import ray_cluster
+from distserve.cluster.parts import OWNER
+from distserve.cluster.ray_environment import prepare_ray_environment
 from distserve.cluster.replay import EventLog
-from distserve.cluster.session import Session
-from distserve.cluster.sizing import free_memory, size_kv, threads_per_instance
-from distserve.cluster.supervise import Supervisor
-from distserve.core.config import Role, SchedulerConfig
+from distserve.core.config import Role
 from distserve.core.errors import ConfigError
 from distserve.core.owner import Owner
+
+if TYPE_CHECKING:
+    from distserve.cluster.deployment import Blueprint
+    from distserve.cluster.launch import Launched
 
 logger = logging.getLogger(__name__)
 
 Client = Callable[[str], Coroutine[Any, Any, None]]
 """Talks to the endpoint at the URL it is given."""
 
-OWNER = "api-0"
 _DRAIN_LIMIT = 256
 """Messages handled at a stretch before the loop looks after its connections again."""
 _FAREWELL = 2
@@ -73,116 +69,23 @@ def serve(config: ServeConfig, console: Console, client: Client | None = None) -
         )
         stack.enter_context(_terminable())
         progress = stack.enter_context(_Progress(console))
-        launch = stack.enter_context(_launch(config, progress.show))
+        prepare_ray_environment(config.ray_address)
+        from distserve.cluster.launch import launch  # imports Ray
+
+        launched = stack.enter_context(launch(config, progress.show))
 
         def announce(url: str) -> None:
             progress.stop()
-            console.print(_summary(url, model, launch.deployment.blueprint), highlight=False, soft_wrap=True)
+            console.print(_summary(url, model, launched.deployment.blueprint), highlight=False, soft_wrap=True)
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(config, model, launch, listener, announce, client))
-
-
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """What runs beneath the endpoint."""
-
-    deployment: Deployment
-    mailbox: Mailbox
-
-
-@contextmanager
-def _launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[_Launch]:
-    """Start every part but the endpoint; stop them again at the end."""
-    num_threads = threads_per_instance(config.engine.threads, config.num_instances)
-    num_cores = num_threads * config.num_instances
-    with ExitStack() as stack:
-        description = stack.enter_context(Description(config.model_dir, config.engine.dtype))
-        if config.ray_address is None:
-            show("starting a local Ray cluster")
-            directory = str(stack.enter_context(Session()).directory)
-        else:
-            show(f"joining the Ray cluster at {config.ray_address}")
-            directory = ""
-        cluster = stack.enter_context(ray_cluster(config.ray_address, directory, num_cores + 1))
-        show("examining the model")
-        facts = description.result()
-        key = create_key()
-        mailbox = Mailbox(OWNER, key, cluster.host)
-        stack.callback(mailbox.close)
-        blueprint = _blueprint(config, facts, num_threads, key)
-        deployment = Deployment(
-            cluster,
-            blueprint,
-            Card(OWNER, mailbox.endpoint),
-            lambda cards: mailbox.meet({card.name: card.endpoint for card in cards}),
-        )
-        stack.callback(deployment.close)
-        _start_parts(deployment, show)
-        supervisor = Supervisor(deployment)
-        supervisor.start()
-        stack.callback(supervisor.close)
-        yield _Launch(deployment, mailbox)
-
-
-def _start_parts(deployment: Deployment, show: Callable[[str], None]) -> None:
-    """Start router and instances in parallel and introduce them to each other."""
-    show("waiting for CPUs")
-    deployment.reserve()
-    router = deployment.start_router()
-    loading = dict(deployment.start_instance(slot)[::-1] for slot in range(len(deployment.blueprint.roles)))
-    loaded = []
-    while loading:
-        names = ", ".join(member.spec.instance_id for member in loading.values())
-        show(f"loading the model on {names}")
-        done, _ = ray.wait(list(loading), timeout=1.0)
-        for call in done:
-            member = loading.pop(call)
-            try:
-                member.card = ray.get(call)
-            except RayError as error:
-                raise cause_of(error, member.spec.instance_id) from error
-            loaded.append(member)
-    show("introducing the instances to each other")
-    deployment.adopt_router(ray.get(router))
-    deployment.adopt_instances(loaded)
-
-
-def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: ClusterKey) -> Blueprint:
-    engine = config.engine
-    max_model_len = min(engine.max_model_len or facts.max_model_len, facts.max_model_len)
-    if engine.max_model_len is not None and engine.max_model_len > facts.max_model_len:
-        raise ConfigError(
-            f"--max-model-len {engine.max_model_len} is more than the model can take: at most {facts.max_model_len}"
-        )
-    kv = size_kv(
-        engine.kv,
-        weight_bytes=facts.weight_bytes,
-        token_bytes=facts.token_bytes,
-        max_model_len=max_model_len,
-        num_instances=config.num_instances,
-        free=free_memory(),
-    )
-    if kv.num_tokens < max_model_len:
-        logger.warning("KV memory holds %d tokens, requests longer than that are refused", kv.num_tokens)
-    return Blueprint(
-        roles=tuple(role for role, count in config.pools for _ in range(count)),
-        plan=EnginePlan(config.model_dir, engine.dtype, num_threads),
-        kv=kv,
-        scheduler=SchedulerConfig(
-            max_batch_tokens=engine.max_batch_tokens,
-            max_batch_size=engine.max_batch_size,
-            max_model_len=max_model_len,
-        ),
-        key=key,
-        log_dir=config.event_log,
-    )
+            runner.run(_serve(config, model, launched, listener, announce, client))
 
 
 async def _serve(
     config: ServeConfig,
     model: ServedModel,
-    launch: _Launch,
+    launched: "Launched",
     listener: socket.socket,
     announce: Callable[[str], None],
     client: Client | None,
@@ -190,15 +93,15 @@ async def _serve(
     """Run the endpoint until a signal has come and what was under way has ended."""
     loop = asyncio.get_running_loop()
     log = EventLog(config.event_log / f"{OWNER}.log") if config.event_log else None
-    backend = OwnerBackend(OWNER, Owner(OWNER), launch.mailbox, loop, log)
-    _receive(loop, launch.mailbox, backend)
+    backend = OwnerBackend(OWNER, Owner(OWNER), launched.mailbox, loop, log)
+    _receive(loop, launched.mailbox, backend)
     backend.start()
     settings = ApiSettings(api_key=config.api_key)
     server = _Server(
         uvicorn.Config(
             create_app(
                 backend,
-                replace(model, max_model_len=launch.deployment.blueprint.scheduler.max_model_len),
+                replace(model, max_model_len=launched.deployment.blueprint.scheduler.max_model_len),
                 settings,
                 clock=cluster_time,
             ),
@@ -231,7 +134,7 @@ async def _serve(
         backend.close()
         server.should_exit = True
         await asyncio.wait({serving})
-        loop.remove_reader(launch.mailbox.fileno)
+        loop.remove_reader(launched.mailbox.fileno)
         if log is not None:
             log.close()
     for task in ends:
@@ -342,7 +245,7 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _summary(url: str, model: ServedModel, blueprint: Blueprint) -> str:
+def _summary(url: str, model: ServedModel, blueprint: "Blueprint") -> str:
     """The line that ends the start: URL, model, pools, KV capacity."""
     pools = [
         f"{count} {role} x {blueprint.kv.num_tokens:,} tokens of KV"

@@ -12,8 +12,8 @@ from distserve.core.errors import ConfigError
 PROCESS_BYTES = 400 * 2**20
 """Memory an instance takes beside weights and KV: interpreter, torch, activations. Measured: 330-420 MiB."""
 
-_DEFAULT_KV_BYTES = 2**30
-"""KV per instance that is not exceeded unless asked for: the operating system hands pages out only when touched."""
+_DEFAULT_KV_BYTES = 256 * 2**20
+"""KV per instance that is not exceeded unless asked for, or unless one full-length sequence needs it."""
 
 _DEFAULT_SEQUENCES = 64
 """Full-length sequences that an instance's KV is made for unless asked otherwise."""

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distserve.cluster.local import OWNER, LocalCluster
+from distserve.cluster.local import LocalCluster
 from distserve.cluster.owner_backend import OwnerBackend
+from distserve.cluster.parts import OWNER
 from distserve.cluster.rank import scheduler_for
 from distserve.cluster.replay import replay
 from distserve.core.commands import Conclude, Deliver

@@ -72,18 +72,23 @@ def test_both_pools_serve(server: Server, tokens: list[int]) -> None:
     assert list(server.token_ids(PROMPT, NUM_TOKENS)) == tokens
 
 
-def test_everything_listens_on_loopback_only(server: Server) -> None:
-    links = [link for pid in server.processes() for link in Path(f"/proc/{pid}/fd").iterdir()]
+def test_our_own_sockets_listen_on_loopback_only(server: Server) -> None:
+    # Ray's own listen everywhere (over IPv6 sockets), which is why its cluster has a secret token.
+    parts = [server.process.pid, *server.instances(), *server.routers()]
+    links = [link for pid in parts for link in Path(f"/proc/{pid}/fd").iterdir()]
     # A descriptor may be closed between the two looks.
     targets = [str(link.readlink()) for link in links if link.is_symlink()]
     inodes = {target[len("socket:[") : -1] for target in targets if target.startswith("socket:[")}
-    listening = [
-        columns[1]
-        for columns in (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
-        if columns[3] == "0A" and columns[9] in inodes
-    ]
-    assert listening
-    assert [address for address in listening if not address.startswith("0100007F:")] == []
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = [row[1] for row in rows if row[3] == "0A" and row[9] in inodes]
+    assert len(listening) >= len(parts)
+    assert {address.partition(":")[0] for address in listening} == {"0100007F"}
+
+
+def test_the_local_ray_cluster_lets_no_stranger_in(server: Server) -> None:
+    (gcs,) = [pid for pid, title in server.processes().items() if "gcs_server" in title]
+    environment = (Path(f"/proc/{gcs}/environ")).read_bytes().split(b"\0")
+    assert b"RAY_AUTH_MODE=token" in environment
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="instances share a single CPU")
