@@ -36,11 +36,11 @@ from distserve.transfer.shm import ShmTransport
 
 SECRET = b"benchmark"
 LAYOUTS = {
-    "demo": KvLayout(num_layers=4, num_blocks=1024, block_size=16, num_kv_heads=2, head_dim=32, dtype="bfloat16"),
+    "demo": KvLayout(num_layers=4, num_blocks=8192, block_size=16, num_kv_heads=2, head_dim=32, dtype="bfloat16"),
     "768": KvLayout(num_layers=12, num_blocks=1024, block_size=16, num_kv_heads=4, head_dim=64, dtype="bfloat16"),
     "8B": KvLayout(num_layers=32, num_blocks=384, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16"),
 }
-"""The embedded demo model, the 768-hidden model of the CPU comparison, and Llama-3-8B."""
+"""The embedded demo model with its default pool, the 768-hidden model of the CPU comparison, and Llama-3-8B."""
 
 
 @dataclass(frozen=True)

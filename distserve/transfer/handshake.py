@@ -61,7 +61,7 @@ def serve(
     refusal: str | None
     if hello.get("protocol") != PROTOCOL:
         refusal = f"KV transfer protocol {PROTOCOL} there, {hello.get('protocol')} here"
-    elif not hmac.compare_digest(_proof(secret, "pull", nonce, str(hello.get("nonce"))), str(hello.get("proof"))):
+    elif not _proves(hello, _proof(secret, "pull", nonce, str(hello.get("nonce")))):
         refusal = "the secrets differ: instances of different clusters?"
     elif (theirs := _layout(hello)) is None:
         refusal = "malformed KV layout"
@@ -131,7 +131,7 @@ def _checked(answer: dict[str, Any], fds: list[int], proof: str) -> KvLayout:
     """Return the server's layout, or raise TransferError if the answer is a refusal or not to be trusted."""
     if "error" in answer:
         raise TransferError(f"the peer refused: {answer['error']}")
-    if not hmac.compare_digest(proof, str(answer.get("proof"))):
+    if not _proves(answer, proof):
         raise TransferError("the peer does not know the secret")
     layout = _layout(answer)
     if layout is None or len(fds) != 2 or not isinstance(answer.get("generation"), int):
@@ -150,11 +150,18 @@ def _proof(secret: bytes, role: str, server_nonce: str, client_nonce: str) -> st
     return hmac.new(secret, f"{role}:{server_nonce}:{client_nonce}".encode(), "sha256").hexdigest()
 
 
+def _proves(packet: dict[str, Any], proof: str) -> bool:
+    return hmac.compare_digest(proof.encode(), str(packet.get("proof")).encode("utf-8", "replace"))
+
+
 def _layout(packet: dict[str, Any]) -> KvLayout | None:
     try:
-        return KvLayout(**packet["layout"])
+        layout = KvLayout(**packet["layout"])
     except (KeyError, TypeError):
         return None
+    values = asdict(layout)
+    is_sound = isinstance(values.pop("dtype"), str) and all(type(value) is int for value in values.values())
+    return layout if is_sound else None
 
 
 def _send(connection: socket.socket, packet: dict[str, Any]) -> None:
@@ -180,7 +187,7 @@ def _decode(data: bytes) -> dict[str, Any]:
         raise TransferError("the peer closed the connection during the handshake")
     try:
         packet = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TransferError("the peer does not speak the KV transfer protocol") from error
     if not isinstance(packet, dict):
         raise TransferError("the peer does not speak the KV transfer protocol")

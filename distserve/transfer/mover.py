@@ -36,9 +36,9 @@ class _Patience:
         return min(max(waited * self.share, self.shortest), self.longest)
 
 
-_UNDER_WAY = _Patience(share=1 / 4, shortest=50e-6, longest=4e-3)
+_UNDER_WAY = _Patience(share=1 / 2, shortest=100e-6, longest=4e-3)
 """While several layers are missing: nothing waits for the one, only the last counts."""
-_LAST_LAYER = _Patience(share=1 / 16, shortest=50e-6, longest=500e-6)
+_LAST_LAYER = _Patience(share=1 / 8, shortest=50e-6, longest=500e-6)
 """While one is missing: what this adds is time until the first decode step."""
 
 

@@ -42,17 +42,20 @@ def plane_pieces(src_blocks: Sequence[int], dst_blocks: Sequence[int], src: KvLa
         raise TransferError(f"{len(src_blocks)} source blocks cannot go into {len(dst_blocks)} destination blocks")
     if not src_blocks:
         return np.empty((0, 3), dtype=np.int64)
-    pairs = np.array((src_blocks, dst_blocks), dtype=np.int64)
-    lowest, highest = pairs.min(axis=1).tolist(), pairs.max(axis=1).tolist()
-    for side, low, high, layout in zip(("source", "destination"), lowest, highest, (src, dst), strict=True):
+    for side, blocks, layout in (("source", src_blocks, src), ("destination", dst_blocks, dst)):
+        low, high = min(blocks), max(blocks)
         if low < 0 or high >= layout.num_blocks:
             raise TransferError(f"{side} blocks {low}..{high} are not all within 0..{layout.num_blocks - 1}")
-    follows = (pairs[:, 1:] - pairs[:, :-1] == 1).all(axis=0)
-    starts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
-    pieces = np.empty((len(starts), 3), dtype=np.int64)
-    pieces[:, :2] = pairs[:, starts].T
-    pieces[:-1, 2] = starts[1:] - starts[:-1]
-    pieces[-1, 2] = len(src_blocks) - starts[-1]
+    pairs = np.array((src_blocks, dst_blocks), dtype=np.int64)
+    steps = pairs[:, 1:] - pairs[:, :-1]
+    jumps = np.flatnonzero((steps[0] != 1) | (steps[1] != 1)) + 1
+    pieces = np.empty((len(jumps) + 1, 3), dtype=np.int64)
+    pieces[0] = (*pairs[:, 0], len(src_blocks))
+    pieces[1:, :2] = pairs[:, jumps].T
+    # A piece ends where the next one starts: first the position of the end, then the length.
+    pieces[1:, 2] = len(src_blocks)
+    pieces[:-1, 2] = jumps
+    pieces[1:, 2] -= jumps
     pieces *= src.block_bytes
     return pieces
 

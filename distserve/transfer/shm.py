@@ -11,6 +11,7 @@ import mmap
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +26,7 @@ from distserve.transfer.transport import Clock
 
 _logger = logging.getLogger(__name__)
 
+_ACCEPT_PAUSE = 0.1
 _HANDSHAKE_TIMEOUT = 5.0
 """Seconds a live peer may take to answer: it only has to schedule a thread."""
 
@@ -136,10 +138,13 @@ class ShmTransport:
             while True:
                 try:
                     connection, _ = self._server.accept()
-                except OSError:
+                except OSError as error:
                     if self._closed:
                         return
-                    raise
+                    # Out of descriptors, say: other peers must still find this rank later.
+                    _logger.warning("cannot accept KV peers: %s", error)
+                    time.sleep(_ACCEPT_PAUSE)
+                    continue
                 threading.Thread(target=self._serve, args=(connection,), name="kv-serve", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:

@@ -233,6 +233,18 @@ def test_connecting_to_nothing_says_so(make, source):
         make().connect("source", address)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_pulls_end_even_if_the_transfer_thread_fails(sink):
+    ended = Ended()
+
+    def raises(event):
+        raise RuntimeError("a bug")
+
+    sink.pull(migrate(1, (1,), (1,), ready=0, step=5), ended)
+    sink.pull(migrate(2, (2,), (2,)), raises)
+    assert ended.next().reason == "the transfer thread failed"
+
+
 def test_every_pull_ends_once_whatever_happens_around_it(make, source, sink):
     """Pulls, cancels, steps and reconnections from several threads: one event per pull, the good ones right."""
     events, under_way = {}, threading.Semaphore(10)
