@@ -38,22 +38,24 @@ def _load() -> ctypes.CDLL | None:
 _library = _load()
 
 
-def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces, num_planes: int, src_stride: int, dst_stride: int) -> None:
-    """Copy every piece from ``src`` to ``dst`` (flat bytes), ``num_planes`` times, each time one stride further on.
+def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces, planes: range, src_stride: int, dst_stride: int) -> None:
+    """Copy every piece of each of ``planes`` from ``src`` to ``dst`` (flat bytes).
 
-    There is at least one piece; pieces lie within both memories and do not overlap in ``dst``.
+    Plane ``i`` starts ``i`` strides into either memory. There is at least one piece; pieces lie within both memories
+    and do not overlap in ``dst``.
     """
     if _library is None:
-        copy_pieces_with_numpy(src, dst, pieces, num_planes, src_stride, dst_stride)
+        copy_pieces_with_numpy(src, dst, pieces, planes, src_stride, dst_stride)
         return
     assert pieces.flags.c_contiguous
     assert pieces.dtype == np.int64
+    assert planes.step == 1
     _library.distserve_copy_pieces(
-        src.ctypes.data,
-        dst.ctypes.data,
+        src.ctypes.data + planes.start * src_stride,
+        dst.ctypes.data + planes.start * dst_stride,
         pieces.ctypes.data,
         len(pieces),
-        num_planes,
+        len(planes),
         src_stride,
         dst_stride,
         dst.size > _CACHED_BYTES,
@@ -61,12 +63,12 @@ def copy_pieces(src: Bytes, dst: Bytes, pieces: Pieces, num_planes: int, src_str
 
 
 def copy_pieces_with_numpy(
-    src: Bytes, dst: Bytes, pieces: Pieces, num_planes: int, src_stride: int, dst_stride: int
+    src: Bytes, dst: Bytes, pieces: Pieces, planes: range, src_stride: int, dst_stride: int
 ) -> None:
     """Do what :func:`copy_pieces` does without native code."""
     in_long_pieces = int(pieces[:, 2].sum()) >= _LONG_PIECE * len(pieces)
     copy_plane = _copy_long if in_long_pieces else _copy_short
-    for plane in range(num_planes):
+    for plane in planes:
         copy_plane(src[plane * src_stride :], dst[plane * dst_stride :], pieces)
 
 

@@ -228,9 +228,8 @@ class Mover:
         planes_per_batch = max(1, _BATCH_BYTES // per_plane)
         cut = portions(pieces, _BATCH_BYTES)
         for first in range(2 * first_layer, 2 * end_layer, planes_per_batch):
-            num_planes = min(planes_per_batch, 2 * end_layer - first)
-            src, dst = source.memory[first * src_stride :], self._memory[first * dst_stride :]
+            planes = range(first, min(first + planes_per_batch, 2 * end_layer))
             for portion in cut:
-                copy_pieces(src, dst, portion, num_planes, src_stride, dst_stride)
+                copy_pieces(source.memory, self._memory, portion, planes, src_stride, dst_stride)
                 yield True
-            pull.num_bytes += num_planes * per_plane
+            pull.num_bytes += len(planes) * per_plane

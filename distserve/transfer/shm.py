@@ -27,6 +27,7 @@ from distserve.transfer.transport import Clock
 _logger = logging.getLogger(__name__)
 
 _ACCEPT_PAUSE = 0.1
+"""Seconds after which accepting is tried again."""
 _HANDSHAKE_TIMEOUT = 5.0
 """Seconds a live peer may take to answer: it only has to schedule a thread."""
 
@@ -93,7 +94,9 @@ class ShmTransport:
             connection.close()
             raise
         with self._lock:
-            assert not self._closed, "connect after close"
+            if self._closed:
+                connection.close()
+                raise TransferError("transport closed")
             previous = self._sources.get(instance_id)
             self._sources[instance_id] = connection
             self._mover.attach(instance_id, source)
