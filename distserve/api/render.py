@@ -3,8 +3,9 @@
 Events are put together from parts encoded once per request, since they are made for every token.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -42,28 +43,8 @@ class Answered:
         return self.pieces[-1]
 
 
-class Renderer(Protocol):
-    """How one API dresses pieces."""
-
-    def opening(self, index: int, logprobs: Sequence[TokenLogprobs] | None) -> bytes:
-        """Event before a choice's first token, if any; ``logprobs`` are its prompt's."""
-        ...
-
-    def event(self, choice: Choice, piece: Piece) -> bytes:
-        """Event for one token."""
-        ...
-
-    def usage(self, num_output_tokens: int) -> bytes:
-        """The event that ends a stream with ``include_usage``."""
-        ...
-
-    def whole(self, answers: Sequence[Answered], logprobs: Sequence[Sequence[TokenLogprobs] | None]) -> bytes:
-        """The answer that is not streamed; ``logprobs[i]`` are prompt i's."""
-        ...
-
-
-class _BaseRenderer:
-    """What the two APIs share; they differ in where the text stands and in the shape of log-probabilities."""
+class Renderer(ABC):
+    """Dresses pieces for one API; the two differ in where the text stands and in the shape of log-probabilities."""
 
     object_name: str
     chunk_name: str
@@ -94,10 +75,19 @@ class _BaseRenderer:
         job = self.job
         return {"id": job.job_id, "object": object_name, "created": job.created, "model": job.model_name}
 
-    def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def opening(self, index: int, logprobs: Sequence[TokenLogprobs] | None) -> bytes:
+        """The event before a choice's first token, if any; ``logprobs`` are its prompt's."""
+
+    @abstractmethod
+    def whole(self, answers: Sequence[Answered], logprobs: Sequence[Sequence[TokenLogprobs] | None]) -> bytes:
+        """The answer that is not streamed; ``logprobs[i]`` are prompt i's."""
+
+    @abstractmethod
+    def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]: ...
 
     def event(self, choice: Choice, piece: Piece) -> bytes:
+        """The event for one token."""
         head = self._heads[choice.index]
         if self._plain and piece.finish_reason is None:
             return head + encode(piece.text) + self._tail
@@ -128,6 +118,7 @@ class _BaseRenderer:
         return 0
 
     def usage(self, num_output_tokens: int) -> bytes:
+        """The event that ends a stream with ``include_usage``."""
         return self._start + b',"choices":[],"usage":' + encode(self._usage(num_output_tokens)) + b"}\n\n"
 
     def _usage(self, num_output_tokens: int) -> dict[str, int]:
@@ -162,7 +153,7 @@ class _BaseRenderer:
         return [self._entry(answer.choice.index, piece) for piece in answer.pieces if piece.token_id is not None]
 
 
-class CompletionRenderer(_BaseRenderer):
+class CompletionRenderer(Renderer):
     """``text_completion`` objects, with the prompt in front if it is to be echoed."""
 
     object_name = "text_completion"
@@ -235,7 +226,7 @@ class CompletionRenderer(_BaseRenderer):
         return self._whole(answers, choices)
 
 
-class ChatRenderer(_BaseRenderer):
+class ChatRenderer(Renderer):
     """``chat.completion`` objects."""
 
     object_name = "chat.completion"
