@@ -5,6 +5,7 @@ moved on by a few vector operations; its sequences' own state is brought up to d
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -102,11 +103,19 @@ class Batch:
         for update in updates:
             row = self._rows_of.get(update.seq_id)
             if row is not None:
-                self._tables[row, update.start : update.start + len(update.blocks)] = update.blocks
+                self._update_table(row, update)
         self._tokens[:] = self._drawn[-1]
         self._positions += 1
         self._context_lens += 1
         self._fill_slots()
+
+    def _update_table(self, row: int, update: TableUpdate) -> None:
+        end = update.start + len(update.blocks)
+        missing = end - self._tables.shape[1]
+        if missing > 0:
+            self._tables = np.pad(self._tables, ((0, 0), (0, missing)))
+            self.inputs = replace(self.inputs, block_tables=torch.from_numpy(self._tables))
+        self._tables[row, update.start : end] = update.blocks
 
     def record(self, tokens: NDArray[np.int64]) -> None:
         """Note the tokens drawn, one for each row of ``draw_rows``."""

@@ -49,8 +49,11 @@ class SequenceState:
         self.num_tokens += len(tokens)
 
     def update_blocks(self, update: TableUpdate) -> None:
-        """Enter blocks into the table."""
-        self.blocks[update.start : update.start + len(update.blocks)] = update.blocks
+        """Enter blocks into the table, which grows if a scheduler gives more than the sequence can fill."""
+        end = update.start + len(update.blocks)
+        if end > len(self.blocks):
+            self.blocks = np.concatenate((self.blocks, np.zeros(end - len(self.blocks), dtype=np.int32)))
+        self.blocks[update.start : end] = update.blocks
 
     @property
     def prompt(self) -> NDArray[np.int64]:

@@ -32,9 +32,10 @@ class Served:
     path: Path
     prompts: list[list[int]]
     expected: list[list[int]]
+    fused: bool = True
 
-    def worker(self, num_blocks: int = 96, block_size: int = 4, *, fused: bool = True) -> Worker:
-        return Worker(self.path, kv=KvConfig(num_blocks, block_size), fused=fused)
+    def worker(self, num_blocks: int = 96, block_size: int = 4) -> Worker:
+        return Worker(self.path, kv=KvConfig(num_blocks, block_size), fused=self.fused)
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def build(config: PreTrainedConfig, seed: int = 0, scale: float = 0.35) -> PreTrainedModel:
     """A model whose weights are large enough for its text to vary."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -97,15 +97,15 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 # Where embeddings are tied, large ones would make every token predict itself.
-                parameter.normal_(0.0, 0.03 if "embed" in name or "wte" in name else 0.35)
+                parameter.normal_(0.0, 0.03 if "embed" in name or "wte" in name else scale)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
-def save(config: PreTrainedConfig, path: Path, seed: int = 0) -> Path:
+def save(config: PreTrainedConfig, path: Path, seed: int = 0, scale: float = 0.35) -> Path:
     """Write a model directory (without a tokenizer)."""
-    build(config, seed).save_pretrained(path)
+    build(config, seed, scale).save_pretrained(path)
     return path
 
 

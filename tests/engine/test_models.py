@@ -1,6 +1,7 @@
 """Every supported model, along every path a sequence can take, says what transformers' generate says."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -9,10 +10,14 @@ from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.harness import Harness, make_request
 from tests.engine.models import CONFIGS
 
+# Those with fused kernels also run on transformers' own modules, the reference that other models have.
+BOTH_WAYS = ["llama", "llama-biases", "mistral-sliding", "qwen2-sliding", "qwen3"]
 
-@pytest.fixture(scope="module", params=CONFIGS)
+
+@pytest.fixture(scope="module", params=[*CONFIGS, *(f"{name}:reference" for name in BOTH_WAYS)])
 def model(request: pytest.FixtureRequest, served: Callable[[str], Served]) -> Served:
-    return served(request.param)
+    name, _, way = request.param.partition(":")
+    return replace(served(name), fused=not way)
 
 
 @pytest.fixture(scope="module")

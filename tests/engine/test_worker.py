@@ -206,6 +206,22 @@ def test_tables_may_change_while_a_decode_batch_repeats(llama: Served, llama_wor
         harness.close(track)
 
 
+def test_a_table_may_be_longer_than_the_sequence(llama: Served, llama_worker: Worker) -> None:
+    harness = Harness(llama_worker)
+    tracks = [harness.open(make_request(prompt, max_tokens=NUM_TOKENS)) for prompt in llama.prompts[:2]]
+    for track in tracks:
+        harness.prefill(track)
+    harness.decode(tracks, 3)
+    track = tracks[1]
+    more = tuple(harness.free.pop() for _ in range(30))
+    harness.updates.append(TableUpdate(track.seq_id, len(track.blocks), more))
+    track.blocks.extend(more)
+    harness.decode(tracks, NUM_TOKENS - 4)
+    assert [t.output for t in tracks] == llama.expected[:2]
+    for t in tracks:
+        harness.close(t)
+
+
 def test_equal_chunks_in_another_tuple_are_the_same_batch(llama: Served, llama_worker: Worker) -> None:
     """A step's identity may be lost on its way to another process."""
     harness = Harness(llama_worker)

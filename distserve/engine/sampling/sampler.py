@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distserve.core.request import SamplingParams, TokenLogprobs
+from distserve.engine.sampling.inverse_cdf import draw
 from distserve.engine.sampling.logprobs import token_logprobs
 from distserve.engine.sampling.penalties import Penalties, has_penalties
 from distserve.engine.sampling.philox import uniform
@@ -96,11 +97,15 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Draw:
         """Draw a token from each row of logits [S, V], which are left as they are."""
-        best, tokens = logits.max(dim=-1)
-        if not self._is_plain:
-            tokens = self._choose(logits.to(torch.float32, copy=True))
-        finite = best.isfinite()
-        if not bool(finite.all()):
+        if self._is_plain:
+            best, tokens = logits.max(dim=-1)
+            finite = best.isfinite()
+            is_finite = bool(finite.all())
+        else:
+            finite = logits.amax(-1).isfinite()
+            is_finite = bool(finite.all())
+            tokens = self._choose(logits if is_finite else torch.where(finite.unsqueeze(1), logits, 0.0))
+        if not is_finite:
             tokens = torch.where(finite, tokens, NOT_FINITE)
         logprobs = self._logprobs(logits, tokens) if self._wants_logprobs else None
         if not self._is_plain:
@@ -111,40 +116,41 @@ class Sampler:
         return Draw(tokens, logprobs)
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """The tokens [S] that the requests' parameters make of logits [S, V] float32, which it may change."""
-        if len(self._end_at):
-            rows, ends = torch.from_numpy(self._end_at[self._indices[self._end_at[:, 0]] < self._end_until]).T
-            logits[rows, ends] = -torch.inf
+        """The tokens [S] that the requests' parameters make of finite logits [S, V]."""
+        processed = self._process(logits)
+        if len(self._random) == len(processed):
+            return self._draw(processed)
+        tokens = processed.max(dim=-1).indices
+        if len(self._random):
+            tokens[self._random] = self._draw(processed[self._random])
+        return tokens
+
+    def _process(self, logits: Tensor) -> Tensor:
+        """End tokens masked, biases added, penalties applied: [S, V] float32."""
+        ends = self._end_at[self._indices[self._end_at[:, 0]] < self._end_until]
+        if not len(ends) and not len(self._bias) and self._penalties is None:
+            return logits.float()
+        logits = logits.to(torch.float32, copy=True)
+        if len(ends):
+            rows, tokens = torch.from_numpy(ends).T
+            logits[rows, tokens] = -torch.inf
         if len(self._bias):
             logits.index_put_(tuple(self._bias_at), self._bias, accumulate=True)
         if self._penalties is not None:
             self._penalties.apply(logits)
-        if len(self._random) == 0:
-            return logits.argmax(-1)
-        everything = len(self._random) == len(logits)
-        drawn = self._draw(logits if everything else logits[self._random])
-        if everything:
-            return drawn
-        tokens = logits.argmax(-1)
-        tokens[self._random] = drawn
-        return tokens
+        return logits
 
     def _draw(self, logits: Tensor) -> Tensor:
-        """Inverse CDF over the vocabulary: tokens of the rows with a temperature."""
+        """Tokens of the rows that have a temperature; logits are those rows'."""
         logits = logits / self._temperatures
         weights = (logits - logits.amax(-1, keepdim=True)).exp_()
         if self._truncates:
-            kept = logits >= thresholds(logits, self._top_k, self._top_p, self._min_p).unsqueeze(1)
-            weights.masked_fill_(~kept, 0.0)
-        cumulated = weights.cumsum(-1, dtype=torch.float64)
-        total = cumulated[:, -1:]
+            threshold = thresholds(logits, self._top_k, self._top_p, self._min_p)
+            weights *= (logits >= threshold.unsqueeze(1)).float()
         if len(self._uniforms) == 0:
             steps = np.arange(_STEPS_AHEAD, dtype=np.uint64)[:, None]
             self._uniforms = uniform(self._seeds, self._choices, self._indices + steps)
-        numbers = torch.from_numpy(self._uniforms[0])[self._random].unsqueeze(1)
-        # Rounding must not carry the target up to the total, past the last token with any weight.
-        target = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulated, target, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+        return draw(weights, torch.from_numpy(self._uniforms[0])[self._random])
 
     def _logprobs(self, logits: Tensor, tokens: Tensor) -> tuple[TokenLogprobs | None, ...]:
         rows = torch.tensor(self._wants_logprobs)

@@ -2,13 +2,17 @@
 
 All three keep the most probable tokens, so together they are one threshold per row on the logits. Tokens that tie
 with the last one kept are kept too: the result then does not depend on how a sort orders equals.
+
+Sorting a vocabulary for every row would take longer than the model. A histogram over the logits finds the narrow
+range that the border lies in, and only that range is sorted: the result is exact.
 """
 
 import torch
 from torch import Tensor
 
-_NARROW = 256
-"""Candidates sorted first: nearly every row's threshold lies among so few, and sorting a vocabulary is slow."""
+_NUM_BINS = 1024
+_FARTHEST = 60.0
+"""Logits farther than this below the best share the last bin: their weights are below float32's resolution."""
 
 
 def thresholds(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -17,7 +21,7 @@ def thresholds(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> T
     As in vLLM min_p applies first, then top_k, then top_p to what those left, renormalised.
 
     Args:
-        logits: [S, V] float32, temperature applied.
+        logits: [S, V] float32, temperature applied; the largest of each row is finite.
         top_k: [S] int64, 0 is off.
         top_p: [S] float32 in (0, 1], 1 is off.
         min_p: [S] float32 in [0, 1], 0 is off.
@@ -25,32 +29,43 @@ def thresholds(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> T
     Returns:
         [S] float32; -inf keeps all.
     """
-    vocab_size = logits.shape[-1]
-    narrow = min(_NARROW, vocab_size)
-    result, done = _thresholds(logits, top_k, top_p, min_p, narrow)
-    if not bool(done.all()):
-        rows = (~done).nonzero().squeeze(1)
-        result[rows], _ = _thresholds(logits[rows], top_k[rows], top_p[rows], min_p[rows], vocab_size)
+    best = logits.amax(-1)
+    result = best + min_p.log()
+    limited = (top_k > 0) & (top_k < logits.shape[-1])
+    if bool(limited.any()):
+        rows = limited.nonzero().squeeze(1)
+        borders = _borders(logits[rows], None, top_k[rows].float())
+        result[rows] = torch.maximum(result[rows], borders)
+    limited = top_p < 1
+    if bool(limited.any()):
+        rows = limited.nonzero().squeeze(1)
+        chosen, so_far = logits[rows], result[rows]
+        weights = (chosen - best[rows].unsqueeze(1)).exp_()
+        weights *= (chosen >= so_far.unsqueeze(1)).float()
+        borders = _borders(chosen, weights, top_p[rows] * weights.sum(-1))
+        result[rows] = torch.maximum(so_far, borders)
     return result
 
 
-def _thresholds(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The rows' thresholds and which of them the ``width`` largest logits were enough to find."""
-    best = logits.topk(width, dim=-1).values
-    threshold = best[:, 0] + min_p.log()
-    has_k = (top_k > 0) & (top_k < logits.shape[-1])
-    kth = best.gather(1, (top_k.clamp(1, width) - 1).unsqueeze(1)).squeeze(1)
-    threshold = torch.where(has_k, torch.maximum(threshold, kth), threshold)
-    done = ~has_k | (top_k <= width)
-    has_p = top_p < 1
-    if bool(has_p.any()):
-        kept = logits >= threshold.unsqueeze(1)
-        total = torch.where(kept, (logits - best[:, :1]).exp(), 0.0).sum(-1, keepdim=True)
-        mass = torch.where(best >= threshold.unsqueeze(1), (best - best[:, :1]).exp(), 0.0) / total
-        before = mass.cumsum(-1) - mass
-        # The most probable token stays whatever top_p is; the others while the mass before them is short of it.
-        num_kept = (before < top_p.unsqueeze(1)).sum(-1).clamp(min=1)
-        nucleus = best.gather(1, (num_kept - 1).unsqueeze(1)).squeeze(1)
-        threshold = torch.where(has_p, torch.maximum(threshold, nucleus), threshold)
-        done &= ~has_p | (num_kept < width) | (best[:, -1] < threshold)
-    return threshold, done | (width == logits.shape[-1])
+def _borders(logits: Tensor, weights: Tensor | None, limits: Tensor) -> Tensor:
+    """Going down from the largest logit, the last one before which less than the limit's weight was passed.
+
+    ``weights`` [S, V] are those of the logits [S, V], None for one each; ``limits`` is [S]. Returns [S].
+    """
+    distances = (logits.amax(-1, keepdim=True) - logits).clamp_(max=_FARTHEST)
+    # Bins follow each row's own spread, twice the mean distance, so that few logits share the border's.
+    scales = _NUM_BINS / (2 * distances.mean(-1, keepdim=True) + 1e-6)
+    bins = (distances * scales).clamp_(max=_NUM_BINS - 1).long()
+    masses = torch.zeros(len(logits), _NUM_BINS)
+    masses.scatter_add_(1, bins, torch.ones(()).expand_as(logits) if weights is None else weights)
+    before = masses.cumsum(-1) - masses
+    # Bins without weight after the border's have as much before them as the limit, or come to nothing.
+    border = ((before < limits.unsqueeze(1)) & (masses > 0)).long().cumsum(-1).argmax(-1, keepdim=True)
+    inside = bins == border
+    widest = int(inside.sum(-1).max())
+    best = torch.where(inside, logits, -torch.inf).topk(widest, dim=-1)
+    passed = torch.ones_like(best.values) if weights is None else weights.gather(1, best.indices)
+    passed = passed.cumsum(-1) - passed + before.gather(1, border)
+    inside_sorted = best.values > -torch.inf
+    num_kept = ((passed < limits.unsqueeze(1)) & inside_sorted).sum(-1, keepdim=True).clamp_(min=1)
+    return best.values.gather(1, num_kept - 1).squeeze(1)
