@@ -165,6 +165,7 @@ def test_stop_strings_end_across_token_borders(server: Server) -> None:
         events = server.events(stop=["rown f", "jump"], include_stop_str_in_output=include)
         assert text_of(events) == text
         assert events[-1]["choices"][0]["stop_reason"] == "rown f"
+    assert len(server.backend.stopped) == 4
     for request_id, choice_index, num_tokens in server.backend.stopped:
         assert choice_index == 0
         [request] = [r for r in server.backend.submitted if r.request_id == request_id]

@@ -3,7 +3,7 @@
 import http.client
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -22,11 +22,16 @@ def request(server: Server, **body: object) -> Iterator[http.client.HTTPConnecti
         connection.close()
 
 
-def wait_until_abandoned(server: Server, count: int) -> None:
-    deadline = time.monotonic() + 5
-    while len(server.backend.abandoned) < count:
-        assert time.monotonic() < deadline, "the disconnect went unnoticed"
+def wait_until_all(names: Sequence[object], what: str) -> None:
+    """Wait until both of the request's prompts are in the backend's list ``names``."""
+    deadline = time.monotonic() + 10
+    while len(names) < 2:
+        assert time.monotonic() < deadline, what
         time.sleep(0.005)
+
+
+def wait_until_abandoned(server: Server) -> None:
+    wait_until_all(server.backend.abandoned, "the disconnect went unnoticed")
     assert sorted(server.backend.abandoned) == sorted(request.request_id for request in server.backend.submitted)
 
 
@@ -36,9 +41,8 @@ def test_while_tokens_come_in(server: Server, stream: bool) -> None:
     with request(server, stream=stream, ignore_eos=True) as connection:
         if stream:
             assert connection.getresponse().read(20)
-        else:
-            time.sleep(0.2)
-    wait_until_abandoned(server, 2)
+        wait_until_all(server.backend.submitted, "nothing was submitted")
+    wait_until_abandoned(server)
     assert server.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
@@ -46,10 +50,12 @@ def test_while_tokens_come_in(server: Server, stream: bool) -> None:
 def test_before_the_first_token(server: Server, stream: bool) -> None:
     server.backend.hang = True
     with request(server, stream=stream):
-        time.sleep(0.2)
-        assert len(server.backend.submitted) == 2
-    wait_until_abandoned(server, 2)
-    assert 'distserve:requests_total{outcome="abandoned"} 1.0' in server.client.get("/metrics").text
+        wait_until_all(server.backend.submitted, "nothing was submitted")
+    wait_until_abandoned(server)
+    # The response ends a moment after the backend has heard of it.
+    deadline = time.monotonic() + 5
+    while 'distserve:requests_total{outcome="abandoned"} 1.0' not in server.client.get("/metrics").text:
+        assert time.monotonic() < deadline
 
 
 def test_a_client_that_stays_is_not_abandoned(server: Server) -> None:

@@ -90,15 +90,22 @@ def text_of(events: list[dict[str, Any]]) -> str:
     return "".join(event["choices"][0]["delta"]["content"] for event in events)
 
 
-def free_blocks(client: httpx.Client) -> list[float]:
+def kv_usage(client: httpx.Client) -> list[float]:
     lines = client.get("/metrics").text.splitlines()
     return [float(line.split()[-1]) for line in lines if line.startswith("distserve:kv_cache_usage_perc{")]
 
 
 def wait_until_free(client: httpx.Client) -> None:
     deadline = time.monotonic() + 10
-    while free_blocks(client) != [0.0, 0.0]:
+    while kv_usage(client) != [0.0, 0.0]:
         assert time.monotonic() < deadline, "KV blocks were not given back"
+        time.sleep(0.02)
+
+
+def wait_until_used(client: httpx.Client) -> None:
+    deadline = time.monotonic() + 10
+    while kv_usage(client) == [0.0, 0.0]:
+        assert time.monotonic() < deadline, "nothing is being served"
         time.sleep(0.02)
 
 
@@ -195,7 +202,7 @@ def test_leaving_frees_all_memory(client: httpx.Client) -> None:
         if stream:
             assert connection.getresponse().read(500)
         else:
-            time.sleep(0.3)
+            wait_until_used(client)
         connection.close()
         wait_until_free(client)
     assert chat(client, max_tokens=2)["usage"]["completion_tokens"] == 2

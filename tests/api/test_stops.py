@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.api.stops import StopMatcher
+from tests.api.reference import plain_search
 
 alphabet = st.sampled_from("ab🦊")
 
@@ -16,15 +17,6 @@ def cut_texts(draw: st.DrawFn) -> tuple[str, list[str]]:
     text = draw(st.text(alphabet, max_size=30))
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=10)))
     return text, [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
-
-
-def plain_search(text: str, stops: list[str], *, include: bool) -> tuple[str, str | None]:
-    """The stop string that is complete first; of several, the longest."""
-    found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
-    if not found:
-        return text, None
-    end, minus_length, stop = min(found)
-    return text[: end if include else end + minus_length], stop
 
 
 def run(pieces: list[str], stops: list[str], *, include: bool) -> tuple[list[str], str | None]:
