@@ -47,6 +47,8 @@ class DecodeScheduler(DecodingScheduler):
         self._intakes: dict[RequestKey, Intake] = {}
         self._pulls: dict[int, RequestKey] = {}
         self._dropped: dict[int, Intake] = {}
+        self._gone: set[str] = set()
+        """Instances lost: an offer of theirs may still be on its way."""
         self._next_pull_id = 0
         self._num_pulls = 0
         self._pulled_bytes = 0
@@ -74,9 +76,7 @@ class DecodeScheduler(DecodingScheduler):
                 if choice is None or self._is_only_choice(key, choice):
                     self._drop_intake(key)
             case InstanceGone(instance_id):
-                for key, intake in list(self._intakes.items()):
-                    if intake.source_id == instance_id:
-                        self._drop_intake(key)
+                self._on_instance_gone(instance_id)
             case _:
                 raise AssertionError(f"not for a decode instance: {message}")
 
@@ -84,6 +84,8 @@ class DecodeScheduler(DecodingScheduler):
         request = offer.request
         key = request.key
         self._seen.append(key)
+        if sender in self._gone:
+            return  # nobody would ever lease what is offered, nor withdraw it
         if key in self._intakes or key in self._by_key:
             return  # a repeated offer: the first one counts
         kv = self.spec.kv
@@ -214,6 +216,14 @@ class DecodeScheduler(DecodingScheduler):
             self._commands.append(CancelMigrate(intake.pull_id))
         else:
             self.blocks.release(intake.blocks)
+
+    def _on_instance_gone(self, instance_id: str) -> None:
+        self._gone.add(instance_id)
+        for key, intake in list(self._intakes.items()):
+            if intake.source_id == instance_id:
+                self._drop_intake(key)
+                # Its last words may have been HandedOver to the owner, while Prefilled was lost or is late.
+                self._send(intake.request.owner_id, Failed(key, f"{instance_id} was lost"))
 
     def _on_timer(self) -> None:
         """Renew leases of pulls past half their term."""

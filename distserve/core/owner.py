@@ -197,7 +197,12 @@ class Owner:
         match message:
             case Tokens(outputs):
                 self._on_tokens(sender, outputs)
-            case Routed(key, instance_id) | HandedOver(key, instance_id):
+            case Routed(key, instance_id):
+                live = self._find(key)
+                # The instance's own word may overtake the router's, and then it is the newer one.
+                if live is None or live.attempts[key[1]].instance_id is None:
+                    self._on_in_charge(key, instance_id)
+            case HandedOver(key, instance_id):
                 self._on_in_charge(key, instance_id)
             case Rejected(key, status, reason, retry_after):
                 live = self._find(key)
@@ -238,7 +243,9 @@ class Owner:
         self._gone.add(instance_id)
         for live in list(self._live.values()):
             for number, attempt in list(live.attempts.items()):
-                if attempt.instance_id == instance_id and live.request.request_id in self._live:
+                # The router is in charge of what it has not routed.
+                in_charge = attempt.instance_id or ROUTER
+                if in_charge == instance_id and live.request.request_id in self._live:
                     self._on_loss(live, number, f"{instance_id} was lost")
 
     def _on_tokens(self, sender: str, outputs: tuple[TokenOutput, ...]) -> None:

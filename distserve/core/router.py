@@ -111,6 +111,8 @@ class Router:
         self._owners: dict[str, None] = {}
         self._pending: dict[RequestKey, tuple[str, DecodeWanted, set[str]]] = {}
         """Decode instances wanted and not found yet, oldest first: who asks, and who refused since its last report."""
+        self._gone: set[str] = set()
+        """Instances lost: a question of theirs may still be on its way."""
         self._commands: list[Command] = []
         self._now = 0.0
         self._next_status = 0.0
@@ -142,6 +144,7 @@ class Router:
     # -- membership -------------------------------------------------------------------------------------------------
 
     def _on_up(self, spec: InstanceSpec) -> None:
+        self._gone.discard(spec.instance_id)
         empty = Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks)
         self._instances[spec.instance_id] = InstanceView(spec, empty)
         self._assign_pending()
@@ -150,6 +153,7 @@ class Router:
     def _on_lost(self, instance_id: str) -> None:
         if self._instances.pop(instance_id, None) is None:
             return
+        self._gone.add(instance_id)
         self._pending = {key: wanted for key, wanted in self._pending.items() if wanted[0] != instance_id}
         for view in self._instances.values():
             # What was to come through the lost instance never will.
@@ -176,6 +180,8 @@ class Router:
                     self._assign_pending()
             case Submit(request):
                 self._on_submit(request)
+            case DecodeWanted() if sender in self._gone:
+                pass  # what would be assigned to it would never be used, nor given back
             case DecodeWanted():
                 self._pending[message.key] = (sender, message, set(message.refused_by))
                 self._assign_pending()

@@ -218,3 +218,22 @@ def test_over_its_horizon_the_batch_stays(prompts: list[tuple[int, int]], blocks
     assert len(node.steps) - launched == horizon
     assert len(batches) <= 1
     assert len(node.messages(Preempted)) == preempted
+
+
+def test_the_last_offer_of_a_lost_instance_reserves_nothing() -> None:
+    node = bench()
+    node.receive(InstanceGone("prefill-0"), "router")
+    node.receive(offer(make_request("a", 10)), "prefill-0")
+    assert node.scheduler.blocks.num_free == 64
+    assert not any(isinstance(message, Accepted) for _, message in node.sent)
+
+
+def test_a_request_whose_first_token_died_with_its_source_fails_towards_its_owner() -> None:
+    """The prefill instance may have told the owner that it handed the request over, and not this one."""
+    node = bench()
+    node.receive(offer(make_request("a", 10)), "prefill-0")
+    node.receive(Leased(("a", 0), 5.0), "prefill-0")
+    node.finish_pull()
+    node.receive(InstanceGone("prefill-0"), "router")
+    assert node.sent[-1] == ("api-0", Failed(("a", 0), "prefill-0 was lost"))
+    assert node.scheduler.blocks.num_free == 64

@@ -94,6 +94,16 @@ def test_news_of_charge_from_the_dead_starts_over() -> None:
     assert [submit.request.attempt for submit in desk.submits] == [0, 1]
 
 
+def test_the_routers_word_does_not_undo_a_hand_over_that_overtook_it() -> None:
+    desk = Desk()
+    desk.receive("prefill-0", HandedOver(("a", 0), "decode-0"))
+    desk.receive("router", Routed(("a", 0), "prefill-0"))
+    desk.receive("router", InstanceGone("prefill-0"))
+    assert len(desk.submits) == 1, "the prefill instance was no longer in charge"
+    desk.receive("router", InstanceGone("decode-0"))
+    assert len(desk.submits) == 2
+
+
 def test_choices_without_tokens_start_over_together_others_alone() -> None:
     desk = Desk(n=3)
     desk.receive("router", Routed(("a", 0), "prefill-0"))

@@ -103,6 +103,14 @@ def test_a_loss_is_told_to_all_and_forgets_what_was_to_come_through_it() -> None
     assert sent == [("prefill-1", DecodeAssigned(("b", 0), "decode-0"))]
 
 
+def test_the_last_words_of_a_lost_instance_claim_nothing() -> None:
+    board = Switchboard("prefill-0", "prefill-1", "decode-0")
+    board.feed(InstanceLost("prefill-0"))
+    assert board.want("a", 100) == []
+    sent = board.feed(Received("prefill-1", DecodeWanted(("b", 0), "api-0", 100, 1)))
+    assert sent == [("prefill-1", DecodeAssigned(("b", 0), "decode-0"))]
+
+
 def test_a_draining_instance_gets_nothing_new() -> None:
     board = Switchboard("prefill-0", "prefill-1", "decode-0")
     board.feed(InstanceDraining("prefill-0"))
