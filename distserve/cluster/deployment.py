@@ -125,14 +125,16 @@ class Deployment:
         return Member(slot, spec, actor), actor.load.remote()
 
     def adopt_router(self, card: Card) -> None:
-        """Introduce a router to everyone and everyone to it."""
+        """Let a router, the first or a later one, know everyone, and then everyone know it."""
         self._router_card = card
-        self.meet([card])
-        told = [member.actor.meet.remote([card]) for member in self.members.values()]
+        members = list(self.members.values())
         ray.get(self.router.meet.remote([self.owner, *self._cards()]))
-        if told:
+        ray.get([self.router.up.remote(member.spec) for member in members])
+        if told := [member.actor.meet.remote([card]) for member in members]:
             ray.wait(told, num_returns=len(told), timeout=_MEETING_PATIENCE)
-        ray.get([self.router.up.remote(member.spec) for member in self.members.values()])
+        self.meet([card])
+        asking = [member.spec.instance_id for member in members if member.spec.role is Role.PREFILL]
+        ray.get(self.router.succeed.remote([self.owner.name, *asking]))
 
     def adopt_instances(self, members: Iterable[Member]) -> None:
         """Introduce loaded instances to everyone, start them, and let the router use them."""

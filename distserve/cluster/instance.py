@@ -19,6 +19,7 @@ from distserve.core.config import Role
 from distserve.core.errors import TransferError
 from distserve.core.events import Received
 from distserve.core.messages import InstanceGone
+from distserve.core.scheduler import ROUTER
 from distserve.engine.description import describe
 from distserve.transfer.shm import ShmTransport
 
@@ -74,5 +75,6 @@ class Instance:
 
     def _receive(self, received: Received) -> None:
         self._rank.receive(received)
-        if isinstance(received.message, InstanceGone):
-            self._mailbox.forget(received.message.instance_id)
+        match received.message:
+            case InstanceGone(name) if name != ROUTER:  # the router's name passes to its successor
+                self._mailbox.forget(name)

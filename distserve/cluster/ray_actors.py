@@ -20,6 +20,7 @@ from distserve.cluster.process import die_with_parent
 from distserve.cluster.replay import EventLog
 from distserve.core.config import InstanceSpec
 from distserve.core.events import InstanceDraining, InstanceLost, InstanceUp, Timer
+from distserve.core.messages import InstanceGone
 from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER
 
@@ -56,6 +57,11 @@ class RouterProcess:
     def up(self, spec: InstanceSpec) -> None:
         """An instance is ready to serve."""
         self._driver.feed(InstanceUp(spec))
+
+    def succeed(self, names: Iterable[str]) -> None:
+        """Tell ``names`` that the router before this one took what they had asked it to its grave."""
+        for name in names:
+            self._mailbox.send(name, InstanceGone(ROUTER))
 
     def lost(self, instance_id: str) -> None:
         """An instance has died: everyone is told, then it is forgotten."""

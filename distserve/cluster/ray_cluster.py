@@ -50,6 +50,8 @@ def ray_cluster(address: str | None, directory: str, num_cpus: int) -> Iterator[
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=directory,
+                # Ray's default is 15: whatever else the machine runs, the endpoint included, would starve the engines.
+                _system_config={"worker_niceness": 0},
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = f"join the Ray cluster at {address}" if address else "start a local Ray cluster"

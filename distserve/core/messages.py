@@ -222,7 +222,10 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class InstanceGone:
-    """An instance is lost: no message will come from it, and no memory of it may be read."""
+    """An instance is lost: no message will come from it, and no memory of it may be read.
+
+    A new router says it of ``ROUTER``, its predecessor, to owners and prefill instances: what they had asked is lost.
+    """
 
     instance_id: str
 

@@ -70,7 +70,9 @@ class PrefillScheduler(InstanceScheduler):
                 self._on_abort(message)
             case InstanceGone(instance_id):
                 for key, handoff in list(self._handoffs.items()):
-                    if handoff.decode_id == instance_id and not handoff.is_pulled:
+                    # A router that is lost takes unanswered questions with it.
+                    unanswered = instance_id == ROUTER and handoff.state is HandoffState.WANTED
+                    if (handoff.decode_id == instance_id and not handoff.is_pulled) or unanswered:
                         self._want_again(key, handoff, refused_by=None)
             case _:
                 raise AssertionError(f"not for a prefill instance: {message}")

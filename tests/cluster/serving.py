@@ -102,6 +102,12 @@ class Server:
         """Process ids of the routers: one, but for moments."""
         return [pid for pid, title in self.processes().items() if title.startswith("ray::RouterProcess")]
 
+    def shared_memory(self) -> set[Path]:
+        """Named shared memory that the server's processes have mapped."""
+        maps = [line for pid in self.processes() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        names = {line.partition("/dev/shm/")[2].removesuffix(" (deleted)") for line in maps if "/dev/shm/" in line}
+        return {Path("/dev/shm") / name for name in names}
+
     def wait_gone(self, patience: float = 15.0) -> dict[int, str]:
         """What is left of the server's processes after at most ``patience`` seconds."""
         end = time.monotonic() + patience
