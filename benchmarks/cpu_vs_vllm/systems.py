@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common.servers import Server, free_port, running
+from benchmarks.common.servers import Server, Starting, free_port, running, starting
 
 MAX_MODEL_LEN = 2048
 _TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
@@ -38,8 +38,30 @@ class Bench:
             yield server
 
     @contextmanager
-    def vllm_on(self, cores: str, name: str = "vllm", *, disaggregated: bool = False) -> Iterator[Server]:
+    def vllm_on(self, cores: str, name: str) -> Iterator[Server]:
         """One vLLM server on ``cores`` (as VLLM_CPU_OMP_THREADS_BIND takes them)."""
+        with self._vllm(cores, name) as server:
+            yield server.ready()
+
+    @contextmanager
+    def vllm_disaggregated(self) -> Iterator[Server]:
+        """Disaggregated prefill as vLLM has it: two servers, a core each, and the proxy."""
+        with ExitStack() as stack:
+            both = [
+                stack.enter_context(self._vllm(core, f"vllm-{role}", disaggregated=True))
+                for core, role in (("0", "prefill"), ("1", "decode"))
+            ]
+            prefill, decode = (server.ready() for server in both)
+            port = free_port()
+            command: list[str | Path] = [sys.executable, "-m", "benchmarks.cpu_vs_vllm.proxy", "--port", str(port)]
+            command += ["--prefill", prefill.url, "--decode", decode.url]
+            url = f"http://127.0.0.1:{port}"
+            proxy = stack.enter_context(running("proxy", command, url, self.logs / "proxy.log"))
+            roots = tuple(root for part in (prefill, decode, proxy) for root in part.roots)
+            yield Server("vllm-disaggregated", url, roots, max(prefill.ready_seconds, decode.ready_seconds))
+
+    @contextmanager
+    def _vllm(self, cores: str, name: str, *, disaggregated: bool = False) -> Iterator[Starting]:
         port = free_port()
         python = self.vllm / "bin" / "python"
         command: list[str | Path] = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
@@ -50,27 +72,8 @@ class Bench:
             command += ["--kv-transfer-config", json.dumps(_KV_TRANSFER)]
             environment |= {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "UCX_TLS": "tcp,sm,self"}
         log = self.logs / f"{name}.log"
-        with running(name, command, f"http://127.0.0.1:{port}", log, environment=environment) as server:
+        with starting(name, command, f"http://127.0.0.1:{port}", log, environment) as server:
             yield server
-
-    @contextmanager
-    def vllm_disaggregated(self) -> Iterator[Server]:
-        """Disaggregated prefill as vLLM has it: two servers, a core each, and the proxy."""
-        with ExitStack() as stack:
-            prefill = stack.enter_context(self.vllm_on("0", "vllm-prefill", disaggregated=True))
-            decode = stack.enter_context(self.vllm_on("1", "vllm-decode", disaggregated=True))
-            port = free_port()
-            command: list[str | Path] = [sys.executable, "-m", "benchmarks.cpu_vs_vllm.proxy", "--port", str(port)]
-            command += ["--prefill", prefill.url, "--decode", decode.url]
-            url = f"http://127.0.0.1:{port}"
-            proxy = stack.enter_context(running("proxy", command, url, self.logs / "proxy.log"))
-            parts = (prefill, decode, proxy)
-            yield Server(
-                "vllm-disaggregated",
-                url,
-                tuple(root for part in parts for root in part.roots),
-                sum(part.ready_seconds for part in parts),
-            )
 
     def _vllm_environment(self, cores: str) -> dict[str, str]:
         preload = [path for path in (_TCMALLOC, self.vllm / "lib" / "libiomp5.so") if path.exists()]
