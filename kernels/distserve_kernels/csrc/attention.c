@@ -251,9 +251,15 @@ INLINE SIMD __m512i weight_pairs(__m512 x, __m512 y, int64_t rows_padded) {
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(odd)), 16));
 }
 
-/* Fetches one tile of keys and values of positions from `position` on. */
-INLINE void prefetch_keys(const Attention *a, const AttentionItem *item, int64_t position, int64_t context) {
-    if (position >= context) return;
+/* Fetches the tile of keys and values at `position` of what this thread reads: the item, then the one after it. */
+INLINE void prefetch_tile(const Attention *a, const AttentionItem *item, const Work *w, const AttentionItem *next,
+                          const Work *next_work, int64_t position) {
+    if (position >= w->context) {
+        if (!next) return;
+        position += next_work->begin / TILE * TILE - (w->context + TILE - 1) / TILE * TILE;
+        if (position >= next_work->context) return;
+        item = next;
+    }
     const char *k = (const char *)key_row(a, item, a->k_cache, a->k_block_stride, position);
     const char *v = (const char *)key_row(a, item, a->v_cache, a->v_block_stride, position);
     int64_t stride = a->num_kv_heads * a->head_dim * 2;
@@ -264,7 +270,8 @@ INLINE void prefetch_keys(const Attention *a, const AttentionItem *item, int64_t
         }
 }
 
-SIMD static void run_few(const Attention *a, const AttentionItem *item, const Work *w, FewScratch *s) {
+SIMD static void run_few(const Attention *a, const AttentionItem *item, const Work *w, const AttentionItem *next,
+                         const Work *next_work, FewScratch *s) {
     int64_t rows_padded = w->rows <= 4 ? 4 : w->rows <= 8 ? 8 : 16, keys_per_vector = 16 / rows_padded;
     int64_t stride = a->num_kv_heads * a->head_dim;
     pack_few_queries(a, item, w, rows_padded, s->queries);
@@ -286,7 +293,7 @@ SIMD static void run_few(const Attention *a, const AttentionItem *item, const Wo
         for (int64_t t = 0; t < tiles; t++) {
             const bf16 *keys = key_row(a, item, a->k_cache, a->k_block_stride, base + t * TILE);
             const bf16 *values = key_row(a, item, a->v_cache, a->v_block_stride, base + t * TILE);
-            prefetch_keys(a, item, base + t * TILE + KEYS, w->context);
+            prefetch_tile(a, item, w, next, next_work, base + t * TILE + KEYS);
             if (ds_level < LEVEL_AMX)
                 score_tile_avx512(s->queries, keys, stride, w->head_dim, s->scores + t * TILE * rows_padded,
                                   rows_padded);
@@ -496,21 +503,6 @@ int64_t attention_scratch_bytes(void) {
     return sizeof(ManyScratch) > sizeof(FewScratch) ? sizeof(ManyScratch) : sizeof(FewScratch);
 }
 
-SIMD void attention_run(const Attention *a, const AttentionItem *item, void *scratch) {
-    Work w = make_work(a, item);
-    if (w.rows <= FEW_ROWS)
-        run_few(a, item, &w, scratch);
-    else
-        run_many(a, item, &w, scratch);
-}
-
-void attention_prefetch(const Attention *a, const AttentionItem *item) {
-    Work w = make_work(a, item);
-    if (w.rows > FEW_ROWS) return;
-    for (int64_t position = w.begin / TILE * TILE; position < w.context && position < w.begin + KEYS; position += TILE)
-        prefetch_keys(a, item, position, w.context);
-}
-
 SIMD void attention(Team team, const Attention *a, const AttentionItem *items, int64_t num_items, int64_t *next_item,
                     void *scratch) {
     (void)team;
@@ -518,8 +510,13 @@ SIMD void attention(Team team, const Attention *a, const AttentionItem *items, i
     while (mine < num_items) {
         /* Taken one ahead, so that its keys can be fetched meanwhile. */
         int64_t following = __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED);
-        if (following < num_items) attention_prefetch(a, &items[following]);
-        attention_run(a, &items[mine], scratch);
+        Work w = make_work(a, &items[mine]), next = {0};
+        if (following < num_items) next = make_work(a, &items[following]);
+        if (w.rows > FEW_ROWS)
+            run_many(a, &items[mine], &w, scratch);
+        else
+            run_few(a, &items[mine], &w, next.rows > 0 && next.rows <= FEW_ROWS ? &items[following] : NULL, &next,
+                    scratch);
         mine = following;
     }
 }

@@ -16,7 +16,8 @@ enum { CACHED_INPUT_BYTES = 1 << 20 };
 /* ---- blocks of rows x 32 outputs ---- */
 
 SIMD_AMX static void block_amx_32(const bf16 *a, int64_t lda, const bf16 *b0, const bf16 *b1, int64_t tiles_k, float *c,
-                                  int64_t ldc, int accumulate, const char *ahead, const char *ahead2, int64_t ahead_step) {
+                                  int64_t ldc, int accumulate, const char *ahead, const char *ahead2,
+                                  int64_t ahead_step) {
     const bf16 *a1 = a + TILE * lda;
     if (accumulate) {
         _tile_loadd(0, c, ldc * 4);
@@ -246,25 +247,24 @@ SIMD void gemm(Team team, const bf16 *a, int64_t lda, int64_t rows, const Weight
     for (int64_t top = 0; top < rows; top += chunk) {
         int64_t bottom = top + chunk < rows ? top + chunk : rows;
         int64_t blocks = (bottom - top + 2 * TILE - 1) / (2 * TILE);
-        /* Per block and tile, the lines of the next two panels to fetch; rounded up to whole lines. */
-        int64_t share = (2 * 1024 / blocks + 63) / 64 * 64;
-        int64_t PFON = 1;
+        /* The bytes of each of the next two panels that one tile step of one block fetches, whole lines. */
+        int64_t share = (1024 / blocks + 63) / 64 * 64;
         for (int64_t i = begin; i < end; i++) {
             const bf16 *b0 = w->data + i * panel_size, *b1 = w->data + (i + pairs) * panel_size;
             const char *ahead = (const char *)(b0 + panel_size), *ahead2 = (const char *)(b1 + panel_size);
-            int64_t nb = -1; for (int64_t row = top; row < bottom; row += 2 * TILE) { nb++;
+            for (int64_t row = top; row < bottom; row += 2 * TILE) {
                 int count = bottom - row < 2 * TILE ? (int)(bottom - row) : 2 * TILE;
                 const bf16 *x = a + row * lda;
+                int64_t fetched = (row - top) / (2 * TILE) * tiles_k * share;
                 if (ds_level < LEVEL_AMX)
                     blocks_avx512(x, lda, count, b0, b1, tiles_k, c, 2 * PANEL, 0, 0);
                 else if (count > TILE)
-                    block_amx_32(x, lda, b0, b1, tiles_k, c, 2 * PANEL, 0, ahead + nb * tiles_k * (share/2), ahead2 + nb * tiles_k * (share/2), PFON ? share/2 : 0);
+                    block_amx_32(x, lda, b0, b1, tiles_k, c, 2 * PANEL, 0, ahead + fetched, ahead2 + fetched, share);
                 else
                     block_amx_16(x, lda, b0, b1, tiles_k, c, 2 * PANEL, 0, 0);
                 finish(epilogue, c, count, w, i, (char *)out + (size_t)(row * ldo) * out_size, ldo);
             }
         }
-        (void)share;
     }
 }
 
