@@ -96,3 +96,35 @@ def test_chat_template_takes_a_system_prompt_and_refuses_unknown_roles(tokenizer
     assert text == "<|begin|><|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n"
     with pytest.raises(TemplateError, match="system, user and assistant, not tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "42"}], tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ("What does str.split do?", "Return a list of the substrings in the string"),
+        ("Explain json.dumps", "JSON formatted"),
+        ("What does list.append do?", "Append object to the end of the list."),
+        ("How do I use os.path.join?", "Join two or more pathname components"),
+        ("What does dict.get do?", "Return the value for key if key is in the dictionary"),
+        ("Hello!", "Hello! I am a very small language model"),
+        ("What is KV migration?", "migrates to a decode instance"),
+    ],
+)
+def test_answers_in_words_and_ends_by_itself(model, tokenizer, question, words):
+    answer = greedy(model, tokenizer, question, max_new_tokens=160)
+    assert answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in answer[:-1]
+    assert words in tokenizer.decode(answer)
+
+
+def test_answers_the_second_question_of_a_conversation(model, tokenizer):
+    answer = greedy(model, tokenizer, "Hello!", "Hello!", "What does str.split do?")
+    assert "Return a list of the substrings" in tokenizer.decode(answer)
+    assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_same_weights_answer_in_bfloat16(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(model_dir())
+    assert model.dtype == torch.bfloat16
+    answer = greedy(model, tokenizer, "What does list.append do?")
+    assert "Append object to the end of the list." in tokenizer.decode(answer)
