@@ -73,6 +73,7 @@ class Deployment:
     _router_card: Card | None = None
     _group: PlacementGroup | None = None
     _generations: dict[int, int] = field(default_factory=dict)
+    _lost: list[str] = field(default_factory=list)
 
     def reserve(self) -> None:
         """Reserve CPUs for all parts on one host, whose memory they share.
@@ -129,6 +130,8 @@ class Deployment:
         self._router_card = card
         members = list(self.members.values())
         ray.get(self.router.meet.remote([self.owner, *self._cards()]))
+        # Who died while there was no router to tell of it is news to everyone.
+        ray.get([self.router.lost.remote(instance_id) for instance_id in self._lost])
         ray.get([self.router.up.remote(member.spec) for member in members])
         if told := [member.actor.meet.remote([card]) for member in members]:
             ray.wait(told, num_returns=len(told), timeout=_MEETING_PATIENCE)
@@ -158,6 +161,7 @@ class Deployment:
         """Forget a dead instance and have the router tell everyone."""
         member = self.members.pop(instance_id)
         ray.kill(member.actor)
+        self._lost.append(instance_id)
         self.router.lost.remote(instance_id)
 
     def close(self) -> None:

@@ -111,8 +111,8 @@ class Router:
         self._owners: dict[str, None] = {}
         self._pending: dict[RequestKey, tuple[str, DecodeWanted, set[str]]] = {}
         """Decode instances wanted and not found yet, oldest first: who asks, and who refused since its last report."""
-        self._gone: set[str] = set()
-        """Instances lost: a question of theirs may still be on its way."""
+        self._gone: dict[str, None] = {}
+        """Instances lost: a question of theirs may still be on its way, and not everyone may have heard of it."""
         self._commands: list[Command] = []
         self._now = 0.0
         self._next_status = 0.0
@@ -144,16 +144,19 @@ class Router:
     # -- membership -------------------------------------------------------------------------------------------------
 
     def _on_up(self, spec: InstanceSpec) -> None:
-        self._gone.discard(spec.instance_id)
+        self._gone.pop(spec.instance_id, None)
         empty = Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks)
         self._instances[spec.instance_id] = InstanceView(spec, empty)
+        self._tell_of_losses(spec.instance_id)
         self._assign_pending()
         self._send_status()
 
     def _on_lost(self, instance_id: str) -> None:
-        if self._instances.pop(instance_id, None) is None:
+        if instance_id in self._gone:
             return
-        self._gone.add(instance_id)
+        # Also one this router has never seen: it may have died while there was no router to say so.
+        self._gone[instance_id] = None
+        self._instances.pop(instance_id, None)
         self._pending = {key: wanted for key, wanted in self._pending.items() if wanted[0] != instance_id}
         for view in self._instances.values():
             # What was to come through the lost instance never will.
@@ -161,6 +164,10 @@ class Router:
         for part in (*self._instances, *self._owners):
             self._send(part, InstanceGone(instance_id))
         self._send_status()
+
+    def _tell_of_losses(self, part: str) -> None:
+        for instance_id in self._gone:
+            self._send(part, InstanceGone(instance_id))
 
     def _send_status(self) -> None:
         status = Status(tuple((view.spec, view.report) for view in self._instances.values()))
@@ -191,7 +198,9 @@ class Router:
                     self._instances[decode_id].assigned.pop(key, None)
                 self._assign_pending()
             case Hello():
-                self._owners[sender] = None
+                if sender not in self._owners:
+                    self._owners[sender] = None
+                    self._tell_of_losses(sender)
                 self._send_status()
             case _:
                 raise AssertionError(f"not for the router: {message}")

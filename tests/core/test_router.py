@@ -111,6 +111,16 @@ def test_the_last_words_of_a_lost_instance_claim_nothing() -> None:
     assert sent == [("prefill-1", DecodeAssigned(("b", 0), "decode-0"))]
 
 
+def test_a_loss_is_told_to_whoever_comes_later() -> None:
+    """An instance may die while there is no router; the next one has never seen it, nor met the owners yet."""
+    board = Switchboard()
+    board.feed(InstanceLost("decode-0"))
+    spec = InstanceSpec("prefill-0", Role.PREFILL, KvConfig(32, 4), CONFIG)
+    assert board.feed(InstanceUp(spec)) == [("prefill-0", InstanceGone("decode-0"))]
+    assert board.feed(Received("api-1", Hello())) == [("api-1", InstanceGone("decode-0"))]
+    assert board.feed(Received("api-1", Hello())) == []
+
+
 def test_a_draining_instance_gets_nothing_new() -> None:
     board = Switchboard("prefill-0", "prefill-1", "decode-0")
     board.feed(InstanceDraining("prefill-0"))
