@@ -6,7 +6,6 @@ Ray starts, and whatever was started is stopped in reverse, however this ends.
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import time
@@ -220,7 +219,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             # Bound but not listening, another process could still take the port.
             listener.listen(_BACKLOG)
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from error
+            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
         yield listener
     finally:
         listener.close()

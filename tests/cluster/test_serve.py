@@ -162,12 +162,11 @@ def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serve
     assert not session.exists()
     assert not any(segment.exists() for segment in segments)
     with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
 
 
-def test_instances_have_cpus_of_their_own_and_a_killed_launcher_takes_everything_with_it(
-    tmp_path: Path, before: set[str]
-) -> None:
+def test_instances_have_cpus_of_their_own_and_a_killed_launcher_takes_everything_with_it(tmp_path: Path) -> None:
     server = Server(log=tmp_path / "log")
     try:
         server.wait_ready()
