@@ -1,7 +1,7 @@
 """Loads the native CPU library and calls it with the addresses of torch tensors.
 
 The library is plain C (`csrc/`), built when the package is installed; `library` is None where it was not built, where
-the processor lacks AVX-512 BF16, or where DISTSERVE_NATIVE=0. It uses torch's own OpenMP threads, as many as
+the processor lacks AVX-512 BF16, or where DISTSERVE_NATIVE=0 (avx512 and amx cap what is used). It uses torch's own OpenMP threads, as many as
 `torch.get_num_threads()`, and ctypes releases the interpreter lock while it runs. Callers check shapes, types and
 layout first: nothing is checked here.
 """
@@ -130,7 +130,10 @@ class Step(ctypes.Structure):
 
 
 def _load() -> ctypes.CDLL | None:
-    highest = _LEVELS[os.environ.get("DISTSERVE_NATIVE", "amx")]
+    wanted = os.environ.get("DISTSERVE_NATIVE", "amx")
+    if wanted not in _LEVELS:
+        raise ValueError(f"DISTSERVE_NATIVE={wanted!r}: the highest level to use must be one of {', '.join(_LEVELS)}")
+    highest = _LEVELS[wanted]
     candidates = (Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES)
     path = next((path for path in candidates if path.exists()), None)
     if path is None or highest == 0:
