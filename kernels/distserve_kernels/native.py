@@ -1,9 +1,9 @@
 """Loads the native CPU library and calls it with the addresses of torch tensors.
 
 The library is plain C (`csrc/`), built when the package is installed; `library` is None where it was not built, where
-the processor lacks AVX-512 BF16, or where DISTSERVE_NATIVE=0 (avx512 and amx cap what is used). It uses torch's own OpenMP threads, as many as
-`torch.get_num_threads()`, and ctypes releases the interpreter lock while it runs. Callers check shapes, types and
-layout first: nothing is checked here.
+the processor lacks AVX-512 BF16, or where DISTSERVE_NATIVE=0 (the values avx512 and amx cap what is used). It uses
+torch's own OpenMP threads, as many as `torch.get_num_threads()`, and ctypes releases the interpreter lock while it
+runs. Callers check shapes, types and layout first: nothing is checked here.
 """
 
 import ctypes
