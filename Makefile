@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := $(wildcard kernels/distserve_kernels/csrc/*) distserve/transfer/copy.c
 
 .PHONY: demo serve test lint types unit slow clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py build_backend.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Install python3-venv (apt-get install python3-venv)." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
