@@ -96,7 +96,7 @@ class Deployment:
         """Create the router's actor; the call that gives its card."""
         self.router = RouterActor.options(
             num_cpus=_ROUTER_CPUS, max_concurrency=CONCURRENCY, scheduling_strategy=self._place(0)
-        ).remote(self.blueprint.key, self.cluster.host, self.blueprint.log_dir)
+        ).remote(self.blueprint.key, self._listen_on(), self.blueprint.log_dir)
         return self.router.card.remote()
 
     def start_instance(self, slot: int) -> tuple[Member, Any]:
@@ -113,7 +113,7 @@ class Deployment:
             spec=spec,
             plan=blueprint.plan,
             key=blueprint.key,
-            host=self.cluster.host,
+            host=self._listen_on(),
             first_core=slot * blueprint.plan.num_threads,
             num_cores=blueprint.num_cores,
             log_dir=blueprint.log_dir,
@@ -175,6 +175,10 @@ class Deployment:
             ray.kill(actor)
         if self._group is not None:
             remove_placement_group(self._group)
+
+    def _listen_on(self) -> str | None:
+        """Loopback in a local cluster; elsewhere each part knows its own node's address."""
+        return self.cluster.host if self.cluster.is_local else None
 
     def _cards(self) -> list[Card]:
         return [member.card for member in self.members.values() if member.card is not None]

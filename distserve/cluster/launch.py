@@ -4,6 +4,7 @@ Everything below the endpoint is started here, in parallel where it can be, and 
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
     """Start every part but the endpoint; stop them again at the end."""
     num_threads = threads_per_instance(config.engine.threads, config.num_instances)
     num_cores = num_threads * config.num_instances
+    num_cpus = len(os.sched_getaffinity(0))
+    if config.ray_address is None and num_cores > num_cpus:
+        logger.warning("%d threads of %d instances share %d CPUs", num_cores, config.num_instances, num_cpus)
     with ExitStack() as stack:
         description = stack.enter_context(Description(config.model_dir, config.engine.dtype))
         if config.ray_address is None:

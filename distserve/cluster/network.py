@@ -69,6 +69,9 @@ class Mailbox:
         self.name = name
         self.num_dropped = 0
         self._key = key
+        self._lock = threading.Lock()
+        self._book: dict[str, str] = {}
+        self._outboxes: dict[str, zmq.Socket[bytes]] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
@@ -86,9 +89,6 @@ class Mailbox:
             self.close()
             raise ConfigError(f"cannot listen on {host}: {error}") from error
         self.endpoint = f"tcp://{host}:{port}"
-        self._lock = threading.Lock()
-        self._book: dict[str, str] = {}
-        self._outboxes: dict[str, zmq.Socket[bytes]] = {}
 
     @property
     def fileno(self) -> int:
@@ -144,7 +144,7 @@ class Mailbox:
 
     def close(self) -> None:
         """Close all sockets; messages still queued get half a second to leave."""
-        for outbox in getattr(self, "_outboxes", {}).values():
+        for outbox in self._outboxes.values():
             outbox.close(linger=500)
         self._inbox.close()
         self._authenticator.stop()

@@ -41,14 +41,14 @@ class InstanceConfig:
     """Everything an instance's process needs.
 
     It takes the CPUs ``first_core .. first_core + num_threads`` of those it may use, if all ``num_cores`` wanted by
-    the instances of its host are there; else the instances share whatever there is. ``log_dir`` is where the event
-    log goes, if one is wanted.
+    the instances of its host are there; else the instances share whatever there is. ``host`` is the address to listen
+    on, None the node's own. ``log_dir`` is where the event log goes, if one is wanted.
     """
 
     spec: InstanceSpec
     plan: EnginePlan
     key: ClusterKey
-    host: str
+    host: str | None
     first_core: int
     num_cores: int
     log_dir: Path | None = None

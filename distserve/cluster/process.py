@@ -1,11 +1,16 @@
 """A process's own standing with the operating system: its parent, its CPUs."""
 
 import ctypes
+import logging
 import os
 import signal
+import threading
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1
+_EXIT_SOFTWARE = 70
 
 
 def die_with_parent() -> None:
@@ -13,6 +18,19 @@ def die_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+def die_of_uncaught_errors() -> None:
+    """Have an exception that no thread expected end the process: it is a bug, and half a part is worse than none.
+
+    Supervision replaces the part; its state was suspect.
+    """
+
+    def on_error(error: threading.ExceptHookArgs) -> None:
+        logger.critical("uncaught", exc_info=error.exc_value)
+        os._exit(_EXIT_SOFTWARE)
+
+    threading.excepthook = on_error
 
 
 def pin_process(cores: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ once its thread counts are set.
 import os
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from distserve.cluster.clock import TimerThread, cluster_time
 from distserve.cluster.driver import Driver
 from distserve.cluster.network import Mailbox, ReceiverThread
 from distserve.cluster.parts import Card, ClusterKey, InstanceConfig
-from distserve.cluster.process import die_with_parent
+from distserve.cluster.process import die_of_uncaught_errors, die_with_parent
 from distserve.cluster.replay import EventLog
 from distserve.core.config import InstanceSpec
 from distserve.core.events import InstanceDraining, InstanceLost, InstanceUp, Timer
@@ -31,13 +32,19 @@ CONCURRENCY = 4
 """Calls an actor serves at once: one watches for its death, the others come from the launcher and its supervisor."""
 
 
+def node_address() -> str:
+    """The address at which the other nodes of the Ray cluster reach this one."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
 class RouterProcess:
     """The router's process."""
 
-    def __init__(self, key: ClusterKey, host: str, log_dir: Path | None) -> None:
+    def __init__(self, key: ClusterKey, host: str | None, log_dir: Path | None) -> None:
         die_with_parent()
+        die_of_uncaught_errors()
         self._stopped = threading.Event()
-        self._mailbox = Mailbox(ROUTER, key, host)
+        self._mailbox = Mailbox(ROUTER, key, host or node_address())
         self._timers = TimerThread(lambda: self._driver.feed(Timer()))
         self._log = EventLog(log_dir / f"{ROUTER}.log") if log_dir else None
         self._driver = Driver(Router(), cluster_time, self._mailbox, self._timers, log=self._log)
@@ -92,6 +99,7 @@ class InstanceProcess:
 
     def __init__(self, config: InstanceConfig) -> None:
         die_with_parent()
+        die_of_uncaught_errors()
         # Read by the thread pools of OpenMP, BLAS and numba when they are first imported; Ray has set some itself.
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[variable] = str(config.plan.num_threads)
@@ -103,7 +111,7 @@ class InstanceProcess:
         """Load the model; raises ConfigError and its kin."""
         from distserve.cluster.instance import Instance
 
-        instance = Instance(self._config)
+        instance = Instance(replace(self._config, host=self._config.host or node_address()))
         instance.load()
         self._instance = instance
         return instance.card

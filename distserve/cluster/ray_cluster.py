@@ -19,7 +19,7 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """A Ray cluster joined or started; ``host`` is the address that its nodes reach this one at."""
+    """A Ray cluster joined or started; ``host`` is the address that its nodes reach this one at, loopback if local."""
 
     host: str
     is_local: bool

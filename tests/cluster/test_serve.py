@@ -3,6 +3,8 @@
 One server lives through most tests, in the order written; a second one is killed.
 """
 
+import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -67,6 +69,8 @@ def test_the_start_ends_with_one_line_of_what_is_served(server: Server) -> None:
     assert lines[-1].startswith(f"Serving distserve-demo at {server.url}/v1 on 1 prefill x ")
     assert "2 decode x " in lines[-1]
     assert lines[-1].endswith("tokens of KV")
+    if len(os.sched_getaffinity(0)) < 3:
+        assert any("share" in line and "CPUs" in line for line in lines)
     assert any("loading the model on prefill-0, decode-0, decode-1" in line for line in lines)
 
 
@@ -132,7 +136,7 @@ def test_a_port_in_use_is_said_before_anything_starts(server: Server, tmp_path: 
     assert "Ray" not in second.log.read_text()
 
 
-def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(server: Server, tokens: list[int]) -> None:
+def test_stopping_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(server: Server, tokens: list[int]) -> None:
     # First all that runs is found, then it must be gone.
     assert len(server.processes()) > 5
     session, segments = Path(str(server.session)), server.shared_memory()
@@ -144,11 +148,18 @@ def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serve
             received.append(token)
             started.set()
 
-    reader = threading.Thread(target=read)
+    def flood() -> None:
+        # Several full batches, one after the other: more than anyone waits for.
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            body = {"prompt": [PROMPT] * 100, "n": 8, "max_tokens": 400, "ignore_eos": True}
+            server.call("/v1/completions", body)
+
+    reader, flooder = threading.Thread(target=read), threading.Thread(target=flood)
     reader.start()
     assert started.wait(30)
+    flooder.start()
     server.send(signal.SIGTERM)
-    while "finishing 1 requests" not in server.log.read_text():
+    while "interrupt again to stop now" not in server.log.read_text():
         assert server.process.poll() is None
         time.sleep(0.001)
     status, answer = server.call("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})
@@ -157,7 +168,11 @@ def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serve
     reader.join(60)
     assert len(received) == 400
     assert received[:NUM_TOKENS] == tokens
-    assert server.process.wait(30) == 0
+    # Ctrl-C on a terminal goes to the whole process group; this is the second signal, so it ends at once.
+    server.send_to_group(signal.SIGINT)
+    assert server.process.wait(15) == 0
+    flooder.join(15)
+    assert not flooder.is_alive()
     assert server.processes() == {}
     assert not session.exists()
     assert not any(segment.exists() for segment in segments)
