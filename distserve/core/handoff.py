@@ -9,7 +9,7 @@
       | Refused                 -> back to WANTED, naming who refused
     LEASED    the decode side pulls; a Renew prolongs the lease
       | Pulled                  -> done: blocks may go, the decode side is in charge
-      | Refused (pull failed)   -> back to WANTED
+      | Refused (pull failed)   -> back to WANTED, at most MAX_FAILED_PULLS times, then failed
 
 An offer unanswered, or a lease not renewed, for ``lease`` seconds is withdrawn and the attempt fails towards
 its owner, who is then the only one to try again; a decode side that had finished pulling is told by the same
@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from distserve.core.sequence import Sequence
+
+MAX_FAILED_PULLS = 3
+"""Pulls of one prompt that may fail before its owner is told: more than bad luck, another prefill may do better."""
 
 
 class HandoffState(Enum):
@@ -48,6 +51,7 @@ class Handoff:
     first_tokens: tuple[int, ...] | None = None
     finished: tuple[int, ...] = ()
     is_pulled: bool = False
+    num_failed_pulls: int = 0
 
     def reset(self, refused_by: str | None) -> None:
         """Back to WANTED: ``refused_by`` has no room, None if the instance was lost."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from distserve.core.commands import Chunk, WakeAt
 from distserve.core.config import InstanceSpec
-from distserve.core.handoff import Handoff, HandoffState
+from distserve.core.handoff import MAX_FAILED_PULLS, Handoff, HandoffState
 from distserve.core.messages import (
     Abort,
     Accepted,
@@ -200,7 +200,12 @@ class PrefillScheduler(InstanceScheduler):
 
     def _on_refused(self, key: RequestKey, sender: str) -> None:
         handoff = self._handoffs.get(key)
-        if handoff is not None and handoff.decode_id == sender and not handoff.is_pulled:
+        if handoff is None or handoff.decode_id != sender or handoff.is_pulled:
+            return
+        handoff.num_failed_pulls += handoff.state is HandoffState.LEASED
+        if handoff.num_failed_pulls > MAX_FAILED_PULLS:
+            self._fail(handoff.seq, f"{sender} could not pull the KV cache")
+        else:
             self._want_again(key, handoff, refused_by=sender)
 
     def _on_pulled(self, key: RequestKey, sender: str) -> None:

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
+from distserve.core.handoff import MAX_FAILED_PULLS
 from distserve.core.messages import (
     Abort,
     Accepted,
@@ -117,6 +118,19 @@ def test_a_refusal_asks_the_router_again_and_names_who_refused() -> None:
     node.receive(DecodeAssigned(("a", 0), "decode-1"))
     node.receive(Accepted(("a", 0)), "decode-1")
     node.receive(Pulled(("a", 0)), "decode-1")
+    assert node.scheduler.blocks.num_free == 64
+
+
+def test_pulls_that_keep_failing_end_the_attempt() -> None:
+    """Where there is one decode instance, and it cannot read this one's memory, asking again would never end."""
+    node = bench()
+    node.submit(make_request("a", 20))
+    node.finish_step()
+    for _ in range(MAX_FAILED_PULLS + 1):
+        assert not node.messages(Failed)
+        hand_off(node)
+        node.receive(Refused(("a", 0)), "decode-0")
+    assert len(node.messages(Failed)) == 1
     assert node.scheduler.blocks.num_free == 64
 
 
