@@ -8,7 +8,7 @@ fresh router is complete as soon as every instance has reported once.
   per second.
 - Decode goes to the instance with the largest share of free blocks among those with room. When none has room the
   question waits in order; the prefill instance keeps the KV meanwhile, which is the backpressure.
-- When even the shortest wait exceeds ``max_wait`` the request is shed (429). A request that no instance could ever
+- When even the shortest wait exceeds ``max_wait`` a new request is shed (429). A request that no instance could ever
   hold is refused (400); one that lacks a pool is refused for now (503).
 """
 
@@ -225,7 +225,8 @@ class Router:
             ),
         )
         wait = best.wait(default_rate)
-        if wait > self._config.max_wait:
+        # What was admitted once, and may be half answered, is not turned away when it comes again.
+        if wait > self._config.max_wait and request.attempt == 0:
             excess = max(1.0, float(ceil(wait - self._config.max_wait)))
             reason = f"all instances are busy: the shortest predicted wait is {wait:.0f} s"
             self._send(request.owner_id, Rejected(request.key, 429, reason, retry_after=excess))

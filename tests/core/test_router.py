@@ -1,5 +1,7 @@
 """Who prefills, who decodes, and what is turned away."""
 
+from dataclasses import replace
+
 from distserve.core.commands import Send
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.events import Event, InstanceDraining, InstanceLost, InstanceUp, Received
@@ -136,3 +138,10 @@ def test_when_every_wait_is_too_long_requests_are_shed() -> None:
     board.report("prefill-0", waiting=1600, rate=100.0)
     ((_, refusal),) = board.submit("a", 10)
     assert refusal == Rejected(("a", 0), 429, refusal.reason, retry_after=6.0)
+
+
+def test_a_request_that_was_admitted_is_not_shed_when_it_comes_again() -> None:
+    board = Switchboard("prefill-0", "decode-0")
+    board.report("prefill-0", waiting=1600, rate=100.0)
+    again = replace(make_request("a", 10), attempt=1, output_token_ids=(7,))
+    assert target(board.feed(Received("api-0", Submit(again)))) == "prefill-0"
