@@ -23,7 +23,7 @@ from distserve.engine import Worker
 
 BLOCK_SIZE = 16
 NUM_TOKENS = 128
-NUM_PROMPTS = 64
+NUM_PROMPTS = 32
 PROMPT_LENGTHS = (12, 40, 90, 150)
 MODES = {
     "greedy": {"temperature": 0.0},
@@ -123,7 +123,7 @@ def main() -> None:
     ways: dict[str, Callable[[Runner, list[Request]], Texts]] = {
         "the same again": lambda runner, requests: runner.generate(requests, 1, 512),
         "batch of 8": lambda runner, requests: runner.generate(requests, 8, 512),
-        "batch of 64": lambda runner, requests: runner.generate(requests, 64, 512),
+        "batch of 32": lambda runner, requests: runner.generate(requests, 32, 512),
         "prefill in chunks of 16": lambda runner, requests: runner.generate(requests, 1, 16),
         "recomputed after 40 tokens": lambda runner, requests: runner.generate(requests, 1, 512, 40),
     }

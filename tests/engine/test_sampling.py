@@ -1,5 +1,6 @@
 """The vectorised sampler against a reference that takes one row at a time, as the documentation words it."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -11,7 +12,8 @@ from scipy import stats
 
 from distserve.core.request import SamplingParams
 from distserve.engine.sampling import NOT_FINITE, Sampler, SamplingRow, token_logprobs
-from distserve.engine.sampling.philox import philox, uniform
+from distserve.engine.sampling.philox import keys, philox
+from distserve.engine.sampling.race import exponentials
 from distserve.engine.sampling.truncation import thresholds
 
 VOCAB = 40
@@ -63,13 +65,26 @@ def reference_weights(params: SamplingParams, logits: np.ndarray) -> np.ndarray:
     return probabilities / probabilities.sum()
 
 
+def reference_exponential(seed: int, choice: int, index: int, token: int) -> float:
+    """The random number of one token, in Python's integers."""
+    mask = 2**32 - 1
+    first, second = keys(*(np.array([x], dtype=np.uint64) for x in (seed, choice, index)))[0].tolist()
+    x = token ^ first
+    x ^= x >> 16
+    x = x * 0x7FEB352D & mask
+    x ^= x >> 15
+    x = (x + second & mask) * 0x846CA68B & mask
+    x ^= x >> 16
+    return -math.log1p(-(x + 0.5) / 2**32)
+
+
 def reference_draw(row: SamplingRow, logits: np.ndarray) -> int:
     processed = reference_logits(row, logits)
     if row.params.temperature == 0:
         return int(processed.argmax())
-    cumulated = np.cumsum(reference_weights(row.params, processed))
-    number = uniform(*(np.array([x], dtype=np.uint64) for x in (row.params.seed, row.choice, row.index)))[0]
-    return int(np.searchsorted(cumulated, number * cumulated[-1], side="right"))
+    weights = reference_weights(row.params, processed)
+    times = [reference_exponential(row.params.seed, row.choice, row.index, token) for token in range(len(weights))]
+    return int((weights / np.array(times)).argmax())
 
 
 tokens = st.integers(0, VOCAB - 1)
@@ -102,7 +117,7 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(batch=st.lists(rows, min_size=1, max_size=6), seed=st.integers(0, 10_000))
 def test_each_row_of_a_mixed_batch_is_drawn_as_if_alone(batch: list[SamplingRow], seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -139,15 +154,19 @@ def test_philox_gives_the_published_answers(
     assert tuple(int(word[0]) for word in words) == expected
 
 
-def test_random_numbers_differ_in_seed_choice_and_index() -> None:
-    seeds, choices, indices = (
-        np.arange(20, dtype=np.uint64).reshape(shape) for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
-    )
-    numbers = uniform(seeds, choices, indices)
-    assert len(np.unique(numbers)) == numbers.size == 8000
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    assert stats.kstest(numbers.ravel(), "uniform").pvalue > 1e-3
+def test_random_numbers_differ_in_seed_choice_index_and_token() -> None:
+    shapes = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
+    parts = keys(*(np.arange(12, dtype=np.uint64).reshape(shape) for shape in shapes))
+    assert parts.shape == (12, 12, 12, 2)
+    numbers = exponentials(parts.reshape(-1, 2), 50).double().numpy()
+    assert len(np.unique(numbers)) > 0.99 * numbers.size
+    assert numbers.min() > 0
+    assert stats.kstest(numbers.ravel(), "expon").pvalue > 1e-3
+    # Neighbours in any direction are unrelated.
+    uniforms = np.exp(-numbers).reshape(12, 12, 12, 50)
+    for axis in range(4):
+        ahead, behind = np.delete(uniforms, 0, axis).ravel(), np.delete(uniforms, -1, axis).ravel()
+        assert abs(stats.spearmanr(ahead, behind).statistic) < 4 / math.sqrt(len(ahead))
 
 
 @pytest.mark.parametrize(

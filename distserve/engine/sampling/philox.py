@@ -33,9 +33,8 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words])
     return c0, c1, c2, c3
 
 
-def uniform(seeds: Words, choices: Words, indices: Words) -> NDArray[np.float64]:
-    """One number in [0, 1) with 53 random bits for each (seed, choice, index); the arrays broadcast."""
+def keys(seeds: Words, choices: Words, indices: Words) -> NDArray[np.uint32]:
+    """Two random 32-bit words [..., 2] for each (seed, choice, index); the arrays broadcast."""
     zero = np.zeros_like(indices)
-    high, low, _, _ = philox((indices & _LOW, indices >> _32, choices, zero), (seeds & _LOW, seeds >> _32))
-    bits = (high << _32) | low
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    first, second, _, _ = philox((indices & _LOW, indices >> _32, choices, zero), (seeds & _LOW, seeds >> _32))
+    return np.stack(np.broadcast_arrays(first, second), axis=-1).astype(np.uint32)

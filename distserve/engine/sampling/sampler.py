@@ -2,8 +2,7 @@
 
 Order, as vLLM's: raw log-probabilities are taken aside; end tokens are masked before min_tokens, logit_bias is added,
 penalties follow; rows with temperature 0 then take the largest logit, the others are divided by their temperature,
-truncated (min_p, top_k, top_p) and drawn by inverse CDF: the token at which the cumulated probability, in vocabulary
-order, passes the row's uniform number.
+truncated (min_p, top_k, top_p) and drawn (:mod:`distserve.engine.sampling.race`).
 """
 
 from collections.abc import Sequence
@@ -15,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distserve.core.request import SamplingParams, TokenLogprobs
-from distserve.engine.sampling.inverse_cdf import draw
 from distserve.engine.sampling.logprobs import token_logprobs
 from distserve.engine.sampling.penalties import Penalties, has_penalties
-from distserve.engine.sampling.philox import uniform
+from distserve.engine.sampling.philox import keys
+from distserve.engine.sampling.race import draw
 from distserve.engine.sampling.truncation import thresholds
 
 NOT_FINITE = -1
@@ -27,7 +26,7 @@ NOT_FINITE = -1
 _GREEDY_BELOW = 1e-5
 """vLLM's: temperatures below this are 0."""
 _STEPS_AHEAD = 32
-"""Steps whose random numbers are computed at once."""
+"""Steps whose random keys are computed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class Sampler:
         self._indices = np.array([row.index for row in rows], dtype=np.uint64)
         self._seeds = np.array([p.seed % 2**64 for p in params], dtype=np.uint64)
         self._choices = np.array([row.choice for row in rows], dtype=np.uint64)
-        self._uniforms = np.empty((0, len(rows)))
+        self._keys = np.empty((0, len(rows), 2), dtype=np.uint32)
         penalised = [i for i, p in enumerate(params) if has_penalties(p)]
         if penalised:
             prompts, outputs = [rows[i].prompt for i in penalised], [rows[i].output for i in penalised]
@@ -110,7 +109,7 @@ class Sampler:
         logprobs = self._logprobs(logits, tokens) if self._wants_logprobs else None
         if not self._is_plain:
             self._indices += np.uint64(1)
-            self._uniforms = self._uniforms[1:]
+            self._keys = self._keys[1:]
             if self._penalties is not None:
                 self._penalties.count(tokens)
         return Draw(tokens, logprobs)
@@ -147,10 +146,10 @@ class Sampler:
         if self._truncates:
             threshold = thresholds(logits, self._top_k, self._top_p, self._min_p)
             weights *= (logits >= threshold.unsqueeze(1)).float()
-        if len(self._uniforms) == 0:
+        if len(self._keys) == 0:
             steps = np.arange(_STEPS_AHEAD, dtype=np.uint64)[:, None]
-            self._uniforms = uniform(self._seeds, self._choices, self._indices + steps)
-        return draw(weights, torch.from_numpy(self._uniforms[0])[self._random])
+            self._keys = keys(self._seeds, self._choices, self._indices + steps)
+        return draw(weights, self._keys[0][self._random.numpy()])
 
     def _logprobs(self, logits: Tensor, tokens: Tensor) -> tuple[TokenLogprobs | None, ...]:
         rows = torch.tensor(self._wants_logprobs)
