@@ -12,7 +12,7 @@ from dataclasses import replace
 from distserve.cluster.clock import cluster_time
 from distserve.cluster.network import Mailbox, ReceiverThread
 from distserve.cluster.parts import Card, InstanceConfig
-from distserve.cluster.process import own_cores, pin_process
+from distserve.cluster.process import own_cores, pin_process, return_freed_memory
 from distserve.cluster.rank import Rank
 from distserve.cluster.replay import EventLog
 from distserve.core.config import Role
@@ -48,6 +48,7 @@ class Instance:
     def load(self) -> None:
         """Load the model; raises ConfigError and its kin."""
         self._rank.load()
+        return_freed_memory()
 
     def meet(self, cards: Iterable[Card]) -> None:
         """Learn of other parts, new ones or ones that moved. A peer that cannot be reached is left to supervision."""

@@ -1,4 +1,4 @@
-"""A process's own standing with the operating system: its parent, its CPUs."""
+"""A process's own standing with the operating system: its parent, its CPUs, its memory."""
 
 import ctypes
 import logging
@@ -48,3 +48,10 @@ def own_cores(first: int, count: int, wanted: int) -> tuple[int, ...]:
     """CPUs ``first .. first + count`` of those this process may use, or none if fewer than ``wanted`` are there."""
     available = sorted(os.sched_getaffinity(0))
     return tuple(available[first : first + count]) if wanted <= len(available) else ()
+
+
+def return_freed_memory() -> None:
+    """Give what loading has freed back to the operating system, where the C library (glibc) can: tens of megabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
