@@ -79,7 +79,8 @@ def main() -> None:
     parser.add_argument("--decode", required=True, help="URL of the decode server")
     options = parser.parse_args()
     app = Proxy(options.prefill, options.decode).app()
-    web.run_app(app, host="127.0.0.1", port=options.port, access_log=None, print=None)
+    # A client that leaves must take its requests to the servers with it, or they would burden the next run.
+    web.run_app(app, host="127.0.0.1", port=options.port, access_log=None, print=None, handler_cancellation=True)
 
 
 if __name__ == "__main__":
