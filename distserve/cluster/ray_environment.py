@@ -3,6 +3,7 @@
 import os
 import secrets
 import sys
+from pathlib import Path
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -22,5 +23,16 @@ def prepare_ray_environment(address: str | None) -> None:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    if address is None and "ray" not in sys.modules:
+    if "ray" in sys.modules:
+        return
+    if address is None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    elif _has_token():
+        # `ray start` turns authentication on where there is a token; a driver that joins has to say so itself.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _has_token() -> bool:
+    """Whether there is a token where Ray looks for one."""
+    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    return given or (Path.home() / ".ray" / "auth_token").is_file()

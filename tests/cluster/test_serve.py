@@ -24,7 +24,9 @@ WHOLE = {"prefill": {"instances": 1}, "decode": {"instances": 2}}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server("--prefill", "1", "--decode", "2", log=tmp_path_factory.mktemp("serve") / "log")
+    server = Server(
+        *("--prefill", "1", "--decode", "2", "--drain-timeout", "200"), log=tmp_path_factory.mktemp("serve") / "log"
+    )
     try:
         server.wait_ready()
         yield server
@@ -151,7 +153,7 @@ def test_stopping_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serv
     def flood() -> None:
         # Several full batches, one after the other: more than anyone waits for.
         with contextlib.suppress(OSError, http.client.HTTPException):
-            body = {"prompt": [PROMPT] * 100, "n": 8, "max_tokens": 400, "ignore_eos": True}
+            body = {"prompt": [PROMPT] * 60, "n": 4, "max_tokens": 400, "ignore_eos": True}
             server.call("/v1/completions", body)
 
     reader, flooder = threading.Thread(target=read), threading.Thread(target=flood)
@@ -165,7 +167,7 @@ def test_stopping_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serv
     status, answer = server.call("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})
     assert status == 503
     assert "shutting down" in answer["error"]["message"]
-    reader.join(60)
+    reader.join(150)
     assert len(received) == 400
     assert received[:NUM_TOKENS] == tokens
     # Ctrl-C on a terminal goes to the whole process group; this is the second signal, so it ends at once.
