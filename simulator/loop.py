@@ -7,7 +7,7 @@ completes its source's KV.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,10 +33,14 @@ from simulator.worker import SimulatedWorker
 class Delays:
     """Seconds: ``message`` from any part to any other, ``loss`` from a death to the router's knowing of it.
 
+    ``pairs`` has delays of their own for messages from one part to another: in order between two parts, as always, but
+    they may overtake those of other pairs.
+
     A pull takes ``pull_latency`` plus ``seconds_per_block`` for each block.
     """
 
     message: float = 0.0005
+    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
     loss: float = 1.0
     pull_latency: float = 0.0005
     seconds_per_block: float = 0.0001
@@ -127,7 +131,8 @@ class Loop:
                 case RunStep():
                     self._run_step(part, command)
                 case Send(to, message):
-                    self.post(self.now + self._delays.message, to, Received(part, message))
+                    delay = self._delays.pairs.get((part, to), self._delays.message)
+                    self.post(self.now + delay, to, Received(part, message))
                 case WakeAt(time):
                     self.post(max(time, self.now), part, Timer())
                 case OpenSequence():

@@ -1,8 +1,7 @@
 """Paged KV memory: which blocks are free, and who shares the others.
 
-Knows block ids and reference counts only, neither sequences nor bytes. Invariant: every block is either free (count
-0, exactly once in the free list) or has a positive count, so ``num_free`` plus the number of referenced blocks is
-constant.
+Knows block ids and reference counts only, neither sequences nor bytes. Invariant: every block is either in the free
+list, exactly once, or referenced or held, so the numbers of both kinds add up to ``num_blocks``.
 """
 
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ class BlockManager:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._references = [0] * num_blocks
+        self._holds: dict[int, int] = {}
         # A stack: the block freed last is reused first, while it may still be in a cache.
         self._free = list(range(num_blocks - 1, -1, -1))
 
@@ -44,10 +44,26 @@ class BlockManager:
         """Whether writing the block would change what another sequence reads: then copy it first."""
         return self._references[block] > 1
 
+    def hold(self, block: int) -> None:
+        """Keep a referenced block from being reused until :meth:`unhold`, without sharing it.
+
+        A copy that a queued step will make still has to read its source, even if nobody references that any more.
+        """
+        assert self._references[block] > 0, "a free block cannot be held"
+        self._holds[block] = self._holds.get(block, 0) + 1
+
+    def unhold(self, block: int) -> None:
+        """End one :meth:`hold`; the block is free if nobody references it."""
+        self._holds[block] -= 1
+        if self._holds[block] == 0:
+            del self._holds[block]
+            if self._references[block] == 0:
+                self._free.append(block)
+
     def release(self, blocks: Iterable[int]) -> None:
         """Drop a reference from each block; the last one frees it."""
         for block in blocks:
             assert self._references[block] > 0, "block released twice"
             self._references[block] -= 1
-            if self._references[block] == 0:
+            if self._references[block] == 0 and block not in self._holds:
                 self._free.append(block)

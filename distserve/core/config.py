@@ -54,6 +54,13 @@ class KvConfig:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
+    def blocks_to_admit(self, num_tokens: int, num_choices: int) -> int:
+        """Blocks with which ``num_choices`` choices of a prompt of ``num_tokens`` tokens can take their first step.
+
+        One token of growth; every choice but the first needs its own copy of a partly filled last block.
+        """
+        return self.blocks_for(num_tokens + 1) + num_choices - 1
+
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:

@@ -47,6 +47,7 @@ class DecodeScheduler(DecodingScheduler):
         self._intakes: dict[RequestKey, Intake] = {}
         self._pulls: dict[int, RequestKey] = {}
         self._dropped: dict[int, Intake] = {}
+        """Given up while their pulls run: their blocks are freed when the transport says it has ended."""
         self._gone: set[str] = set()
         """Instances lost: an offer of theirs may still be on its way."""
         self._next_pull_id = 0
@@ -89,8 +90,7 @@ class DecodeScheduler(DecodingScheduler):
         if key in self._intakes or key in self._by_key:
             return  # a repeated offer: the first one counts
         kv = self.spec.kv
-        # One token of growth; every choice but the first needs its own copy of a partly filled last block.
-        needed = kv.blocks_for(offer.num_tokens + 1) + len(request.choices) - 1
+        needed = kv.blocks_to_admit(offer.num_tokens, len(request.choices))
         if max(needed, kv.blocks_for(request.max_total_tokens)) > kv.num_blocks:
             reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
             self._send(request.owner_id, Failed(key, reason, status=400))
@@ -211,7 +211,6 @@ class DecodeScheduler(DecodingScheduler):
         if intake.pull_id is not None and intake.ended_at is None:
             # The transport may be writing these blocks: they are free only when it says so.
             del self._pulls[intake.pull_id]
-            intake.is_dropped = True
             self._dropped[intake.pull_id] = intake
             self._commands.append(CancelMigrate(intake.pull_id))
         else:

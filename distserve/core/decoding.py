@@ -92,6 +92,7 @@ class DecodingScheduler(InstanceScheduler):
                 if is_growth:
                     seq.blocks.append(block)
                 else:
+                    self.blocks.hold(seq.blocks[index])
                     copies.append((seq.blocks[index], block))
                     self.blocks.release([seq.blocks[index]])
                     seq.blocks[index] = block

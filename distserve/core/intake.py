@@ -41,8 +41,6 @@ class Intake:
     ended_at: float | None = None
     first_tokens: tuple[int, ...] | None = None
     finished: tuple[int, ...] = ()
-    is_dropped: bool = False
-    """Given up while the pull runs: its blocks are freed when the transport says it has ended."""
 
     @property
     def is_complete(self) -> bool:

@@ -140,7 +140,7 @@ class MixedScheduler(DecodingScheduler):
         num_started = sum(len(waiting.choices) for waiting in takewhile(lambda other: other.is_open, self._waiting))
         is_idle = not self._running and num_started == 0
         headroom = 0 if is_idle else int(config.headroom * kv.num_blocks)
-        needed = kv.blocks_for(seq.num_tokens) + len(seq.choices) - 1
+        needed = kv.blocks_to_admit(seq.num_tokens, len(seq.choices))
         has_slot = len(self._running) + num_started + len(seq.choices) <= config.max_batch_size
         if needed + headroom > self.blocks.num_free or not (has_slot or is_idle):
             return False

@@ -246,10 +246,11 @@ class PrefillScheduler(InstanceScheduler):
         handoff = self._handoffs.pop(key, None)
         if handoff is None:
             return
-        if handoff.decode_id is None:
-            self._send(ROUTER, DecodeDropped(key, None))
-        else:
+        if handoff.decode_id is not None:
             self._send(handoff.decode_id, Withdrawn(key))
+        if handoff.state is not HandoffState.LEASED:
+            # No report may ever name the offer, if it was lost: the router would count its memory for good.
+            self._send(ROUTER, DecodeDropped(key, handoff.decode_id))
 
     def _load(self) -> tuple[int, int, int]:
         return len(self._waiting), self._num_waiting_tokens, len(self._sequences) - len(self._waiting)

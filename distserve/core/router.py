@@ -48,11 +48,13 @@ from distserve.core.scheduler import ROUTER
 class RouterConfig:
     """``max_wait`` is the predicted queueing, in seconds, beyond which requests are shed.
 
-    Status goes to the owners every ``status_interval`` seconds.
+    Status goes to the owners every ``status_interval`` seconds. A request that was admitted once and comes again
+    while a pool is down waits for a replacement, at most ``patience`` seconds.
     """
 
     max_wait: float = 120.0
     status_interval: float = 1.0
+    patience: float = 60.0
 
 
 @dataclass(slots=True)
@@ -111,6 +113,8 @@ class Router:
         self._owners: dict[str, None] = {}
         self._pending: dict[RequestKey, tuple[str, DecodeWanted, set[str]]] = {}
         """Decode instances wanted and not found yet, oldest first: who asks, and who refused since its last report."""
+        self._parked: dict[RequestKey, tuple[float, Request]] = {}
+        """Requests that came again while a pool was down, with the time their patience ends."""
         self._gone: dict[str, None] = {}
         """Instances lost: a question of theirs may still be on its way, and not everyone may have heard of it."""
         self._commands: list[Command] = []
@@ -134,6 +138,7 @@ class Router:
                 pass
             case _:
                 raise AssertionError(f"not a router's event: {event}")
+        self._retry_parked()
         if now >= self._next_status:
             self._send_status()
             self._next_status = now + self._config.status_interval
@@ -209,6 +214,12 @@ class Router:
         refusal = self._refusal(request)
         if refusal is not None:
             status, reason = refusal
+            if status == 503 and request.attempt > 0:
+                until, _ = self._parked.get(request.key, (self._now + self._config.patience, request))
+                if self._now < until:
+                    self._parked[request.key] = (until, request)
+                    return
+            self._parked.pop(request.key, None)
             self._send(request.owner_id, Rejected(request.key, status, reason))
             return
         candidates = [view for view in self._pool(Role.PREFILL, Role.MIXED) if self._can_ever_prefill(view, request)]
@@ -231,10 +242,16 @@ class Router:
             reason = f"all instances are busy: the shortest predicted wait is {wait:.0f} s"
             self._send(request.owner_id, Rejected(request.key, 429, reason, retry_after=excess))
             return
+        self._parked.pop(request.key, None)
         instance_id = best.spec.instance_id
         best.assigned[request.key] = (request.num_prefill_tokens, ROUTER)
         self._send(instance_id, Prefill(request))
         self._send(request.owner_id, Routed(request.key, instance_id))
+
+    def _retry_parked(self) -> None:
+        """Look at waiting requests again: their pool may be back, or their patience at its end."""
+        for request in [request for _, request in self._parked.values()]:
+            self._on_submit(request)
 
     def _refusal(self, request: Request) -> tuple[int, str] | None:
         """(status, reason) if the request cannot be served, ever (400) or with the instances there are now (503)."""
@@ -264,9 +281,10 @@ class Router:
 
     @staticmethod
     def _can_ever_decode(view: InstanceView, request: Request) -> bool:
-        kv, forks = view.spec.kv, len(request.choices) - 1
-        blocks = max(kv.blocks_for(request.max_total_tokens), kv.blocks_for(request.num_prefill_tokens + 1) + forks)
-        return blocks <= kv.num_blocks and forks < view.spec.scheduler.max_batch_size
+        kv, num_choices = view.spec.kv, len(request.choices)
+        at_start = kv.blocks_to_admit(request.num_prefill_tokens, num_choices)
+        blocks = max(kv.blocks_for(request.max_total_tokens), at_start)
+        return blocks <= kv.num_blocks and num_choices <= view.spec.scheduler.max_batch_size
 
     def _pool(self, *roles: Role) -> list[InstanceView]:
         return [view for view in self._instances.values() if view.spec.role in roles and not view.is_draining]
@@ -281,7 +299,7 @@ class Router:
             if view is None:
                 return
             del self._pending[key]
-            blocks = view.spec.kv.blocks_for(wanted.num_tokens + 1) + wanted.num_choices - 1
+            blocks = view.spec.kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
             view.assigned[key] = (blocks, sender)
             self._send(sender, DecodeAssigned(key, view.spec.instance_id))
 
@@ -289,7 +307,7 @@ class Router:
         best, best_share = None, -1.0
         for view in self._pool(Role.DECODE):
             kv = view.spec.kv
-            needed = kv.blocks_for(wanted.num_tokens + 1) + wanted.num_choices - 1
+            needed = kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
             headroom = 0 if view.is_idle else int(view.spec.scheduler.headroom * kv.num_blocks)
             has_slot = view.num_free_slots >= wanted.num_choices or view.is_idle
             has_room = needed + headroom <= view.num_free_blocks and has_slot

@@ -129,7 +129,7 @@ class InstanceScheduler:
         return commands
 
     def _on_step_done(self, event: StepDone) -> None:
-        batch = self._steps.pop(event.step_id)
+        batch = self._end_step(event.step_id)
         self._measure(batch)
         for seq_id, entries in event.prompt_logprobs:
             for seq, _, _ in batch.entries:
@@ -156,13 +156,19 @@ class InstanceScheduler:
         assert position == len(event.tokens), "the engine returned a different number of tokens than it was asked for"
 
     def _on_step_failed(self, event: StepFailed) -> None:
-        batch = self._steps.pop(event.step_id)
+        batch = self._end_step(event.step_id)
         for seq, _, _ in batch.entries:
             seq.num_in_flight -= 1
             if seq.is_closed:
                 self._settle(seq)
             else:
                 self._fail(seq, event.reason)
+
+    def _end_step(self, step_id: int) -> Batch:
+        batch = self._steps.pop(step_id)
+        for source, _ in batch.copies:
+            self.blocks.unhold(source)
+        return batch
 
     def _measure(self, batch: Batch) -> None:
         """Keep an exponential mean of prompt tokens per second, for the router's predictions."""

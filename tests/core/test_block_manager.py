@@ -15,6 +15,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         super().__init__()
         self.manager = BlockManager(12)
         self.held: list[list[int]] = []
+        self.kept: list[int] = []
 
     @rule(target=tables, count=st.integers(0, 5))
     def allocate(self, count: int) -> list[int]:
@@ -35,13 +36,25 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.manager.release(table)
         self.held = [other for other in self.held if other is not table]
 
+    @precondition(lambda self: any(self.held))
+    @rule()
+    def hold(self) -> None:
+        block = next(table for table in self.held if table)[0]
+        self.manager.hold(block)
+        self.kept.append(block)
+
+    @precondition(lambda self: self.kept)
+    @rule()
+    def unhold(self) -> None:
+        self.manager.unhold(self.kept.pop())
+
     @invariant()
     def blocks_are_free_or_held(self) -> None:
         counts: dict[int, int] = {}
         for table in self.held:
             for block in table:
                 counts[block] = counts.get(block, 0) + 1
-        assert self.manager.num_free == 12 - len(counts)
+        assert self.manager.num_free == 12 - len({*counts, *self.kept})
         for block, count in counts.items():
             assert self.manager.is_shared(block) == (count > 1)
 

@@ -1,5 +1,7 @@
 """The machines together: every request served exactly, nothing left behind, whatever happens on the way."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,23 @@ def test_losing_an_instance_loses_no_request(victim: str, time: float) -> None:
     cluster.assert_clean()
 
 
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_the_only_instance_of_a_role_may_be_replaced_under_load(victim: str) -> None:
+    cluster = Deployment()
+    requests = [make_request(f"r{i}", prompt=20, seed=20 + i) for i in range(5)]
+    for request in requests:
+        cluster.submit(request)
+    cluster.run(until=0.1)
+    spec = cluster.schedulers[victim].spec
+    cluster.lose(victim)
+    cluster.run(until=10.0)
+    cluster.start(replace(spec, instance_id=f"{victim}.1"))
+    recorder = cluster.run()
+    for request in requests:
+        assert recorder.tokens[request.request_id, 0] == expected_tokens(request, 0)
+    cluster.assert_clean()
+
+
 def test_unservable_requests_are_refused_at_admission() -> None:
     cluster = Deployment(kv=KvConfig(16, 4), config=SchedulerConfig(max_batch_tokens=32, max_batch_size=8))
     cluster.submit(make_request("prompt", prompt=65))
@@ -145,6 +164,7 @@ def test_a_slow_link_neither_loses_leases_nor_requests() -> None:
     cluster.assert_clean()
 
 
+PARTS = st.sampled_from(["api-0", "router", "prefill-0", "prefill-1", "decode-0", "decode-1", "mixed-0", "mixed-1"])
 REQUESTS = st.lists(
     st.tuples(
         st.integers(1, 70),  # prompt
@@ -167,6 +187,7 @@ REQUESTS = st.lists(
     in_flight=st.sampled_from([(1, False), (2, False), (2, True), (3, False)]),
     policy=st.sampled_from(PrefillPolicy),
     losses=st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(0, 5)), max_size=2),
+    pairs=st.dictionaries(st.tuples(PARTS, PARTS), st.floats(0.0001, 0.05), max_size=6),
 )
 def test_any_workload_is_served_exactly_and_leaves_nothing(
     requests: list[tuple[int, int, int, int, float, float | None]],
@@ -175,13 +196,20 @@ def test_any_workload_is_served_exactly_and_leaves_nothing(
     in_flight: tuple[int, bool],
     policy: PrefillPolicy,
     losses: list[tuple[float, int]],
+    pairs: dict[tuple[str, str], float],
 ) -> None:
     config = SchedulerConfig(
         max_batch_tokens=24, max_batch_size=6, max_in_flight=in_flight[0], lookahead=in_flight[1], lease=2.0
     )
     prefill, decode, mixed = pools
     cluster = Deployment(
-        prefill=prefill, decode=decode, mixed=mixed, kv=KvConfig(blocks, 4), config=config, policy=policy
+        prefill=prefill,
+        decode=decode,
+        mixed=mixed,
+        kv=KvConfig(blocks, 4),
+        config=config,
+        policy=policy,
+        delays=Delays(pairs=pairs),
     )
     made = []
     for i, (prompt, seed, max_tokens, n, arrival, abandoned) in enumerate(requests):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from distserve.core.commands import Send
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
-from distserve.core.events import Event, InstanceDraining, InstanceLost, InstanceUp, Received
+from distserve.core.events import Event, InstanceDraining, InstanceLost, InstanceUp, Received, Timer
 from distserve.core.messages import (
     DecodeAssigned,
     DecodeDropped,
@@ -129,6 +129,24 @@ def test_a_draining_instance_gets_nothing_new() -> None:
     assert target(board.submit("a", 10)) == "prefill-1"
     board.feed(InstanceDraining("decode-0"))
     ((_, refusal),) = board.submit("b", 10)
+    assert isinstance(refusal, Rejected)
+    assert refusal.status == 503
+
+
+def test_what_was_admitted_once_waits_for_a_lost_pool_to_come_back() -> None:
+    board = Switchboard("prefill-0", "decode-0")
+    board.feed(InstanceLost("decode-0"))
+    assert isinstance(board.submit("new", 10)[0][1], Rejected)
+    again = Submit(replace(make_request("a", 10), attempt=1))
+    assert board.feed(Received("api-0", again)) == []
+    board.now = 30.0
+    assert board.feed(Timer()) == []
+    sent = board.feed(InstanceUp(InstanceSpec("decode-1", Role.DECODE, KvConfig(32, 4), CONFIG)))
+    assert target(sent) == "prefill-0"
+    board.feed(InstanceLost("decode-1"))
+    board.feed(Received("api-0", replace(again, request=replace(again.request, attempt=2))))
+    board.now = 91.0
+    ((_, refusal),) = board.feed(Timer())
     assert isinstance(refusal, Rejected)
     assert refusal.status == 503
 
