@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from distserve.core.commands import Chunk, OpenSequence, RunStep, TableUpdate
 from distserve.core.config import KvConfig
 from distserve.core.request import Request, SamplingParams
-from distserve.engine import Worker
+from distserve.engine.worker import Worker
 
 BLOCK_SIZE = 16
 NUM_TOKENS = 128

@@ -118,7 +118,11 @@ class Batch:
         self._tables[row, update.start : end] = update.blocks
 
     def record(self, tokens: NDArray[np.int64]) -> None:
-        """Note the tokens drawn, one for each row of ``draw_rows``."""
+        """Note the tokens drawn, one for each row of ``draw_rows``.
+
+        Where there is none, 0 stands for it: a step launched ahead may still run the sequence that is to be failed.
+        """
+        tokens = np.maximum(tokens, 0)
         if self._is_decode:
             self._drawn.append(tokens)
             return

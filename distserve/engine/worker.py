@@ -13,12 +13,13 @@ from torch import Tensor
 
 from distserve.core.commands import OpenSequence, RunStep
 from distserve.core.config import KvConfig, KvLayout
+from distserve.core.errors import ConfigError
 from distserve.core.events import StepDone
 from distserve.core.request import TokenLogprobs
 from distserve.engine.batch import Batch
 from distserve.engine.description import describe_config, load_config
 from distserve.engine.fused import FusedModel, can_fuse
-from distserve.engine.kv import KvPool
+from distserve.engine.kv import TORCH_DTYPES, KvPool
 from distserve.engine.loader import load_module
 from distserve.engine.model import LanguageModel, TransformersModel
 from distserve.engine.sampling import token_logprobs
@@ -30,7 +31,7 @@ class Worker:
     """A loaded model with its KV pool and the sequences open on it.
 
     Sequences are named by the scheduler's ``seq_id``. A token that could not be drawn because its logits were not
-    finite is reported as -1 (:data:`distserve.engine.sampling.NOT_FINITE`): that sequence must be failed.
+    finite is reported as :data:`distserve.core.events.NOT_FINITE`; the other sequences of the step are well.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Worker:
             ConfigError: the model directory is missing, incomplete or damaged.
             UnsupportedModelError: the model cannot be served exactly.
         """
+        if dtype not in TORCH_DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         path = Path(model_dir)

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from distserve.core.config import KvConfig
-from distserve.engine import Worker
+from distserve.engine.worker import Worker
 from tests.engine.models import CONFIGS, VOCAB, generate, save
 
 NUM_TOKENS = 14

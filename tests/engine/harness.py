@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from distserve.core.commands import Chunk, OpenSequence, RunStep, TableUpdate
 from distserve.core.events import StepDone
 from distserve.core.request import Request, SamplingParams, TokenLogprobs
-from distserve.engine import Worker
+from distserve.engine.worker import Worker
 
 
 def make_request(prompt: Sequence[int], choices: tuple[int, ...] = (0,), **sampling: object) -> Request:

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from distserve.core.config import KvConfig
-from distserve.engine import Worker
 from distserve.engine.fused import FusedModel
+from distserve.engine.worker import Worker
 from tests.engine.harness import Harness, make_request
 from tests.engine.models import VOCAB, save
 

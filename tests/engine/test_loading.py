@@ -26,7 +26,8 @@ from transformers import (
 
 from distserve.core.config import KvConfig
 from distserve.core.errors import ConfigError, UnsupportedModelError
-from distserve.engine import Worker, describe
+from distserve.engine.description import describe
+from distserve.engine.worker import Worker
 from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.harness import Harness, make_request
 from tests.engine.models import CONFIGS, VOCAB, build, save
@@ -119,6 +120,11 @@ def test_uses_the_memory_it_is_given(llama: Served) -> None:
     num_computed = len(llama.prompts[0]) + NUM_TOKENS - 1
     written = buffer.view(torch.float32).view(layout.shape).abs().sum((0, 1, 4, 5)) > 0
     assert int(written.sum()) == num_computed
+
+
+def test_unknown_dtype(llama: Served) -> None:
+    with pytest.raises(ConfigError, match="float32, bfloat16"):
+        Worker(llama.path, dtype="float16", kv=KvConfig(8, 4))
 
 
 def test_missing_directory(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from distserve.engine import Worker
+from distserve.engine.worker import Worker
 from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.harness import Harness, make_request
 from tests.engine.models import CONFIGS

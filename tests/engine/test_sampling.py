@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from distserve.core.events import NOT_FINITE
 from distserve.core.request import SamplingParams
-from distserve.engine.sampling import NOT_FINITE, Sampler, SamplingRow, token_logprobs
+from distserve.engine.sampling import Sampler, SamplingRow, token_logprobs
 from distserve.engine.sampling.philox import keys, philox
 from distserve.engine.sampling.race import exponentials
 from distserve.engine.sampling.truncation import thresholds

@@ -5,6 +5,6 @@ tokens of its sequence and the random numbers of (seed, choice, index), never on
 """
 
 from distserve.engine.sampling.logprobs import token_logprobs
-from distserve.engine.sampling.sampler import NOT_FINITE, Draw, Sampler, SamplingRow
+from distserve.engine.sampling.sampler import Draw, Sampler, SamplingRow
 
-__all__ = ["NOT_FINITE", "Draw", "Sampler", "SamplingRow", "token_logprobs"]
+__all__ = ["Draw", "Sampler", "SamplingRow", "token_logprobs"]

@@ -5,6 +5,7 @@ penalties follow; rows with temperature 0 then take the largest logit, the other
 truncated (min_p, top_k, top_p) and drawn (:mod:`distserve.engine.sampling.race`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,15 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distserve.core.events import NOT_FINITE
 from distserve.core.request import SamplingParams, TokenLogprobs
 from distserve.engine.sampling.logprobs import token_logprobs
 from distserve.engine.sampling.penalties import Penalties, has_penalties
 from distserve.engine.sampling.philox import keys
 from distserve.engine.sampling.race import draw
 from distserve.engine.sampling.truncation import thresholds
-
-NOT_FINITE = -1
-"""Stands for the token of a row whose logits are not finite: the sequence must be failed, the others are well."""
 
 _GREEDY_BELOW = 1e-5
 """vLLM's: temperatures below this are 0."""
@@ -46,7 +45,7 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Tokens [S] int64 (:data:`NOT_FINITE` where there is none), and log-probabilities for the rows that want them."""
+    """Tokens [S] int64 (NOT_FINITE where the logits were not), and log-probabilities for the rows that want them."""
 
     tokens: Tensor
     logprobs: tuple[TokenLogprobs | None, ...] | None
@@ -98,13 +97,13 @@ class Sampler:
         """Draw a token from each row of logits [S, V], which are left as they are."""
         if self._is_plain:
             best, tokens = logits.max(dim=-1)
-            finite = best.isfinite()
-            is_finite = bool(finite.all())
         else:
-            finite = logits.amax(-1).isfinite()
-            is_finite = bool(finite.all())
-            tokens = self._choose(logits if is_finite else torch.where(finite.unsqueeze(1), logits, 0.0))
-        if not is_finite:
+            best = logits.amax(-1)
+        all_finite = math.isfinite(best.sum().item())
+        finite = best.isfinite()
+        if not self._is_plain:
+            tokens = self._choose(logits if all_finite else torch.where(finite.unsqueeze(1), logits, 0.0))
+        if not all_finite:
             tokens = torch.where(finite, tokens, NOT_FINITE)
         logprobs = self._logprobs(logits, tokens) if self._wants_logprobs else None
         if not self._is_plain:
