@@ -38,7 +38,7 @@ def ray_cluster(address: str | None, directory: str, num_cpus: int) -> Iterator[
     """
     try:
         if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="distserve")
+            ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR, namespace="distserve")
         else:
             ray.init(
                 address="local",
@@ -46,7 +46,7 @@ def ray_cluster(address: str | None, directory: str, num_cpus: int) -> Iterator[
                 num_gpus=0,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
+                log_to_driver=True,
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=directory,
