@@ -42,7 +42,7 @@ class Client:
 
     def prompt_throughput(self, server: Server, seed: int) -> float:
         """Prompt tokens/s of a stream that saturates: 8 clients, 1024 in, 1 out."""
-        options = {"clients": 8, "num_requests": 16 if self.quick else 40, "prompt_len": 1024, "output_len": 1}
+        options = {"clients": 8, "num_requests": 16 if self.quick else 24, "prompt_len": 1024, "output_len": 1}
         return float(summary(self.run(server, seed, options))["prompt_token_throughput"])
 
     def decode_step(self, server: Server, seed: int, batch: int) -> float:
@@ -65,7 +65,7 @@ class Client:
             "min_rate": 0.1,
             "duration": 10 if self.quick else 30,
             "tolerance": 0.15,
-            "max_probes": 2 if self.quick else 5,
+            "max_probes": 2 if self.quick else 4,
             **OPEN_LOOP_LENGTHS,
             **SLO,
         }
@@ -80,7 +80,7 @@ class Client:
 
     def open_loop(self, server: Server, seed: int, rate: float) -> dict[str, Any]:
         """Attainment and latencies at ``rate`` requests/s, Poisson."""
-        duration = 10 if self.quick else 40
+        duration = 10 if self.quick else 30
         options = {"rate": rate, "duration": duration, "warmup": duration / 5, **OPEN_LOOP_LENGTHS, **SLO}
         figures = summary(self.run(server, seed, options, may_miss=True))
         return {

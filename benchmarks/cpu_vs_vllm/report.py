@@ -102,7 +102,6 @@ def _whole(figures: Figures) -> list[str]:
     for name, key in (
         ("TTFT of 128 tokens, ms", "ttft_128"),
         ("TTFT of 1024 tokens, ms", "ttft_1024"),
-        ("decode step alone, ms", "decode_step_1"),
     ):
         ours, vllm = _medians(figures[key])
         rows.append(f"| {name} | {1e3 * ours:.1f} | {1e3 * vllm:.1f} | {ours / vllm:.2f} |")

@@ -118,9 +118,9 @@ class Session:
             self._meet(ours, theirs)
             say("searching our goodput")
             with alone(ours, theirs):
-                found = client.goodput(ours, seed=1, start=4)
+                found = client.goodput(ours, seed=1, start=6)
             say(f"ours: {found['low']:g} requests/s; searching vLLM's")
-            their_found = client.goodput(theirs, seed=1, start=0.5)
+            their_found = client.goodput(theirs, seed=1, start=1)
             say(f"vLLM disaggregated: {their_found['low']:g} requests/s")
             rate = found["low"] or 1.0
             paired = []
@@ -144,7 +144,6 @@ class Session:
         measures: dict[str, Callable[[Server, int], float]] = {
             "ttft_128": partial(client.ttft, prompt_len=128),
             "ttft_1024": partial(client.ttft, prompt_len=1024),
-            "decode_step_1": partial(client.decode_step, batch=1),
         }
         last = len(os.sched_getaffinity(0)) - 1
         with self._systems.ours() as ours, self._systems.vllm_on(f"0-{last}", "vllm-all-cores") as theirs:
