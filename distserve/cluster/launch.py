@@ -19,7 +19,7 @@ from distserve.cluster.network import Mailbox, create_key
 from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan
 from distserve.cluster.ray_cluster import ray_cluster
 from distserve.cluster.session import Session
-from distserve.cluster.sizing import free_memory, size_kv, threads_per_instance
+from distserve.cluster.sizing import check_processes, free_memory, size_kv, threads_per_instance
 from distserve.cluster.supervise import Supervisor
 from distserve.core.config import SchedulerConfig
 from distserve.core.errors import ConfigError
@@ -43,6 +43,9 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
     num_cpus = len(os.sched_getaffinity(0))
     if config.ray_address is None and num_cores > num_cpus:
         logger.warning("%d threads of %d instances share %d CPUs", num_cores, config.num_instances, num_cpus)
+    if config.ray_address is None:
+        # Ray starts a process per CPU promised to it: a number beyond reason must not get that far.
+        check_processes(config.num_instances, free_memory())
     with ExitStack() as stack:
         description = stack.enter_context(Description(config.model_dir, config.engine.dtype))
         if config.ray_address is None:

@@ -52,8 +52,7 @@ class _OnlyTheCluster:
 class Mailbox:
     """Sends and receives messages in the name of one part.
 
-    ``send`` may be called from any thread, but from one at a time (a driver calls it under its lock); ``drain`` and the
-    receiving thread are one thread of their own.
+    ``send``, ``meet`` and ``forget`` may be called from any thread; ``drain`` and ``wait`` from the receiving one.
 
     Args:
         name: This part's name, which receivers see as the sender.

@@ -43,6 +43,15 @@ def free_memory() -> int:
     return free if limit == "max" else min(free, int(limit) - used)
 
 
+def check_processes(num_instances: int, free: int) -> None:
+    """Raise ConfigError if not even the bare processes of ``num_instances`` fit into ``free`` bytes."""
+    if num_instances * PROCESS_BYTES > free:
+        raise ConfigError(
+            f"{num_instances} instances need more than {_mib(num_instances * PROCESS_BYTES)}, {_mib(free)} are free: "
+            f"each takes {_mib(PROCESS_BYTES)} before any weights. Ask for fewer instances."
+        )
+
+
 def size_kv(
     request: KvRequest, *, weight_bytes: int, token_bytes: int, max_model_len: int, num_instances: int, free: int
 ) -> KvConfig:

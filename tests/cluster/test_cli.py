@@ -43,6 +43,7 @@ def test_commands_are_listed() -> None:
         (["/no/such/model"], "/no/such/model does not exist"),
         (["--prefill", "0", "--decode", "0"], "no instances"),
         (["--decode", "0"], "no decode instance"),
+        (["--prefill", "5000"], "5001 instances need more than"),
         (["--dtype", "int8"], "--dtype"),
         (["--port", "99999"], "--port"),
         (["--kv-tokens", "-4"], "--kv-tokens"),
