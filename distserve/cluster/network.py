@@ -12,7 +12,7 @@ A :class:`Mailbox` is for the processes that have threads; an asyncio owner poll
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import zmq
 import zmq.auth
@@ -119,12 +119,12 @@ class Mailbox:
         with self._lock:
             outbox = self._outboxes.get(to) or self._connect(to)
             if outbox is None:
-                self._drop(to, message, "unknown")
+                self._drop(to, message, "unknown or gone", logging.INFO)
                 return
             try:
                 outbox.send(data, zmq.DONTWAIT)
             except zmq.Again:
-                self._drop(to, message, "not keeping up")
+                self._drop(to, message, "not keeping up", logging.WARNING)
 
     def drain(self, limit: int) -> list[Received]:
         """Messages that have arrived, at most ``limit``; fewer than ``limit`` means that none is left."""
@@ -162,12 +162,13 @@ class Mailbox:
         self._outboxes[to] = outbox
         return outbox
 
-    def _drop(self, to: str, message: Any, why: str) -> None:
+    def _drop(self, to: str, message: Message, why: str, level: int) -> None:
         self.num_dropped += 1
         # Powers of two: a peer that is gone must not fill the log.
         if self.num_dropped & (self.num_dropped - 1) == 0:
             kind = type(message).__name__
-            logger.warning("%s: dropped %s for %s (%s); %d dropped so far", self.name, kind, to, why, self.num_dropped)
+            text = "%s: dropped %s for %s (%s); %d dropped so far"
+            logger.log(level, text, self.name, kind, to, why, self.num_dropped)
 
     def _decode(self, data: bytes, received: list[Received]) -> None:
         try:

@@ -31,7 +31,9 @@ from distserve.cluster.ray_environment import prepare_ray_environment
 from distserve.cluster.replay import EventLog
 from distserve.core.config import Role
 from distserve.core.errors import ConfigError
+from distserve.core.messages import InstanceGone
 from distserve.core.owner import Owner
+from distserve.core.scheduler import ROUTER
 
 if TYPE_CHECKING:
     from distserve.cluster.deployment import Blueprint
@@ -163,6 +165,9 @@ def _receive(loop: asyncio.AbstractEventLoop, mailbox: Mailbox, backend: OwnerBa
         arrived = mailbox.drain(_DRAIN_LIMIT)
         for received in arrived:
             backend.receive(received)
+            match received.message:
+                case InstanceGone(name) if name != ROUTER:  # the router's name passes to its successor
+                    mailbox.forget(name)
         # The descriptor is edge-triggered: what is left would not be announced again.
         if len(arrived) == _DRAIN_LIMIT:
             loop.call_soon(on_readable)
