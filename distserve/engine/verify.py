@@ -20,6 +20,7 @@ from distserve.engine.kv import KvPool
 from distserve.engine.model import LanguageModel
 
 _LENGTH = 24
+_LEAST_LENGTH = 6
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Relative difference of logits that rounding may cause; the median over positions is compared with it, since an
 expert chosen differently by rounding may throw single positions far off."""
@@ -62,9 +63,10 @@ def run_trial(module: PreTrainedModel, kv: KvPool) -> Trial:
 
     Raises:
         UnsupportedModelError: it calls attention in a way that the paged path does not cover.
-        ConfigError: the logits are not finite.
+        ConfigError: the logits are not finite, or the pool has no room for a trial.
     """
-    tokens = _trial_tokens(module.config.vocab_size, kv).unsqueeze(0)
+    config: Any = module.config
+    tokens = _trial_tokens(config.vocab_size, config.max_position_embeddings, kv).unsqueeze(0)
     positions = torch.arange(tokens.shape[1]).unsqueeze(0)
     recorder = _Recorder(module.config.model_type, kv)
     module(input_ids=tokens, position_ids=positions, use_cache=False, paged=recorder)
@@ -85,7 +87,7 @@ def check_agreement(model: LanguageModel, trial: Trial, kv: KvPool, model_type: 
         UnsupportedModelError: the two differ by more than rounding.
     """
     expected = trial.logits
-    tokens = _trial_tokens(expected.shape[-1], kv)
+    tokens = _trial_tokens(expected.shape[-1], len(expected), kv)
     num_tokens = len(tokens)
     borders = [0, num_tokens // 3, num_tokens - 2, num_tokens - 1, num_tokens]
     # The other sequence runs the same tokens one piece behind, so its context is another length in every step.
@@ -105,9 +107,14 @@ def check_agreement(model: LanguageModel, trial: Trial, kv: KvPool, model_type: 
         )
 
 
-def _trial_tokens(vocab_size: int, kv: KvPool) -> Tensor:
+def _trial_tokens(vocab_size: int, max_length: int, kv: KvPool) -> Tensor:
     room = kv.layout.num_blocks // 2 * kv.layout.block_size
-    return (torch.arange(min(_LENGTH, room)) * 7919 + 5) % vocab_size
+    if room < _LEAST_LENGTH:
+        raise ConfigError(
+            f"a KV pool of {kv.layout.num_blocks} blocks of {kv.layout.block_size} tokens is too small to serve from: "
+            f"it needs at least {2 * _LEAST_LENGTH} tokens in an even number of blocks"
+        )
+    return (torch.arange(min(_LENGTH, room, max_length)) * 7919 + 5) % vocab_size
 
 
 def _trial_inputs(tokens: Tensor, spans: list[tuple[int, int, int]], kv: KvPool) -> StepInputs:

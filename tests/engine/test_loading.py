@@ -127,6 +127,13 @@ def test_unknown_dtype(llama: Served) -> None:
         Worker(llama.path, dtype="float16", kv=KvConfig(8, 4))
 
 
+def test_pool_without_room(llama: Served) -> None:
+    for kv in (KvConfig(1, 16), KvConfig(2, 4)):
+        with pytest.raises(ConfigError, match="too small"):
+            Worker(llama.path, kv=kv)
+    assert Worker(llama.path, kv=KvConfig(2, 6)).layout.num_blocks == 2
+
+
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         describe(tmp_path / "nowhere")
