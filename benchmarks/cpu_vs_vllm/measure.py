@@ -17,7 +17,7 @@ OPEN_LOOP_LENGTHS = {
     "prompt_len": "lognormal:mean=300,sigma=0.8,max=1500",
     "output_len": "lognormal:mean=60,sigma=0.6,max=256",
 }
-DECODE_OUTPUTS = {1: 128, 8: 192, 32: 384}
+DECODE_OUTPUTS = {1: 128, 8: 192, 32: 320}
 """Output tokens by batch size: so many that the last prompt is in long before the first answer ends."""
 _LEAST_STEPS = 24
 

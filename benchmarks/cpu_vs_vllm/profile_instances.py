@@ -11,6 +11,7 @@ its stack, native code and torch included.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from benchmarks.cpu_vs_vllm.systems import Bench
 
 _SAMPLES_PER_SECOND = 200
 _LEAST_SHARE = 0.01
+_IDLE_SHARE = 0.99
+_THREAD = re.compile(r"thread \((?P<id>\d+)\)(?:: (?P<name>.*))?")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def profile(server: Server, py_spy: str, seconds: float, directory: Path) -> lis
     processes = server.processes()
     recorders = {}
     for process in processes:
-        if "Instance" in process.name() or "InstancePr" in " ".join(process.cmdline()):
+        if is_instance(process):
             output = directory / f"{process.pid}.raw"
             command = [py_spy, "record", "--pid", str(process.pid), "--threads", "--format", "raw", "--output"]
             command += [str(output), "--duration", str(int(seconds)), "--rate", str(_SAMPLES_PER_SECOND)]
@@ -127,10 +130,17 @@ def profile(server: Server, py_spy: str, seconds: float, directory: Path) -> lis
 def label(process: psutil.Process) -> str:
     """A name that a reader recognises."""
     words = process.cmdline()
-    name = (
-        process.name() if words and words[0].startswith("ray::") else Path(words[0]).name if words else process.name()
-    )
-    return "API and launcher (distserve serve)" if "serve" in words else name
+    if is_instance(process):
+        # Cores are handed out in the order of the pools, prefill first.
+        return "prefill instance" if process.cpu_affinity() == [0] else "decode instance"
+    if "serve" in words:
+        return "API and launcher (distserve serve)"
+    return process.name() if not words or words[0].startswith("ray::") else Path(words[0]).name
+
+
+def is_instance(process: psutil.Process) -> bool:
+    """Whether it is one of the two that compute; Ray sets the title."""
+    return "ray::Instance" in " ".join(process.cmdline())
 
 
 def thread_times(pid: int) -> dict[int, float]:
@@ -148,8 +158,11 @@ def read_samples(path: Path) -> tuple[dict[int, str], Counter[str]]:
     for line in path.read_text().splitlines():
         stack, _, num = line.rpartition(" ")
         head, *frames = stack.split(";")
-        thread, _, name = head.removeprefix("thread (").partition("): ")
-        names[int(thread)] = name
+        found = _THREAD.match(head)
+        if found is None:
+            continue
+        name = found["name"] or "native threads"
+        names[int(found["id"])] = name
         if name == "engine":
             ours = [frame for frame in frames if "distserve" in frame]
             functions[ours[-1].rpartition(":")[0] + ")" if ours else "(interpreter)"] += int(num)
@@ -172,7 +185,7 @@ def markdown(facts: Mapping[str, object], pages: list[tuple[str, list[Profile]]]
             lines += [f"| {found.process} | {name} | {cores:.2f} |" for name, cores in shown.items()]
         for found in profiles:
             shown = {name: share for name, share in found.functions.items() if share >= _LEAST_SHARE}
-            if shown:
+            if shown and not any(name.startswith("_run ") and share > _IDLE_SHARE for name, share in shown.items()):
                 lines += ["", f"Engine thread of {found.process}:", "", "| function | share |", "|---|---:|"]
                 lines += [f"| `{name}` | {share:.1%} |" for name, share in shown.items()]
     return "\n".join(lines) + "\n"

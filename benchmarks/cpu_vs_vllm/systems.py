@@ -33,7 +33,7 @@ class Bench:
         port = free_port()
         command: list[str | Path] = [_DISTSERVE, "serve", self.model, "--prefill", "1", "--decode", "1"]
         command += ["--threads", "1", "--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN)]
-        command += ["--kv-tokens", "22528", "--port", str(port)]
+        command += ["--kv-tokens", "20480", "--port", str(port)]
         with running("ours", command, f"http://127.0.0.1:{port}", self.logs / "ours.log") as server:
             yield server
 
