@@ -35,7 +35,7 @@ class Instance:
         pin_process(cores)
         secret = hashlib.sha256(config.key.secret.encode()).digest()
         layout = describe(plan.model_dir).layout(spec.kv, plan.dtype)
-        self._log = EventLog(config.log_dir / f"{spec.instance_id}.log") if config.log_dir else None
+        self._log = EventLog.of(spec.instance_id, config.log_dir) if config.log_dir else None
         self._transport = ShmTransport(layout, secret=secret, clock=cluster_time)
         self._mailbox = Mailbox(spec.instance_id, config.key, config.host or "127.0.0.1")
         self._rank = Rank(spec, replace(plan, cores=cores), self._transport, self._mailbox, self._log)

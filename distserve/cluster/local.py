@@ -141,7 +141,7 @@ class LocalCluster:
     def _log(self, name: str) -> EventLog | None:
         if self._log_dir is None:
             return None
-        self._logs.append(EventLog(self._log_dir / f"{name}.log"))
+        self._logs.append(EventLog.of(name, self._log_dir))
         return self._logs[-1]
 
 

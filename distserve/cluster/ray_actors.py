@@ -46,7 +46,7 @@ class RouterProcess:
         self._stopped = threading.Event()
         self._mailbox = Mailbox(ROUTER, key, host or node_address())
         self._timers = TimerThread(lambda: self._driver.feed(Timer()))
-        self._log = EventLog(log_dir / f"{ROUTER}.log") if log_dir else None
+        self._log = EventLog.of(ROUTER, log_dir) if log_dir else None
         self._driver = Driver(Router(), cluster_time, self._mailbox, self._timers, log=self._log)
         self._receiver = ReceiverThread(self._mailbox, self._driver.feed)
         self._timers.start()

@@ -20,15 +20,24 @@ _HEAD = struct.Struct("<cIxxxd")
 
 
 class EventLog:
-    """Appends the events and commands of one machine to ``path``.
+    """Writes the events and commands of one machine to ``path``, which must not exist yet.
 
     A process that is killed loses what the last second or so had not flushed; the file stays readable.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO = path.open("xb")
         self._flushed = 0.0
+
+    @classmethod
+    def of(cls, name: str, directory: Path) -> Self:
+        """A new log of the part ``name``: ``name.log``, or ``name-2.log`` and so on beside logs of its predecessors."""
+        path, number = directory / f"{name}.log", 1
+        while path.exists():
+            number += 1
+            path = directory / f"{name}-{number}.log"
+        return cls(path)
 
     def event(self, now: float, event: Event) -> None:
         """Record ``event``, handled at ``now``."""

@@ -93,7 +93,7 @@ async def _serve(
 ) -> None:
     """Run the endpoint until a signal has come and what was under way has ended."""
     loop = asyncio.get_running_loop()
-    log = EventLog(config.event_log / f"{OWNER}.log") if config.event_log else None
+    log = EventLog.of(OWNER, config.event_log) if config.event_log else None
     backend = OwnerBackend(OWNER, Owner(OWNER), launched.mailbox, loop, log)
     _receive(loop, launched.mailbox, backend)
     backend.start()

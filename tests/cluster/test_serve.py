@@ -15,6 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from distserve.cluster.parts import OWNER
+from distserve.cluster.rank import scheduler_for
+from distserve.cluster.replay import read_log, replay
+from distserve.core.events import InstanceUp, Machine
+from distserve.core.owner import Owner
+from distserve.core.router import Router
+
 from .serving import Server
 
 PROMPT = list(range(30, 70))
@@ -24,9 +31,9 @@ WHOLE = {"prefill": {"instances": 1}, "decode": {"instances": 2}}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(
-        *("--prefill", "1", "--decode", "2", "--drain-timeout", "200"), log=tmp_path_factory.mktemp("serve") / "log"
-    )
+    directory = tmp_path_factory.mktemp("serve")
+    flags = ("--prefill", "1", "--decode", "2", "--drain-timeout", "200", "--event-log", str(directory / "events"))
+    server = Server(*flags, log=directory / "log")
     try:
         server.wait_ready()
         yield server
@@ -181,6 +188,24 @@ def test_stopping_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serv
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+
+
+def test_the_logs_of_all_parts_replay_to_what_they_commanded(server: Server) -> None:
+    events = server.log.parent / "events"
+    logs = {path.stem: path for path in events.iterdir()}
+    # Three instances and the router, each with a successor, and the API.
+    assert len(logs) == 9
+    up = [event for name in ("router", "router-2") for _, event, _ in read_log(logs[name])]
+    specs = {event.spec.instance_id: event.spec for event in up if isinstance(event, InstanceUp)}
+    assert len(specs) == 6
+    machines: dict[str, Machine] = {name: scheduler_for(spec) for name, spec in specs.items()}
+    machines |= {"router": Router(), "router-2": Router(), OWNER: Owner(OWNER)}
+    for name, machine in machines.items():
+        steps = list(replay(logs[name], machine))
+        assert len(steps) > 3
+        # Those who were killed may have left their last record unfinished.
+        for _, event, live, again in steps[:-1]:
+            assert live == again, (name, event)
 
 
 def test_instances_have_cpus_of_their_own_and_a_killed_launcher_takes_everything_with_it(tmp_path: Path) -> None:
