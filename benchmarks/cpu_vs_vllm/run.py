@@ -76,18 +76,19 @@ def main() -> int:
         vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
         client = Client(vocab_size, logs / "bench.log", options.quick)
         session = Session(Bench(options.model.resolve(), options.vllm, logs), client, 1 if options.quick else 3)
-        try:
-            for part in options.parts:
+        failed = False
+        for part in options.parts:
+            try:
                 result[part] = getattr(session, part)()
-        except (LoadError, ServerError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            except (LoadError, ServerError) as error:
+                print(f"error in {part}, the other parts go on: {error}", file=sys.stderr)
+                failed = True
     result["ready_seconds"] = session.ready_seconds
     result["idle_cores"] = session.idle_cores
     result["duration"] = time.monotonic() - start
     write_report(options.output_dir, result)
     print((options.output_dir / "report.md").read_text())
-    return 0
+    return int(failed)
 
 
 class Session:
