@@ -38,11 +38,13 @@ class FusedModel:
         source: Any = module
         config, inner = source.config, source.model
         self.kv = kv
-        # A copy, so that nothing holds on to the mapped file that the other weights were packed from.
-        self.embedding: Tensor = inner.embed_tokens.weight.detach().clone()
-        self.norm: Tensor = inner.norm.weight.detach().clone()
-        self.eps: float = config.rms_norm_eps
         self.head = PackedLinear(source.lm_head.weight.detach(), out_dtype=torch.float32)
+        self.embedding: Tensor = inner.embed_tokens.weight.detach()
+        self.norm: Tensor = inner.norm.weight.detach()
+        if self.head.is_packed:
+            # Then nothing else needs the mapped file that the weights were packed from: let go of it.
+            self.embedding, self.norm = self.embedding.clone(), self.norm.clone()
+        self.eps: float = config.rms_norm_eps
         shape = DecoderShape(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,

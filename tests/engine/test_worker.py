@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from distserve.core.commands import Chunk, OpenSequence, RunStep, TableUpdate
 from distserve.core.events import NOT_FINITE
 from distserve.core.request import TokenLogprobs
+from distserve.engine import fused
 from distserve.engine.inputs import StepInputs
 from distserve.engine.worker import Worker
 from tests.engine.conftest import NUM_TOKENS, Served
@@ -222,6 +223,13 @@ def test_a_table_may_be_longer_than_the_sequence(llama: Served, llama_worker: Wo
     assert [t.output for t in tracks] == llama.expected[:2]
     for t in tracks:
         harness.close(t)
+
+
+def test_positions_past_the_first_rotary_table(llama: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_FIRST_POSITIONS", 8)
+    harness = Harness(llama.worker())
+    for prompt, expected in zip(llama.prompts, llama.expected, strict=True):
+        assert harness.generate(make_request(prompt), NUM_TOKENS, 7).output == expected
 
 
 def test_equal_chunks_in_another_tuple_are_the_same_batch(llama: Served, llama_worker: Worker) -> None:
