@@ -11,6 +11,7 @@ from typing import Self
 
 import msgspec
 
+from distserve.cluster.process import die_with_parent
 from distserve.core.errors import ConfigError
 
 _WRONG = 3
@@ -67,6 +68,7 @@ class Description:
 
 def main() -> None:
     """Describe the model in ``argv[1]`` for the data type ``argv[2]``."""
+    die_with_parent()
     from distserve.engine.description import describe
 
     directory, dtype = sys.argv[1:]
