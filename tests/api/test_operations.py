@@ -34,7 +34,9 @@ def test_tokens_there_and_back(server: Server) -> None:
     body = server.post("/tokenize", prompt="Hello 🦊", return_token_strs=True).json()
     expected = server.tokenizer.encode("Hello 🦊", add_special_tokens=True)
     assert (body["tokens"], body["count"], body["max_model_len"]) == (expected, len(expected), 2048)
-    assert body["token_strs"][:2] == ["<|begin|>", "H"]
+    assert body["token_strs"][0] == "<|begin|>"
+    assert "Hello".startswith(body["token_strs"][1])
+    assert len(body["token_strs"]) == body["count"]
     bare = server.post("/tokenize", prompt="Hello 🦊", add_special_tokens=False).json()
     assert bare["tokens"] == expected[1:]
     assert server.post("/detokenize", tokens=bare["tokens"]).json() == {"prompt": "Hello 🦊"}
