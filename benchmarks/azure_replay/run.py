@@ -87,7 +87,18 @@ def measure(path: Path, trace: Trace, seconds: float, options: argparse.Namespac
     """Serve, find the goodput, replay; everything a reader of the result needs."""
     facts = describe_run("benchmarks.azure_replay.run")
     port = free_port()
-    command: list[str | Path] = [_DISTSERVE, "serve", "--prefill", "2", "--decode", "1", "--port", str(port)]
+    command: list[str | Path] = [
+        _DISTSERVE,
+        "serve",
+        "--prefill",
+        "2",
+        "--decode",
+        "1",
+        "--dtype",
+        "bfloat16",
+        "--port",
+        str(port),
+    ]
     context = demo_context()
     lengths = {"trace": path, "trace_end": seconds, "fit_context": context}
     with TemporaryDirectory() as directory:
