@@ -4,6 +4,8 @@ Running sequences are kept oldest first. When one needs a block and none is free
 gives its blocks back; what becomes of it is the role's business.
 """
 
+from abc import abstractmethod
+
 from distserve.core.config import InstanceSpec
 from distserve.core.scheduler import InstanceScheduler
 from distserve.core.sequence import Sequence
@@ -21,17 +23,17 @@ class DecodingScheduler(InstanceScheduler):
         super().__init__(spec)
         self._running: list[Sequence] = []
 
+    @abstractmethod
     def _is_settled(self) -> bool:
         """Nothing but running sequences can enter the next batches."""
-        raise NotImplementedError
 
     def _youngest(self) -> Sequence:
         """The latest arrival that holds blocks and may lose them."""
         return self._running[-1]
 
+    @abstractmethod
     def _preempt(self, victim: Sequence) -> None:
         """Take the sequence's blocks and remove it from the running ones."""
-        raise NotImplementedError
 
     def horizon(self) -> int:
         """Steps, the next one included, over which no batch can change: no message and no end token provided.

@@ -11,6 +11,7 @@ Rules every role keeps:
 - The engine hears ``OpenSequence`` before a sequence's first chunk and ``CloseSequence`` after its last.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class Batch:
     start: float = 0.0
 
 
-class InstanceScheduler:
+class InstanceScheduler(ABC):
     """Base of the role's schedulers: a machine in the sense of :class:`distserve.core.events.Machine`."""
 
     def __init__(self, spec: InstanceSpec) -> None:
@@ -67,33 +68,35 @@ class InstanceScheduler:
         self._reported: tuple[int, ...] = ()
         self._report_timer = 0.0
 
+    @abstractmethod
     def horizon(self) -> int:
         """Steps, the next one included, over which no batch can change: no message and no end token provided."""
-        raise NotImplementedError
 
     # -- the role's part ------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _on_message(self, sender: str, message: Message) -> None:
-        raise NotImplementedError
+        """A message came for this instance."""
 
+    @abstractmethod
     def _on_token(self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...]) -> None:
         """A live sequence sampled: one token per choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _form_batch(self) -> Batch | None:
-        raise NotImplementedError
+        """The next step as the role would have it, its memory allocated; None: nothing may start now."""
 
+    @abstractmethod
     def _load(self) -> tuple[int, int, int]:
         """(sequences waiting, prompt tokens waiting, sequences running)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
         """Live sequences of an attempt, or of one of its choices."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _forget(self, seq: Sequence) -> None:
         """Drop the sequence from the role's own queues and tables."""
-        raise NotImplementedError
 
     def _on_timer(self) -> None:
         """A deadline of the role may be due."""
