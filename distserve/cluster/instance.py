@@ -16,7 +16,7 @@ from distserve.cluster.process import own_cores, pin_process, return_freed_memor
 from distserve.cluster.rank import Rank
 from distserve.cluster.replay import EventLog
 from distserve.core.config import Role
-from distserve.core.errors import TransferError
+from distserve.core.errors import InstanceError, TransferError
 from distserve.core.events import Received
 from distserve.core.messages import InstanceGone
 from distserve.core.scheduler import ROUTER
@@ -75,6 +75,9 @@ class Instance:
             self._log.close()
 
     def _receive(self, received: Received) -> None:
+        if received.message == InstanceGone(self.card.name):
+            # Uncaught on purpose: the process ends, and supervision starts another in its place.
+            raise InstanceError(f"{self.card.name} was given up by the router: it had been silent for too long")
         self._rank.receive(received)
         match received.message:
             case InstanceGone(name) if name != ROUTER:  # the router's name passes to its successor

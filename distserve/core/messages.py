@@ -224,6 +224,7 @@ class Abort:
 class InstanceGone:
     """An instance is lost: no message will come from it, and no memory of it may be read.
 
+    Told of itself, an instance ends: it was silent for too long and nothing of it is wanted any more.
     A new router says it of ``ROUTER``, its predecessor, to owners and prefill instances: what they had asked is lost.
     """
 

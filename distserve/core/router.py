@@ -49,12 +49,14 @@ class RouterConfig:
     """``max_wait`` is the predicted queueing, in seconds, beyond which requests are shed.
 
     Status goes to the owners every ``status_interval`` seconds. A request that was admitted once and comes again
-    while a pool is down waits for a replacement, at most ``patience`` seconds.
+    while a pool is down waits for a replacement, at most ``patience`` seconds. An instance that has not reported for
+    ``silence`` seconds, many times its heartbeat, counts as lost even if its process lives.
     """
 
     max_wait: float = 120.0
     status_interval: float = 1.0
     patience: float = 60.0
+    silence: float = 30.0
 
 
 @dataclass(slots=True)
@@ -67,12 +69,14 @@ class InstanceView:
 
     spec: InstanceSpec
     report: Report
+    heard_at: float
     assigned: dict[RequestKey, tuple[int, str]] = field(default_factory=dict)
     is_draining: bool = False
 
-    def note(self, report: Report) -> None:
+    def note(self, report: Report, now: float) -> None:
         """Take a report: the attempts it names are in its figures now."""
         self.report = report
+        self.heard_at = now
         for key in report.seen:
             self.assigned.pop(key, None)
 
@@ -140,6 +144,7 @@ class Router:
                 raise AssertionError(f"not a router's event: {event}")
         self._retry_parked()
         if now >= self._next_status:
+            self._lose_silent()
             self._send_status()
             self._next_status = now + self._config.status_interval
             self._commands.append(WakeAt(self._next_status))
@@ -151,7 +156,7 @@ class Router:
     def _on_up(self, spec: InstanceSpec) -> None:
         self._gone.pop(spec.instance_id, None)
         empty = Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks)
-        self._instances[spec.instance_id] = InstanceView(spec, empty)
+        self._instances[spec.instance_id] = InstanceView(spec, empty, self._now)
         self._tell_of_losses(spec.instance_id)
         self._assign_pending()
         self._send_status()
@@ -170,6 +175,14 @@ class Router:
             self._send(part, InstanceGone(instance_id))
         self._send_status()
 
+    def _lose_silent(self) -> None:
+        for view in list(self._instances.values()):
+            if self._now >= view.heard_at + self._config.silence:
+                instance_id = view.spec.instance_id
+                self._on_lost(instance_id)
+                # Should it ever wake, nobody wants what it has: it is to make room for a replacement.
+                self._send(instance_id, InstanceGone(instance_id))
+
     def _tell_of_losses(self, part: str) -> None:
         for instance_id in self._gone:
             self._send(part, InstanceGone(instance_id))
@@ -186,7 +199,7 @@ class Router:
             case Report():
                 view = self._instances.get(message.instance_id)
                 if view is not None:
-                    view.note(message)
+                    view.note(message, self._now)
                     for _, _, refused_by in self._pending.values():
                         refused_by.discard(message.instance_id)
                     self._assign_pending()

@@ -123,6 +123,19 @@ def test_a_loss_is_told_to_whoever_comes_later() -> None:
     assert board.feed(Received("api-1", Hello())) == []
 
 
+def test_an_instance_that_falls_silent_is_lost() -> None:
+    board = Switchboard("prefill-0", "prefill-1", "decode-0")
+    board.now = 20.0
+    for name in ("prefill-1", "decode-0"):
+        board.report(name)
+    board.now = 31.0
+    told = board.feed(Timer())
+    assert {to for to, message in told if message == InstanceGone("prefill-0")} == {
+        *("prefill-0", "prefill-1", "decode-0", "api-0")
+    }
+    assert target(board.submit("a", 10)) == "prefill-1"
+
+
 def test_a_draining_instance_gets_nothing_new() -> None:
     board = Switchboard("prefill-0", "prefill-1", "decode-0")
     board.feed(InstanceDraining("prefill-0"))
@@ -139,15 +152,14 @@ def test_what_was_admitted_once_waits_for_a_lost_pool_to_come_back() -> None:
     assert isinstance(board.submit("new", 10)[0][1], Rejected)
     again = Submit(replace(make_request("a", 10), attempt=1))
     assert board.feed(Received("api-0", again)) == []
-    board.now = 30.0
+    board.now = 20.0
     assert board.feed(Timer()) == []
     sent = board.feed(InstanceUp(InstanceSpec("decode-1", Role.DECODE, KvConfig(32, 4), CONFIG)))
     assert target(sent) == "prefill-0"
     board.feed(InstanceLost("decode-1"))
     board.feed(Received("api-0", replace(again, request=replace(again.request, attempt=2))))
-    board.now = 91.0
-    ((_, refusal),) = board.feed(Timer())
-    assert isinstance(refusal, Rejected)
+    board.now = 81.0
+    (refusal,) = [message for _, message in board.feed(Timer()) if isinstance(message, Rejected)]
     assert refusal.status == 503
 
 
