@@ -5,6 +5,7 @@ One server lives through most tests, in the order written; a second one is kille
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from distserve.cluster.rank import scheduler_for
 from distserve.cluster.replay import read_log, replay
 from distserve.core.events import InstanceUp, Machine
 from distserve.core.owner import Owner
-from distserve.core.router import Router
+from distserve.core.router import Router, RouterConfig
 
 from .serving import Server
 
@@ -242,3 +243,25 @@ def test_an_interrupt_while_starting_leaves_nothing(tmp_path: Path) -> None:
         assert not any(segment.exists() for segment in segments)
     finally:
         server.kill()
+
+
+@pytest.mark.slow
+def test_instances_that_hang_are_given_up_and_replaced_once_they_wake(tmp_path: Path) -> None:
+    server = Server(log=tmp_path / "log")
+    try:
+        server.wait_ready()
+        body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        with server.open("/v1/completions", body) as response:
+            expected = json.load(response)["choices"][0]["token_ids"]
+        hung = server.instances()
+        for pid in hung:
+            os.kill(pid, signal.SIGSTOP)
+        waker = threading.Timer(RouterConfig().silence + 5, lambda: [os.kill(pid, signal.SIGCONT) for pid in hung])
+        waker.start()
+        with server.open("/v1/completions", body, timeout=150) as response:
+            assert json.load(response)["choices"][0]["token_ids"] == expected
+        waker.join()
+        assert not set(hung) & set(server.instances())
+    finally:
+        server.kill()
+        assert server.wait_gone() == {}
