@@ -48,7 +48,7 @@ class Delays:
 
 @dataclass(slots=True)
 class SimulatedInstance:
-    """One instance's engine: its worker, how long steps take, and when each step ends."""
+    """One instance's engine: its worker, how long steps take, and when each step under way ends."""
 
     worker: SimulatedWorker
     step_time: StepTime
@@ -107,7 +107,9 @@ class Loop:
         del self._instances[name]
         self.post(self.now + self._delays.loss, ROUTER, InstanceLost(name))
         for (part, pull_id), pull in list(self._pulls.items()):
-            if pull.source_id == name:
+            if part == name:
+                del self._pulls[part, pull_id]
+            elif pull.source_id == name:
                 del self._pulls[part, pull_id]
                 self.post(self.now, part, Migrated(pull_id, ok=False, reason=f"{name} died"))
 
@@ -152,6 +154,7 @@ class Loop:
         shape, done = instance.worker.run(step)
         start = max(self.now, instance.free_at)
         instance.free_at = start + instance.step_time.seconds(shape)
+        instance.step_ends = {number: end for number, end in instance.step_ends.items() if end > self.now}
         instance.step_ends[step.step_id] = instance.free_at
         self.post(instance.free_at, part, done)
 
@@ -163,5 +166,5 @@ class Loop:
         self._pulls[part, pull.pull_id] = pull
         num_late = len(pull.src_blocks) - pull.num_ready_blocks
         early = self.now + self._delays.pull_latency + pull.num_ready_blocks * self._delays.seconds_per_block
-        ready = max(early, source.step_ends[pull.ready_step])
+        ready = max(early, source.step_ends.get(pull.ready_step, 0.0))
         self.post(ready + num_late * self._delays.seconds_per_block, part, Migrated(pull.pull_id, ok=True))
