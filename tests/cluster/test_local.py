@@ -38,11 +38,17 @@ async def collect(backend: OwnerBackend, request: Request) -> tuple[list[int], C
 
 
 async def idle(backend: OwnerBackend, specs_kv: KvConfig) -> bool:
-    """Whether, before long, every instance reports all its blocks free."""
+    """Whether, before long, every instance reports all its blocks free; what was heard before does not count."""
+    heard = backend.status()
     for _ in range(200):
         status = backend.status()
-        if status is not None and all(
-            report.num_free_blocks == specs_kv.num_blocks and report.num_running == 0 for _, report in status.instances
+        if (
+            status is not None
+            and status is not heard
+            and all(
+                report.num_free_blocks == specs_kv.num_blocks and report.num_running == 0
+                for _, report in status.instances
+            )
         ):
             return True
         await asyncio.sleep(0.05)
