@@ -34,7 +34,7 @@ class Detokenizer(Protocol):
 class NoDetokenizer:
     """For a model without a tokenizer: every token's text is empty."""
 
-    def feed(self, token_id: int) -> str:  # noqa: ARG002
+    def feed(self, token_id: int) -> str:  # noqa: ARG002 - the protocol's
         """Nothing."""
         return ""
 

@@ -114,7 +114,7 @@ class Renderer(ABC):
         assert piece.token_id is not None
         return Entry(piece.token_id, piece.text_offset + self._offset(index), piece.logprobs)
 
-    def _offset(self, index: int) -> int:  # noqa: ARG002
+    def _offset(self, index: int) -> int:  # noqa: ARG002 - echoed prompts need it
         return 0
 
     def usage(self, num_output_tokens: int) -> bytes:
@@ -237,7 +237,7 @@ class ChatRenderer(Renderer):
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
         return chat_logprobs(entries, self.tokenizer, self.num_top)
 
-    def opening(self, index: int, logprobs: Sequence[TokenLogprobs] | None) -> bytes:  # noqa: ARG002
+    def opening(self, index: int, logprobs: Sequence[TokenLogprobs] | None) -> bytes:  # noqa: ARG002 - completions need it
         """The role, which opens every chat stream."""
         choice = {
             "index": index,

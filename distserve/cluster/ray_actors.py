@@ -20,7 +20,7 @@ from distserve.cluster.parts import Card, ClusterKey, InstanceConfig
 from distserve.cluster.process import die_of_uncaught_errors, die_with_parent
 from distserve.cluster.replay import EventLog
 from distserve.core.config import InstanceSpec
-from distserve.core.events import InstanceDraining, InstanceLost, InstanceUp, Timer
+from distserve.core.events import InstanceLost, InstanceUp, Timer
 from distserve.core.messages import InstanceGone
 from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER
@@ -74,10 +74,6 @@ class RouterProcess:
         """An instance has died: everyone is told, then it is forgotten."""
         self._driver.feed(InstanceLost(instance_id))
         self._mailbox.forget(instance_id)
-
-    def draining(self, instance_id: str) -> None:
-        """Send the instance nothing new."""
-        self._driver.feed(InstanceDraining(instance_id))
 
     def watch(self) -> None:
         """Return when closed; fails when the process dies."""

@@ -72,12 +72,10 @@ class TableUpdate:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one batch. Block ``copies`` (source, destination) come first, then ``tables``.
+    """Run one batch.
 
-    Then the forward over ``chunks``.
-
-    An unchanged decode batch is the identical ``chunks`` tuple from step to step, which an engine may use as a fast
-    path.
+    Block ``copies`` (source, destination) come first, then ``tables``, then the forward over ``chunks``. An unchanged
+    decode batch is the identical ``chunks`` tuple from step to step, which an engine may use as a fast path.
     """
 
     step_id: int

@@ -1,6 +1,6 @@
 """How long a step takes: the interface, and the evaluation of a fitted profile.
 
-The router predicts waits with it, the simulator times steps with it. How a profile is measured or fitted is no
+The simulator times steps with it. How a profile is measured or fitted is no
 concern of this module.
 """
 

@@ -82,11 +82,10 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class DecodeWanted:
-    """A prompt's last chunk starts (or has ended).
+    """A prompt's last chunk starts, or has ended: its KV needs a decode instance.
 
-    Which decode instance takes ``num_tokens`` tokens of KV for ``num_choices``?
-
-    ``refused_by`` names instances that had no room when asked before.
+    There are ``num_tokens`` tokens of KV for ``num_choices`` choices. ``refused_by`` names instances that had no room
+    when asked before.
     """
 
     key: RequestKey
@@ -236,7 +235,6 @@ class Report:
     """An instance's load, sent at intervals and after changes.
 
     ``seen`` names the attempts received (Prefill, Offer) since the report before: these figures include them.
-
     ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now,
     ``prefill_rate`` prompt tokens computed per second of late (0: none yet). The last four are totals since the
     instance started: preemptions, KV pulls, their bytes and seconds.

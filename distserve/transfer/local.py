@@ -17,6 +17,7 @@ from distserve.core.events import Migrated
 from distserve.transfer import progress
 from distserve.transfer.mover import Mover, Source
 from distserve.transfer.plan import layout_difference
+from distserve.transfer.source import SourceSide
 from distserve.transfer.transport import Clock
 
 
@@ -49,7 +50,7 @@ class LocalNetwork:
         return source
 
 
-class LocalTransport:
+class LocalTransport(SourceSide):
     """Implements :class:`~distserve.transfer.transport.Transport` among the members of ``network``."""
 
     def __init__(self, layout: KvLayout, *, network: LocalNetwork, clock: Clock) -> None:
@@ -61,33 +62,6 @@ class LocalTransport:
         memory = np.frombuffer(self._pool, dtype=np.uint8)
         self._mover = Mover(layout, memory, clock)
         self._address = network.publish(Source(layout, memory, self._progress, self._progress.generation))
-
-    @property
-    def layout(self) -> KvLayout:
-        """See :class:`~distserve.transfer.transport.Transport`, here and below."""
-        return self._layout
-
-    @property
-    def buffer(self) -> memoryview:
-        """The pool."""
-        return memoryview(self._pool)
-
-    @property
-    def address(self) -> str:
-        """Name within the network."""
-        return self._address
-
-    def begin_step(self, step_id: int) -> None:
-        """Publish that a step starts."""
-        self._progress.begin_step(step_id)
-
-    def layer_done(self, step_id: int, layer: int) -> None:
-        """Publish that a layer is complete."""
-        self._progress.layer_done(step_id, layer)
-
-    def end_step(self, step_id: int) -> None:
-        """Publish that a step is complete."""
-        self._progress.end_step(step_id)
 
     def connect(self, instance_id: str, address: str) -> None:
         """Find the peer in the network."""

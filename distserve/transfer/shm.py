@@ -22,6 +22,7 @@ from distserve.core.errors import TransferError
 from distserve.core.events import Migrated
 from distserve.transfer import handshake, progress, segment
 from distserve.transfer.mover import Mover, Source
+from distserve.transfer.source import SourceSide
 from distserve.transfer.transport import Clock
 
 _logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ _HANDSHAKE_TIMEOUT = 5.0
 """Seconds a live peer may take to answer: it only has to schedule a thread."""
 
 
-class ShmTransport:
+class ShmTransport(SourceSide):
     """Implements :class:`~distserve.transfer.transport.Transport`; ``secret`` is shared by all ranks of a cluster.
 
     Raises :class:`~distserve.core.errors.TransferError` if memory for ``layout`` cannot be had. Linux only.
@@ -54,33 +55,6 @@ class ShmTransport:
         self._server, self._address = handshake.listen()
         self._accepting = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
         self._accepting.start()
-
-    @property
-    def layout(self) -> KvLayout:
-        """See :class:`~distserve.transfer.transport.Transport`, here and below."""
-        return self._layout
-
-    @property
-    def buffer(self) -> memoryview:
-        """The pool."""
-        return memoryview(self._pool)
-
-    @property
-    def address(self) -> str:
-        """Name of the abstract socket."""
-        return self._address
-
-    def begin_step(self, step_id: int) -> None:
-        """Publish that a step starts."""
-        self._progress.begin_step(step_id)
-
-    def layer_done(self, step_id: int, layer: int) -> None:
-        """Publish that a layer is complete."""
-        self._progress.layer_done(step_id, layer)
-
-    def end_step(self, step_id: int) -> None:
-        """Publish that a step is complete."""
-        self._progress.end_step(step_id)
 
     def connect(self, instance_id: str, address: str) -> None:
         """Shake hands and map the peer's memory."""
