@@ -7,7 +7,7 @@ completes its source's KV.
 """
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,24 +26,8 @@ from distserve.core.commands import (
 from distserve.core.events import Event, InstanceLost, Machine, Migrated, Received, Timer
 from distserve.core.latency import StepTime
 from distserve.core.scheduler import ROUTER
+from simulator.model import Delays
 from simulator.worker import SimulatedWorker
-
-
-@dataclass(frozen=True, slots=True)
-class Delays:
-    """Seconds: ``message`` from any part to any other, ``loss`` from a death to the router's knowing of it.
-
-    ``pairs`` has delays of their own for messages from one part to another: in order between two parts, as always, but
-    they may overtake those of other pairs.
-
-    A pull takes ``pull_latency`` plus ``seconds_per_block`` for each block.
-    """
-
-    message: float = 0.0005
-    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    loss: float = 1.0
-    pull_latency: float = 0.0005
-    seconds_per_block: float = 0.0001
 
 
 @dataclass(slots=True)

@@ -59,7 +59,7 @@ class SimulatedWorker:
         """Account for one step: its shape, and the completion to be fed back when its time has passed."""
         for update in step.tables:
             self._lines[update.seq_id].table[update.start :] = update.blocks
-        prefill_tokens = pairs = decodes = context = 0
+        prefill_tokens = pairs = decodes = context = prefills = 0
         tokens: list[int] = []
         written: set[int] = set()
         for chunk in step.chunks:
@@ -76,11 +76,12 @@ class SimulatedWorker:
                 decodes += 1
                 context += end
             else:
+                prefills += 1
                 prefill_tokens += chunk.num_tokens
                 pairs += chunk.num_tokens * (start + end + 1) // 2
             if chunk.samples:
                 tokens += [self._tokens(line.request, choice, line.num_output) for choice in line.choices]
                 line.num_output += 1
                 line.num_tokens += 1
-        shape = StepShape(prefill_tokens, pairs, decodes, context)
+        shape = StepShape(prefill_tokens, pairs, decodes, context, prefills)
         return shape, StepDone(step.step_id, tuple(tokens))

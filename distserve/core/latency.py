@@ -12,22 +12,32 @@ from typing import Protocol
 class StepShape:
     """What a step computes, as far as its time depends on it.
 
-    ``num_prefill_tokens`` query tokens belong to prompts' chunks, ``prefill_pairs`` is the number of (query, key)
-    pairs their attention evaluates; ``num_decodes`` sequences take one token each over ``decode_context`` cached
-    tokens in all.
+    ``num_prefill_tokens`` query tokens belong to the chunks of ``num_prefills`` prompts, ``prefill_pairs`` is the
+    number of (query, key) pairs their attention evaluates; ``num_decodes`` sequences take one token each over
+    ``decode_context`` cached tokens in all, the new ones included.
     """
 
     num_prefill_tokens: int = 0
     prefill_pairs: int = 0
     num_decodes: int = 0
     decode_context: int = 0
+    num_prefills: int = 0
 
 
 class StepTime(Protocol):
-    """Predicts steps' times."""
+    """Predicts the times of one instance's steps.
+
+    An instance has ``pp`` equal pipeline stages: a step occupies each for :meth:`seconds` in turn, and its activations
+    take :meth:`handover` from one stage to the next, during which neither stage is busy. Without pipelining the step
+    takes :meth:`seconds`.
+    """
 
     def seconds(self, shape: StepShape) -> float:
-        """Seconds one rank's forward over the step takes."""
+        """Seconds the step occupies one pipeline stage, the collectives of its shards included."""
+        ...
+
+    def handover(self, shape: StepShape) -> float:
+        """Seconds from a stage's end to the start of the next one."""
         ...
 
 
@@ -51,3 +61,7 @@ class LinearStepTime:
             + self.per_pair * shape.prefill_pairs
             + self.per_context * shape.decode_context
         )
+
+    def handover(self, shape: StepShape) -> float:  # noqa: ARG002 -- the interface's
+        """None: the fit is of one stage."""
+        return 0.0

@@ -15,7 +15,8 @@ from distserve.core.prefill import PrefillScheduler
 from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router, RouterConfig
 from distserve.core.scheduler import ROUTER, InstanceScheduler
-from simulator.loop import Delays, Loop, SimulatedInstance, TraceEntry
+from simulator.loop import Loop, SimulatedInstance, TraceEntry
+from simulator.model import Delays
 from simulator.worker import SimulatedWorker
 
 EOS = 0

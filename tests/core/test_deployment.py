@@ -10,7 +10,7 @@ from distserve.core.commands import Conclude
 from distserve.core.config import KvConfig, SchedulerConfig
 from distserve.core.mixed import PrefillPolicy
 from distserve.core.router import RouterConfig
-from simulator.loop import Delays
+from simulator.model import Delays
 from tests.core.harness import Deployment, expected_tokens, make_request
 
 

@@ -40,7 +40,7 @@ from distserve.core.mixed import MixedScheduler
 from distserve.core.owner import Owner
 from distserve.core.prefill import PrefillScheduler
 from distserve.core.router import Router
-from simulator.loop import Delays
+from simulator.model import Delays
 from simulator.worker import SimulatedWorker
 from tests.core.harness import STEP_TIME, Deployment, make_request, token_at
 

@@ -1,0 +1,1 @@
+"""How long steps take on given hardware: an analytic model fitted to public measurements, and measured tables."""

@@ -1,0 +1,68 @@
+"""What is simulated: instances with the times of their steps, and the network between them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from distserve.core.config import InstanceSpec
+from distserve.core.latency import StepTime
+from distserve.core.mixed import PrefillPolicy
+from distserve.core.router import RouterConfig
+from distserve.core.topology import ClusterSpec, Gpu
+
+
+@dataclass(frozen=True, slots=True)
+class Delays:
+    """Seconds: ``message`` from any part to any other, ``loss`` from a death to the router's knowing of it.
+
+    ``pairs`` has delays of their own for messages from one part to another: in order between two parts, as always, but
+    they may overtake those of other pairs. ``pull_latency`` is what a KV pull costs beside its bytes.
+
+    Without a network a pull also takes ``seconds_per_block`` for each block, whatever else is under way.
+    """
+
+    message: float = 0.0005
+    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    loss: float = 1.0
+    pull_latency: float = 0.0005
+    seconds_per_block: float = 0.0001
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceModel:
+    """One instance: its specification, how long its steps take, and the GPUs its ranks are on, in rank order.
+
+    Shard ``t`` of stage ``s`` is on ``gpus[s * tp + t]``. ``policy`` counts on mixed instances only.
+    """
+
+    spec: InstanceSpec
+    step_time: StepTime
+    gpus: tuple[Gpu, ...] = ()
+    policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """What decides the bytes of a migration: ``token_bytes`` is one token's keys and values of one head of one layer.
+
+    ``num_layers`` layers of ``num_kv_heads`` heads.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    token_bytes: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV bytes of one token over all layers and heads."""
+        return self.num_layers * self.num_kv_heads * self.token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterModel:
+    """A deployment as the simulator runs it. ``cluster`` None: pulls see no network (see :class:`Delays`)."""
+
+    instances: tuple[InstanceModel, ...]
+    cluster: ClusterSpec | None = None
+    kv: KvGeometry | None = None
+    delays: Delays = Delays()
+    router: RouterConfig = field(default_factory=RouterConfig)
