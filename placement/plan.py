@@ -108,8 +108,8 @@ class Evaluation:
 
     ``goodput`` is requests/s of the whole placement (largest rate with attainment at the target); ``curve`` is every
     rate tried, ascending. ``point`` is at the planned rate, or at the goodput if none was planned; ``instances`` and
-    ``links`` are of that point. ``label`` says the shapes in words; ``policy`` counts on mixed instances. ``binding`` is
-    the constraint that keeps the goodput from being larger, in words.
+    ``links`` are of that point. ``label`` says the shapes in words; ``policy`` counts on mixed instances. ``binding``
+    is the constraint that keeps the goodput from being larger, in words.
     """
 
     label: str

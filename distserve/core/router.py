@@ -6,12 +6,14 @@ fresh router is complete as soon as every instance has reported once.
 
 - Prefill goes to the shortest predicted wait: (tokens waiting + tokens assigned since the report) / measured tokens
   per second.
-- Decode goes to the instance with the largest share of free blocks among those with room. When none has room the
-  question waits in order; the prefill instance keeps the KV meanwhile, which is the backpressure.
+- Decode goes to the instance with the largest share of free blocks among those with room, those near the prefill
+  instance first. When none has room the question waits in order; the prefill instance keeps the KV meanwhile, which is
+  the backpressure.
 - When even the shortest wait exceeds ``max_wait`` a new request is shed (429). A request that no instance could ever
   hold is refused (400); one that lacks a pool is refused for now (503).
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -50,13 +52,15 @@ class RouterConfig:
 
     Status goes to the owners every ``status_interval`` seconds. A request that was admitted once and comes again
     while a pool is down waits for a replacement, at most ``patience`` seconds. An instance that has not reported for
-    ``silence`` seconds, many times its heartbeat, counts as lost even if its process lives.
+    ``silence`` seconds, many times its heartbeat, counts as lost even if its process lives. ``near`` names, for a
+    prefill instance, the decode instances its KV reaches without leaving a node: they come first while one has room.
     """
 
     max_wait: float = 120.0
     status_interval: float = 1.0
     patience: float = 60.0
     silence: float = 30.0
+    near: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -308,7 +312,7 @@ class Router:
         """Answer waiting questions in order; the first that finds no room keeps those behind it waiting too."""
         while self._pending:
             key, (sender, wanted, refused_by) = next(iter(self._pending.items()))
-            view = self._choose_decode(wanted, refused_by)
+            view = self._choose_decode(sender, wanted, refused_by)
             if view is None:
                 return
             del self._pending[key]
@@ -316,8 +320,9 @@ class Router:
             view.assigned[key] = (blocks, sender)
             self._send(sender, DecodeAssigned(key, view.spec.instance_id))
 
-    def _choose_decode(self, wanted: DecodeWanted, refused_by: set[str]) -> InstanceView | None:
-        best, best_share = None, -1.0
+    def _choose_decode(self, sender: str, wanted: DecodeWanted, refused_by: set[str]) -> InstanceView | None:
+        near = self._config.near.get(sender, ())
+        best, best_rank = None, (False, -1.0)
         for view in self._pool(Role.DECODE):
             kv = view.spec.kv
             needed = kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
@@ -326,9 +331,9 @@ class Router:
             has_room = needed + headroom <= view.num_free_blocks and has_slot
             if not has_room or view.spec.instance_id in refused_by:
                 continue
-            share = (view.num_free_blocks - needed) / kv.num_blocks
-            if share > best_share:
-                best, best_share = view, share
+            rank = (view.spec.instance_id in near, (view.num_free_blocks - needed) / kv.num_blocks)
+            if rank > best_rank:
+                best, best_rank = view, rank
         return best
 
     def _send(self, to: str, message: Message) -> None:

@@ -80,6 +80,18 @@ class Placement:
         """The instances of one role."""
         return tuple(instance for instance in self.instances if instance.spec.role is role)
 
+    def near(self) -> dict[str, tuple[str, ...]]:
+        """For each prefill instance, the decode instances to which its KV moves without leaving a node.
+
+        Layers are split evenly over pipeline stages; stages that have layers in common must be on one node.
+        """
+        return {
+            source.spec.instance_id: tuple(
+                target.spec.instance_id for target in self.of(Role.DECODE) if _shares_nodes(source, target)
+            )
+            for source in self.of(Role.PREFILL)
+        }
+
     def check(self) -> None:
         """Raise ConfigError unless every rank has a GPU of the cluster to itself."""
         seats = Counter(gpu for instance in self.instances for gpu in instance.gpus)
@@ -97,3 +109,15 @@ class Placement:
                     f"{instance.spec.instance_id} has {instance.spec.parallel.num_ranks} ranks (tp x pp) and "
                     f"{len(instance.gpus)} GPUs"
                 )
+
+
+def _shares_nodes(source: PlacedInstance, target: PlacedInstance) -> bool:
+    """Whether each of the source's stages is on the nodes of those of the target's that hold any of its layers."""
+    source_pp, target_pp = source.spec.parallel.pp, target.spec.parallel.pp
+    for stage in range(source_pp):
+        first, end = stage * target_pp // source_pp, -(-(stage + 1) * target_pp // source_pp)
+        nodes = {gpu.node for gpu in source.stage(stage)}
+        nodes.update(gpu.node for other in range(first, end) for gpu in target.stage(other))
+        if len(nodes) > 1:
+            return False
+    return True
