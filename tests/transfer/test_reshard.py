@@ -92,5 +92,5 @@ def test_the_papers_66b_shape() -> None:
 
 @pytest.mark.parametrize("bad", [ParallelConfig(3, 1), ParallelConfig(1, 5), ParallelConfig(6, 1)])
 def test_impossible_shapes_are_refused(bad: ParallelConfig) -> None:
-    with pytest.raises(ConfigError, match="KV heads|layers"):
+    with pytest.raises(ConfigError, match=r"KV heads|layers"):
         reshard(ParallelConfig(), bad, 4, 4)
