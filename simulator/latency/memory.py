@@ -1,0 +1,49 @@
+"""How many KV blocks an instance has once its weights and its steps' workspace are in GPU memory."""
+
+from distserve.core.config import KvConfig, ParallelConfig
+from simulator.latency.gpus import GpuSpec
+from simulator.latency.shape import ModelShape
+
+# What a process takes beside weights, activations and KV: CUDA context, kernels' code, libraries' workspaces; and the
+# buffers of collectives when there is more than one rank (NCCL: 342 MB for two GPUs, 392 MB for eight, measured).
+_CONTEXT_BYTES = 600 * 2**20
+_COLLECTIVE_BYTES = 392 * 2**20
+_SAMPLED_ROWS = 256
+
+
+def workspace_bytes(shape: ModelShape, parallel: ParallelConfig, max_batch_tokens: int) -> int:
+    """Bytes beside weights and KV on the fullest rank while a step of ``max_batch_tokens`` tokens runs.
+
+    The residual stream, its copy and its norm, queries, keys and values, and both halves of the MLP's inner columns are
+    alive at once; then the logits of the sampled rows, with a 32-bit copy of them.
+    """
+    columns = (
+        3 * shape.hidden + (shape.num_heads // parallel.tp + 2 * shape.kv_heads_per_rank(parallel)) * shape.head_dim
+    )
+    inner = shape.intermediate
+    if shape.num_experts:
+        inner = max(shape.expert_intermediate * shape.experts_per_token + shape.shared_intermediate, shape.hidden)
+    columns += 2 * inner // parallel.tp
+    activations = max_batch_tokens * columns * shape.dtype_bytes
+    logits = min(_SAMPLED_ROWS, max_batch_tokens) * shape.vocab * (shape.dtype_bytes + 4)
+    return _CONTEXT_BYTES + (_COLLECTIVE_BYTES if parallel.num_ranks > 1 else 0) + max(activations, logits)
+
+
+def kv_config(
+    shape: ModelShape,
+    gpu: GpuSpec,
+    parallel: ParallelConfig,
+    *,
+    block_size: int = 16,
+    memory_utilisation: float = 0.9,
+    max_batch_tokens: int = 2048,
+) -> KvConfig | None:
+    """KV memory of an instance of shape ``parallel``: what its fullest rank has left.
+
+    ``memory_utilisation`` is the share of a GPU's memory the instance may use. None if weights and workspace leave no
+    room for a block. Raises ConfigError if the model cannot be split so.
+    """
+    free = gpu.memory_bytes * memory_utilisation - shape.weight_bytes(parallel)
+    free -= workspace_bytes(shape, parallel, max_batch_tokens)
+    num_blocks = int(free // (shape.kv_bytes_per_token(parallel) * block_size))
+    return KvConfig(num_blocks, block_size) if num_blocks > 0 else None
