@@ -1,22 +1,19 @@
 """The event loop: a heap of (time, sequence number, part, event) that drives the core's machines.
 
 Ties go in the order of their making, so a run is a pure function of its inputs. The loop holds no policy: it executes
-commands the way a cluster does, with delays in place of work. An engine runs its steps one after the other; a message
-takes ``message_delay``; a pull takes its bytes' time on an uncontended link and ends no sooner than the step that
-completes its source's KV.
+commands the way a cluster does, with delays in place of work. An engine runs its steps one after the other (see
+:mod:`simulator.engine`); a message takes ``Delays.message``; how long a pull takes, :mod:`simulator.pulls` says.
 """
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from distserve.core.commands import (
     CancelMigrate,
     CloseSequence,
     Command,
-    Conclude,
-    Deliver,
     Migrate,
     OpenSequence,
     RunStep,
@@ -24,20 +21,17 @@ from distserve.core.commands import (
     WakeAt,
 )
 from distserve.core.events import Event, InstanceLost, Machine, Migrated, Received, Timer
-from distserve.core.latency import StepTime
-from distserve.core.scheduler import ROUTER
+from distserve.core.scheduler import ROUTER, InstanceScheduler
+from simulator.engine import Engine, StretchPoint
 from simulator.model import Delays
-from simulator.worker import SimulatedWorker
+from simulator.pulls import Pulls
 
 
-@dataclass(slots=True)
-class SimulatedInstance:
-    """One instance's engine: its worker, how long steps take, and when each step under way ends."""
+class PullPoint:
+    """Something is due to happen to a pull."""
 
-    worker: SimulatedWorker
-    step_time: StepTime
-    free_at: float = 0.0
-    step_ends: dict[int, float] = field(default_factory=dict)
+
+_PULL_POINT = PullPoint()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,98 +51,184 @@ class Observer(Protocol):
         """A machine took an event."""
 
 
-class Loop:
-    """Runs parts by name until nothing is left to happen or a time is reached."""
+@dataclass(slots=True, eq=False)
+class Part:
+    """A machine on the loop; instances have an engine, and steps of theirs may be jumped over if ``may_jump``."""
 
-    def __init__(self, delays: Delays, observer: Observer | None = None) -> None:
+    name: str
+    machine: Machine
+    engine: Engine | None = None
+    may_jump: bool = False
+    is_alive: bool = True
+    launched: tuple[float, Event] | None = None
+    """A step of this turn whose end is not on the heap yet."""
+
+
+class Loop:
+    """Runs parts by name until nothing is left to happen, a time is reached or it is told to stop."""
+
+    def __init__(self, delays: Delays, observer: Observer | None = None, pulls: Pulls | None = None) -> None:
         self.now = 0.0
+        self.num_events = 0
+        self.is_stopped = False
         self._delays = delays
         self._observer = observer
-        self._machines: dict[str, Machine] = {}
-        self._instances: dict[str, SimulatedInstance] = {}
-        self._heap: list[tuple[float, int, str, Event]] = []
+        self._parts: dict[str, Part] = {}
+        self._heap: list[tuple[float, int, Part | None, Event | StretchPoint | PullPoint]] = []
         self._count = 0
-        self._pulls: dict[tuple[str, int], Migrate] = {}
+        self._pulls = pulls or Pulls(delays)
+        self._pull_point = float("inf")
+        """The earliest time at which pulls will be looked at, infinite if none is on the heap."""
 
-    def add(self, name: str, machine: Machine, instance: SimulatedInstance | None = None) -> None:
+    def add(self, name: str, machine: Machine, engine: Engine | None = None, *, may_jump: bool = False) -> None:
         """Add a part; like every driver, the loop feeds it one Timer first."""
-        self._machines[name] = machine
-        if instance is not None:
-            self._instances[name] = instance
-        self.post(self.now, name, Timer())
+        self._parts[name] = part = Part(name, machine, engine, may_jump)
+        self._push(self.now, part, Timer())
 
     def post(self, time: float, part: str, event: Event) -> None:
-        """Let ``event`` happen to ``part`` at ``time`` (seconds)."""
-        heapq.heappush(self._heap, (time, self._count, part, event))
+        """Let ``event`` happen to ``part`` at ``time`` (seconds), if it is there by now and still is then."""
+        found = self._parts.get(part)
+        if found is not None:
+            self._push(time, found, event)
+
+    def _push(self, time: float, part: Part | None, event: Event | StretchPoint | PullPoint) -> None:
         self._count += 1
+        heapq.heappush(self._heap, (time, self._count, part, event))
 
     def lose(self, name: str) -> None:
         """The instance dies now.
 
         What it would do or receive vanishes, pulls from it fail, and the router hears of it later.
         """
-        del self._machines[name]
-        del self._instances[name]
+        part = self._parts.pop(name)
+        assert part.engine is not None
+        if part.engine.stretch is not None:
+            assert isinstance(part.machine, InstanceScheduler)
+            part.engine.settle(self.now, part.machine)
+        part.engine.worker.die()
+        part.is_alive = False
         self.post(self.now + self._delays.loss, ROUTER, InstanceLost(name))
-        for (part, pull_id), pull in list(self._pulls.items()):
-            if part == name:
-                del self._pulls[part, pull_id]
-            elif pull.source_id == name:
-                del self._pulls[part, pull_id]
-                self.post(self.now, part, Migrated(pull_id, ok=False, reason=f"{name} died"))
+        for puller, pull_id in self._pulls.lose(self.now, name):
+            self.post(self.now, puller, Migrated(pull_id, ok=False, reason=f"{name} died"))
+        self._await_pulls()
+
+    def stop(self) -> None:
+        """Handle nothing more in this run."""
+        self.is_stopped = True
 
     def run(self, until: float = float("inf")) -> None:
         """Handle events in order up to and including time ``until``."""
-        while self._heap and self._heap[0][0] <= until:
-            self.now, _, part, event = heapq.heappop(self._heap)
-            machine = self._machines.get(part)
-            if machine is None:
-                continue
-            if isinstance(event, Migrated) and event.ok and self._pulls.pop((part, event.pull_id), None) is None:
-                continue  # cancelled or failed meanwhile
-            commands = machine.handle(self.now, event)
-            if self._observer is not None:
-                self._observer.on_turn(TraceEntry(self.now, part, event, tuple(commands)))
-            self._execute(part, commands)
+        heap = self._heap
+        while heap and not self.is_stopped and heap[0][0] <= until:
+            self.now, _, part, event = heapq.heappop(heap)
+            if part is None:
+                self._on_pull_point()
+            elif part.is_alive:
+                self._turn(part, event)
 
-    def _execute(self, part: str, commands: Sequence[Command]) -> None:
+    def _turn(self, part: Part, event: Event | StretchPoint | PullPoint) -> None:
+        now, engine, machine = self.now, part.engine, part.machine
+        if engine is not None and engine.stretch is not None:
+            assert isinstance(machine, InstanceScheduler)
+            if isinstance(event, StretchPoint):
+                stretch = engine.stretch
+                if event.number != stretch.number:
+                    return
+                if len(stretch.ends) < stretch.num_steps:
+                    engine.extend()
+                    self._push(stretch.ends[-1], part, event)
+                    return
+                engine.settle(now, machine)
+                event = engine.end_stretch()
+            else:
+                engine.settle(now, machine)
+        elif isinstance(event, StretchPoint):
+            return
+        assert not isinstance(event, StretchPoint | PullPoint)
+        self.num_events += 1
+        commands = machine.handle(now, event)
+        if self._observer is not None:
+            self._observer.on_turn(TraceEntry(now, part.name, event, tuple(commands)))
+        self._execute(part, commands)
+        if engine is not None and part.may_jump:
+            self._look_ahead(part, engine)
+
+    def _look_ahead(self, part: Part, engine: Engine) -> None:
+        """Begin a stretch with the step just launched, or see whether the one under way is still what will happen."""
+        scheduler = part.machine
+        assert isinstance(scheduler, InstanceScheduler)
+        if engine.stretch is not None:
+            point = engine.cut(scheduler.steady_steps())
+            if point is not None:
+                self._push(engine.stretch.ends[-1], part, point)
+        elif part.launched is not None:
+            end, event = part.launched
+            part.launched = None
+            num_more = scheduler.steady_steps()
+            if num_more == 0:
+                self._push(end, part, event)
+            else:
+                point = engine.begin_stretch(num_more, end, event)
+                assert engine.stretch is not None
+                self._push(engine.stretch.ends[-1], part, point)
+
+    def _execute(self, part: Part, commands: Sequence[Command]) -> None:
         for command in commands:
             match command:
-                case RunStep():
-                    self._run_step(part, command)
                 case Send(to, message):
-                    delay = self._delays.pairs.get((part, to), self._delays.message)
-                    self.post(self.now + delay, to, Received(part, message))
+                    receiver = self._parts.get(to)
+                    if receiver is not None:
+                        delays = self._delays
+                        delay = delays.pairs.get((part.name, to), delays.message) if delays.pairs else delays.message
+                        self._push(self.now + delay, receiver, Received(part.name, message))
                 case WakeAt(time):
-                    self.post(max(time, self.now), part, Timer())
+                    self._push(max(time, self.now), part, Timer())
+                case RunStep():
+                    assert part.engine is not None
+                    end, event = part.engine.launch(self.now, command)
+                    if part.may_jump:
+                        part.launched = (end, event)
+                    else:
+                        self._push(end, part, event)
                 case OpenSequence():
-                    self._instances[part].worker.open(command)
+                    assert part.engine is not None
+                    part.engine.worker.open(command)
                 case CloseSequence():
-                    self._instances[part].worker.close(command)
+                    assert part.engine is not None
+                    part.engine.worker.close(command)
                 case Migrate():
                     self._migrate(part, command)
                 case CancelMigrate(pull_id):
-                    if self._pulls.pop((part, pull_id), None) is not None:
-                        self.post(self.now, part, Migrated(pull_id, ok=False, reason="cancelled"))
-                case Deliver() | Conclude():
+                    if self._pulls.cancel(self.now, part.name, pull_id):
+                        self._push(self.now, part, Migrated(pull_id, ok=False, reason="cancelled"))
+                        self._await_pulls()
+                case _:
                     pass  # leaves the system: the observer has seen it
 
-    def _run_step(self, part: str, step: RunStep) -> None:
-        instance = self._instances[part]
-        shape, done = instance.worker.run(step)
-        start = max(self.now, instance.free_at)
-        instance.free_at = start + instance.step_time.seconds(shape)
-        instance.step_ends = {number: end for number, end in instance.step_ends.items() if end > self.now}
-        instance.step_ends[step.step_id] = instance.free_at
-        self.post(instance.free_at, part, done)
+    # -- pulls --------------------------------------------------------------------------------------------------------
 
-    def _migrate(self, part: str, pull: Migrate) -> None:
-        source = self._instances.get(pull.source_id)
+    def _migrate(self, part: Part, pull: Migrate) -> None:
+        source = self._parts.get(pull.source_id)
         if source is None:
-            self.post(self.now, part, Migrated(pull.pull_id, ok=False, reason=f"{pull.source_id} is gone"))
+            self._push(self.now, part, Migrated(pull.pull_id, ok=False, reason=f"{pull.source_id} is gone"))
             return
-        self._pulls[part, pull.pull_id] = pull
-        num_late = len(pull.src_blocks) - pull.num_ready_blocks
-        early = self.now + self._delays.pull_latency + pull.num_ready_blocks * self._delays.seconds_per_block
-        ready = max(early, source.step_ends.get(pull.ready_step, 0.0))
-        self.post(ready + num_late * self._delays.seconds_per_block, part, Migrated(pull.pull_id, ok=True))
+        assert source.engine is not None
+        self._pulls.start(self.now, part.name, pull, source.engine)
+        self._await_pulls()
+
+    def _await_pulls(self) -> None:
+        """Have a point on the heap at the next time that something happens to a pull; early ones do no harm."""
+        time = self._pulls.next_time
+        if time < self._pull_point:
+            self._pull_point = time
+            self._push(time, None, _PULL_POINT)
+
+    def _on_pull_point(self) -> None:
+        if self.now < self._pull_point:
+            return
+        self._pull_point = float("inf")
+        for puller, event in self._pulls.advance(self.now):
+            part = self._parts.get(puller)
+            if part is not None:
+                self._turn(part, event)
+        self._await_pulls()

@@ -1,14 +1,20 @@
 """What a simulated run yields: every request's timeline as columns, and what instances and links did."""
 
+import math
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distserve.core.config import SLO, Role
+from simulator.client import Record
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+
+_TIMES = ("prefill_start", "prefill_end", "first_token", "migration_start", "migration_end", "decode_start", "finish")
+_COUNTS = {"status": 0, "num_attempts": 0, "prefill_id": -1, "decode_id": -1}
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,38 @@ class Timelines:
         with np.errstate(invalid="ignore"):
             met: NDArray[np.bool_] = (self.status == 200) & (self.ttft <= slo.ttft) & (self.tpot <= slo.tpot)
         return met
+
+
+class TimelineTable:
+    """Columns being filled, a row per request; instances are known by their place in ``instance_ids``."""
+
+    def __init__(self, num_requests: int, instance_ids: list[str]) -> None:
+        self._times = {name: array("d", [math.nan]) * num_requests for name in _TIMES}
+        self._counts = {name: array("q", [default]) * num_requests for name, default in _COUNTS.items()}
+        self._indices = {instance_id: index for index, instance_id in enumerate(instance_ids)}
+
+    def put(self, row: int, record: Record) -> None:
+        """Take over what a request has come to."""
+        times, counts = self._times, self._counts
+        for name, time in record.marks.items():
+            times[name][row] = time
+        if record.first_token is not None:
+            times["first_token"][row] = record.first_token
+        if record.finish is not None and record.status == 200:
+            times["finish"][row] = record.finish
+        counts["status"][row] = record.status
+        counts["num_attempts"][row] = record.attempt + 1
+        counts["prefill_id"][row] = self._indices.get(record.prefill_id, -1)
+        counts["decode_id"][row] = self._indices.get(record.decode_id, -1)
+
+    def finish(self, arrivals: list[float], prompts: list[int], outputs: list[int]) -> Timelines:
+        """The columns as arrays."""
+        return Timelines(
+            arrival=np.array(arrivals, np.float64),
+            prompt_tokens=np.array(prompts, np.int64),
+            output_tokens=np.array(outputs, np.int64),
+            **{name: np.array(column) for name, column in (self._times | self._counts).items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -1,87 +1,113 @@
-"""An engine that computes nothing: it keeps the books a real one keeps, and answers with a step's shape and tokens.
+"""An engine that computes nothing: it keeps the few counts from which a step's shape follows.
 
-It asserts what a scheduler must never do: name a sequence the engine does not know, compute past the known tokens,
-write a token into a block its table lacks. So every simulated run checks the scheduler too.
+Its lines advance lazily: as long as the batch is the very same tuple of chunks, one tick stands for a step of each.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
-from distserve.core.commands import CloseSequence, OpenSequence, RunStep
-from distserve.core.events import StepDone
+from distserve.core.commands import Chunk, CloseSequence, OpenSequence, RunStep
+from distserve.core.events import Event, UnseenStepDone
 from distserve.core.latency import StepShape
-from distserve.core.request import Request
-
-TokenSource = Callable[[Request, int, int], int]
-"""(request, choice, output index) -> token id; the same whatever instance computes it."""
 
 
-@dataclass(slots=True)
-class _Line:
-    request: Request
-    choices: tuple[int, ...]
-    num_output: int
-    num_tokens: int
-    num_computed: int
-    table: list[int] = field(default_factory=list)
-
-
-class SimulatedWorker:
-    """Stands where :class:`distserve.engine.worker.Worker` stands."""
-
-    def __init__(self, block_size: int, tokens: TokenSource) -> None:
-        self._block_size = block_size
-        self._tokens = tokens
-        self._lines: dict[int, _Line] = {}
-
-    @property
-    def num_open(self) -> int:
-        """Sequences opened and not closed."""
-        return len(self._lines)
+class Worker(Protocol):
+    """What the loop needs of an engine."""
 
     def open(self, command: OpenSequence) -> None:
         """Introduce a sequence."""
-        assert command.seq_id not in self._lines, "sequence opened twice"
-        num_output = len(command.output_token_ids)
-        self._lines[command.seq_id] = _Line(
-            request=command.request,
-            choices=command.choices,
-            num_output=num_output,
-            num_tokens=len(command.request.prompt_token_ids) + num_output,
-            num_computed=command.num_computed_tokens,
-        )
 
     def close(self, command: CloseSequence) -> None:
         """Forget a sequence."""
-        del self._lines[command.seq_id]
 
-    def run(self, step: RunStep) -> tuple[StepShape, StepDone]:
-        """Account for one step: its shape, and the completion to be fed back when its time has passed."""
-        for update in step.tables:
-            self._lines[update.seq_id].table[update.start :] = update.blocks
+    def run(self, step: RunStep) -> tuple[StepShape, Event]:
+        """Account for one step: its shape, and the event that says it is done when its time has passed."""
+        ...
+
+    def die(self) -> None:
+        """Whatever is open ends here."""
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    request_id: str
+    num_output: int
+    num_computed: int
+
+
+class SimulatedWorker:
+    """Stands where :class:`distserve.engine.worker.Worker` stands; its steps' tokens are not looked at.
+
+    ``progress`` is told, for every sequence that leaves, how many output tokens its request has come to.
+    """
+
+    def __init__(self, progress: dict[str, int]) -> None:
+        self._lines: dict[int, _Line] = {}
+        self._chunks: tuple[Chunk, ...] = ()
+        self._batch: list[_Line] = []
+        """The lines of a batch of decodes alone, ``_num_ticks`` behind."""
+        self._num_ticks = 0
+        self._shape = StepShape()
+        self._progress = progress
+
+    def open(self, command: OpenSequence) -> None:
+        """Introduce a sequence."""
+        num_output = len(command.output_token_ids)
+        self._lines[command.seq_id] = _Line(command.request.request_id, num_output, command.num_computed_tokens)
+
+    def close(self, command: CloseSequence) -> None:
+        """Forget a sequence."""
+        if self._num_ticks:
+            self._catch_up()
+        line = self._lines.pop(command.seq_id)
+        self._progress[line.request_id] = line.num_output
+
+    def die(self) -> None:
+        """Whatever is open ends here."""
+        for seq_id in list(self._lines):
+            self.close(CloseSequence(seq_id))
+
+    def skip(self, num_steps: int) -> None:
+        """The last step's like happened ``num_steps`` more times."""
+        self._num_ticks += num_steps
+
+    def run(self, step: RunStep) -> tuple[StepShape, Event]:
+        """Account for one step."""
+        chunks = step.chunks
+        if chunks is self._chunks:
+            self._num_ticks += 1
+            shape = self._shape
+            context = shape.decode_context + shape.num_decodes * self._num_ticks
+            return StepShape(0, 0, shape.num_decodes, context), UnseenStepDone(step.step_id)
+        self._catch_up()
+        lines = self._lines
         prefill_tokens = pairs = decodes = context = prefills = 0
-        tokens: list[int] = []
-        written: set[int] = set()
-        for chunk in step.chunks:
-            line = self._lines[chunk.seq_id]
-            start, end = line.num_computed, line.num_computed + chunk.num_tokens
-            assert end <= line.num_tokens, "computes tokens that are not known"
-            assert chunk.samples == (end == line.num_tokens), "samples exactly at the last known token"
-            blocks = line.table[start // self._block_size : -(-end // self._block_size)]
-            assert len(blocks) == -(-end // self._block_size) - start // self._block_size, "no block for a token"
-            assert not written.intersection(blocks), "two sequences write one block"
-            written.update(blocks)
-            line.num_computed = end
-            if chunk.num_tokens == 1 and line.num_output > 0:
+        batch = []
+        for chunk in chunks:
+            line = lines[chunk.seq_id]
+            count = chunk.num_tokens
+            start = line.num_computed
+            line.num_computed = end = start + count
+            if count == 1 and line.num_output:
                 decodes += 1
                 context += end
             else:
                 prefills += 1
-                prefill_tokens += chunk.num_tokens
-                pairs += chunk.num_tokens * (start + end + 1) // 2
+                prefill_tokens += count
+                pairs += count * (start + end + 1) // 2
             if chunk.samples:
-                tokens += [self._tokens(line.request, choice, line.num_output) for choice in line.choices]
                 line.num_output += 1
-                line.num_tokens += 1
+            batch.append(line)
         shape = StepShape(prefill_tokens, pairs, decodes, context, prefills)
-        return shape, StepDone(step.step_id, tuple(tokens))
+        if not prefills:
+            self._chunks, self._batch, self._shape = chunks, batch, shape
+        return shape, UnseenStepDone(step.step_id)
+
+    def _catch_up(self) -> None:
+        ticks = self._num_ticks
+        if ticks:
+            for line in self._batch:
+                line.num_computed += ticks
+                line.num_output += ticks
+            self._num_ticks = 0
+        self._chunks, self._batch = (), []

@@ -16,11 +16,17 @@ class BlockManager:
         self._holds: dict[int, int] = {}
         # A stack: the block freed last is reused first, while it may still be in a cache.
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._fewest_free = num_blocks
 
     @property
     def num_free(self) -> int:
         """Blocks nobody references."""
         return len(self._free)
+
+    @property
+    def peak_used(self) -> int:
+        """The most blocks that were in use at once."""
+        return self.num_blocks - self._fewest_free
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` free blocks, each with one reference. The caller has checked :attr:`num_free`."""
@@ -30,6 +36,7 @@ class BlockManager:
         taken = self._free[-count:]
         taken.reverse()
         del self._free[-count:]
+        self._fewest_free = min(self._fewest_free, len(self._free))
         for block in taken:
             self._references[block] = 1
         return taken

@@ -50,6 +50,43 @@ class DecodingScheduler(InstanceScheduler):
             steps //= 2
         return 0
 
+    def steady_steps(self) -> int:
+        """See the base class; pipelined and lookahead batches are not followed."""
+        if len(self._steps) != 1 or self._config.max_in_flight > 1 or not self._is_settled():
+            return 0
+        (batch,) = self._steps.values()
+        entries, running = batch.entries, self._running
+        if len(entries) != len(running) or any(
+            [entry[0] is not seq for entry, seq in zip(entries, running, strict=True)]
+        ):
+            return 0
+        block_size = self.spec.kv.block_size
+        steps = min([seq.request.sampling.max_tokens - seq.num_output for seq in running]) - 1
+        # Cheap where memory is plenty: no sequence grows by more blocks than this.
+        if len(running) * (steps // block_size + 1) > self.blocks.num_free:
+            steps = min(steps, self.horizon())
+        return steps
+
+    def skip(self, num_steps: int) -> None:
+        """See the base class. Blocks grow as step by step; none of them is shared, for every sequence has decoded."""
+        (batch,) = self._steps.values()
+        block_size = self.spec.kv.block_size
+        for seq, _, _ in batch.entries:
+            seq.num_tokens += num_steps
+            seq.num_output += num_steps
+            seq.num_computed = computed = seq.num_computed + num_steps
+            missing = -(-computed // block_size) - len(seq.blocks)
+            if missing > 0:
+                seq.blocks += self.blocks.allocate(missing)
+                seq.num_published = len(seq.blocks)
+
+    def _on_unseen_token(self, seq: Sequence) -> None:
+        if seq.marks or seq.num_output == 0 or seq.num_output + 1 >= seq.request.sampling.max_tokens:
+            super()._on_unseen_token(seq)
+        else:
+            seq.num_tokens += 1
+            seq.num_output += 1
+
     def _growth(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks the sequence's next tokens take, a copy of a shared last block included."""
         blocks = self.spec.kv.blocks_for(seq.num_computed + num_tokens) - len(seq.blocks)
@@ -69,7 +106,9 @@ class DecodingScheduler(InstanceScheduler):
         while index < len(self._running) and len(chosen) < limit:
             seq = self._running[index]
             is_past_prompt = seq.num_computed >= seq.num_tokens - 1 and len(seq.choices) == 1
-            may_go_on = seq.num_in_flight < may_overlap and seq.num_remaining_output > seq.num_in_flight
+            # What is left of a sequence that is not in flight is not nothing: it would have ended.
+            in_flight = seq.num_in_flight
+            may_go_on = in_flight == 0 or (in_flight < may_overlap and seq.num_remaining_output > in_flight)
             if is_past_prompt and may_go_on:
                 if not self._make_room(seq, copies):
                     if not seq.blocks:
@@ -103,7 +142,7 @@ class DecodingScheduler(InstanceScheduler):
             victim = self._youngest()
             if victim.num_in_flight > 0:
                 return False
-            self._num_preempted += 1
+            self.num_preempted += 1
             self._preempt(victim)
             if victim is seq:
                 return False

@@ -41,6 +41,16 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class UnseenStepDone:
+    """A simulator's StepDone: the step ended, and nobody looks at its tokens, none of which is an end token.
+
+    Only tokens with news are sent on: the first of an output, the last, and those that carry marks.
+    """
+
+    step_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepFailed:
     """A step raised: the engine's state is suspect, its sequences must be failed."""
 
@@ -110,6 +120,7 @@ class ClientGone:
 Event = (
     Received
     | StepDone
+    | UnseenStepDone
     | StepFailed
     | Migrated
     | Timer

@@ -23,7 +23,7 @@ from distserve.core.config import InstanceSpec
 from distserve.core.decoding import DecodingScheduler, age
 from distserve.core.messages import Abort, Failed, InstanceGone, Message, Prefill, RequestKey
 from distserve.core.request import Request, TokenLogprobs
-from distserve.core.scheduler import Batch
+from distserve.core.scheduler import UNSEEN, Batch
 from distserve.core.sequence import Sequence
 
 
@@ -187,6 +187,18 @@ class MixedScheduler(DecodingScheduler):
                 self._close(member)
             elif member is not seq:
                 self._open(member, tuple(member.output_token_ids))
+
+    def _on_unseen_token(self, seq: Sequence) -> None:
+        num_output = seq.num_output
+        super()._on_unseen_token(seq)
+        if len(seq.output_token_ids) == num_output:
+            seq.output_token_ids.append(UNSEEN)
+
+    def skip(self, num_steps: int) -> None:
+        """See the base class; the tokens are kept for recomputation, as always."""
+        super().skip(num_steps)
+        for seq in self._running:
+            seq.output_token_ids += [UNSEEN] * num_steps
 
     def _fork(self, seq: Sequence) -> list[Sequence]:
         """One sequence per choice, sharing the prompt's blocks; the parent ends."""

@@ -27,13 +27,16 @@ from distserve.core.commands import (
     WakeAt,
 )
 from distserve.core.config import InstanceSpec
-from distserve.core.events import NOT_FINITE, Event, Migrated, Received, StepDone, StepFailed, Timer
+from distserve.core.events import NOT_FINITE, Event, Migrated, Received, StepDone, StepFailed, Timer, UnseenStepDone
 from distserve.core.messages import Abort, Failed, Message, Report, RequestKey, Tokens
 from distserve.core.request import TokenLogprobs, TokenOutput
 from distserve.core.sequence import Sequence
 
 ROUTER = "router"
 """The router's name, to which every part speaks."""
+
+UNSEEN = 0
+"""Stands for a token that nobody looks at."""
 
 
 @dataclass(slots=True)
@@ -62,7 +65,8 @@ class InstanceScheduler(ABC):
         self._next_step_id = 0
         self._next_seq_id = 0
         self._seen: list[RequestKey] = []
-        self._num_preempted = 0
+        self.num_preempted = 0
+        """Running sequences that lost their memory to older ones since start."""
         self._last_report = -1.0
         self._prefill_rate = 0.0
         self._reported: tuple[int, ...] = ()
@@ -71,6 +75,20 @@ class InstanceScheduler(ABC):
     @abstractmethod
     def horizon(self) -> int:
         """Steps, the next one included, over which no batch can change: no message and no end token provided."""
+
+    def steady_steps(self) -> int:
+        """Steps after the one in flight whose batch will be the very same; bounds :meth:`skip`.
+
+        No message and no end token provided, as for :meth:`horizon`. 0 unless exactly one step is in flight.
+        """
+        return 0
+
+    def skip(self, num_steps: int) -> None:
+        """Stand where ``num_steps`` ends of the step in flight would have led: its like is in flight once more.
+
+        A simulator's short cut over steps that nothing can change, at most :meth:`steady_steps` of them.
+        """
+        raise AssertionError(f"{self.spec.role} instances have no steady steps: skip({num_steps})")
 
     # -- the role's part ------------------------------------------------------------------------------------------
 
@@ -118,6 +136,8 @@ class InstanceScheduler(ABC):
                 self._on_step_done(event)
             case Received(sender, message):
                 self._on_message(sender, message)
+            case UnseenStepDone(step_id):
+                self._on_unseen_step_done(step_id)
             case Migrated():
                 self._on_migrated(event)
             case Timer():
@@ -157,6 +177,21 @@ class InstanceScheduler(ABC):
             elif samples:
                 self._on_token(seq, tokens, logprobs or (None,) * len(tokens))
         assert position == len(event.tokens), "the engine returned a different number of tokens than it was asked for"
+
+    def _on_unseen_step_done(self, step_id: int) -> None:
+        batch = self._end_step(step_id)
+        self._measure(batch)
+        for seq, _, samples in batch.entries:
+            seq.num_in_flight -= 1
+            if seq.is_closed:
+                self._settle(seq)
+            elif samples:
+                self._on_unseen_token(seq)
+
+    def _on_unseen_token(self, seq: Sequence) -> None:
+        """Like :meth:`_on_token`, of tokens that nobody looks at."""
+        count = len(seq.choices)
+        self._on_token(seq, (UNSEEN,) * count, (None,) * count)
 
     def _on_step_failed(self, event: StepFailed) -> None:
         batch = self._end_step(event.step_id)
@@ -283,7 +318,8 @@ class InstanceScheduler(ABC):
 
     def _report(self) -> None:
         waiting, waiting_tokens, running = self._load()
-        state = (waiting, waiting_tokens, running, self.blocks.num_free, len(self._seen))
+        # Blocks that running sequences grow by are no news: the next report names them.
+        state = (waiting, waiting_tokens, running, len(self._seen))
         # Compared as sums, the way timers are set: a difference may round the other way and the timer fire for ever.
         config, last = self._config, self._last_report
         interval = config.heartbeat if state == self._reported else config.report_interval
@@ -300,7 +336,7 @@ class InstanceScheduler(ABC):
                 num_free_blocks=self.blocks.num_free,
                 seen=tuple(self._seen),
                 prefill_rate=self._prefill_rate,
-                num_preempted=self._num_preempted,
+                num_preempted=self.num_preempted,
                 num_pulls=pulls,
                 pulled_bytes=pulled_bytes,
                 pull_seconds=pull_seconds,

@@ -16,7 +16,7 @@ from distserve.core.events import Migrated, Received, StepDone, Timer
 from distserve.core.messages import Leased, Message, Offer, Prefill, Prefilled, Tokens
 from distserve.core.request import Request, TokenOutput
 from distserve.core.scheduler import InstanceScheduler
-from simulator.worker import SimulatedWorker
+from tests.core.checking_worker import CheckingWorker
 from tests.core.harness import token_at
 
 M = TypeVar("M")
@@ -27,7 +27,7 @@ class Bench:
 
     def __init__(self, scheduler: InstanceScheduler) -> None:
         self.scheduler = scheduler
-        self.worker = SimulatedWorker(scheduler.spec.kv.block_size, token_at)
+        self.worker = CheckingWorker(scheduler.spec.kv.block_size, token_at)
         self.now = 0.0
         self.launched: list[tuple[RunStep, StepDone]] = []
         self.steps: list[RunStep] = []

@@ -15,9 +15,10 @@ from distserve.core.prefill import PrefillScheduler
 from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router, RouterConfig
 from distserve.core.scheduler import ROUTER, InstanceScheduler
-from simulator.loop import Loop, SimulatedInstance, TraceEntry
+from simulator.engine import Engine
+from simulator.loop import Loop, TraceEntry
 from simulator.model import Delays
-from simulator.worker import SimulatedWorker
+from tests.core.checking_worker import CheckingWorker
 
 EOS = 0
 STEP_TIME = LinearStepTime(base=0.01, per_token=0.0005, per_pair=1e-7, per_context=1e-6)
@@ -103,7 +104,7 @@ class Deployment:
         self.loop = Loop(delays, self.recorder)
         self.owner = Owner("api-0")
         self.schedulers: dict[str, InstanceScheduler] = {}
-        self.workers: dict[str, SimulatedWorker] = {}
+        self.workers: dict[str, CheckingWorker] = {}
         self.loop.add(ROUTER, Router(router))
         self.loop.add("api-0", self.owner)
         self._policy = policy
@@ -120,10 +121,10 @@ class Deployment:
             scheduler = DecodeScheduler(spec)
         else:
             scheduler = MixedScheduler(spec, self._policy)
-        worker = SimulatedWorker(spec.kv.block_size, token_at)
+        worker = CheckingWorker(spec.kv.block_size, token_at)
         self.schedulers[spec.instance_id] = scheduler
         self.workers[spec.instance_id] = worker
-        self.loop.add(spec.instance_id, scheduler, SimulatedInstance(worker, STEP_TIME))
+        self.loop.add(spec.instance_id, scheduler, Engine(spec.instance_id, worker, STEP_TIME))
         self.loop.post(self.loop.now, ROUTER, InstanceUp(spec))
 
     def submit(self, request: Request) -> None:

@@ -68,7 +68,7 @@ def test_preempted_sequences_come_back_and_end_the_same() -> None:
     recorder = cluster.run(until=60)
     for request in requests:
         assert recorder.tokens[request.request_id, 0] == expected_tokens(request, 0)
-    assert cluster.schedulers["decode-0"]._num_preempted > 0
+    assert cluster.schedulers["decode-0"].num_preempted > 0
     cluster.assert_clean()
 
 

@@ -94,7 +94,7 @@ def test_eviction_keeps_the_output() -> None:
     for request in requests:
         node.submit(request)
     run_out(node)
-    assert node.scheduler._num_preempted > 0
+    assert node.scheduler.num_preempted > 0
     for request in requests:
         tokens = [output.token_id for output in node.outputs() if output.request_id == request.request_id]
         assert tokens == expected_tokens(request, 0)

@@ -41,7 +41,7 @@ from distserve.core.owner import Owner
 from distserve.core.prefill import PrefillScheduler
 from distserve.core.router import Router
 from simulator.model import Delays
-from simulator.worker import SimulatedWorker
+from tests.core.checking_worker import CheckingWorker
 from tests.core.harness import STEP_TIME, Deployment, make_request, token_at
 
 DELAYS = Delays()
@@ -88,7 +88,7 @@ class Part:
     def __init__(self, world: World, name: str, machine: Machine, block_size: int) -> None:
         self.world = world
         self.name = name
-        self.worker = SimulatedWorker(block_size, token_at)
+        self.worker = CheckingWorker(block_size, token_at)
         self.free_at = 0.0
         self.step_ends: dict[int, float] = {}
         self.pulls: dict[int, Migrate] = {}

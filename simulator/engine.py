@@ -1,0 +1,165 @@
+"""One instance's engine in simulated time: its pipeline, and stretches of steps that nothing can change.
+
+A step occupies the pipeline's stages one after the other, each for as long as the step-time model says; the next step
+follows into a stage as soon as that is free. Where the scheduler says that the batch in flight will be the very same
+for some steps more, their ends are computed ahead, as a :class:`Stretch`, and the scheduler is told of them in one go:
+when the stretch ends, or when anything else is about to happen to the instance.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+from distserve.core.commands import RunStep
+from distserve.core.events import Event
+from distserve.core.latency import StepShape, StepTime
+from distserve.core.scheduler import InstanceScheduler
+from simulator.recorder import Recorder
+from simulator.worker import SimulatedWorker, Worker
+
+_AHEAD = 16
+"""Ends computed at a time: most stretches are cut short by an arrival, and what was computed beyond is lost."""
+
+
+@dataclass(slots=True, eq=False)
+class Stretch:
+    """Steps of one batch without lookahead or pipelining: ``ends[i]`` is when the i-th of them ends (seconds).
+
+    The scheduler knows of ``num_settled`` of them; ``num_steps`` are sure to come, the last of which is handled as any
+    step, by ``event``. ``number`` tells this form of it from earlier ones, whose points on the heap are void.
+    """
+
+    ends: list[float]
+    num_steps: int
+    event: Event
+    num_settled: int = 0
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StretchPoint:
+    """The last computed end of a stretch is reached."""
+
+    number: int
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """Times steps, and keeps count of what was done.
+
+    ``busy`` is seconds the first stage worked, ``num_sequences`` the batch sizes added up.
+    """
+
+    name: str
+    worker: Worker
+    step_time: StepTime
+    num_stages: int = 1
+    recorder: Recorder | None = None
+    step_ends: dict[int, float] = field(default_factory=dict)
+    """When the steps under way end: a pull may wait for one."""
+    step_starts: dict[int, float] = field(default_factory=dict)
+    busy: float = 0.0
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_sequences: int = 0
+    stretch: Stretch | None = None
+    _free_at: list[float] = field(default_factory=list)
+    _shape: StepShape = field(default_factory=StepShape)
+    _number: int = 0
+
+    def __post_init__(self) -> None:
+        self._free_at = [0.0] * self.num_stages
+
+    def launch(self, now: float, step: RunStep) -> tuple[float, Event]:
+        """Take a step on: when it ends (seconds), and the event to be fed back then."""
+        shape, event = self.worker.run(step)
+        self._shape = shape
+        seconds = self.step_time.seconds(shape)
+        start = self._enter(now, 0, seconds, shape)
+        end = start + seconds
+        for stage in range(1, self.num_stages):
+            end = self._enter(end + self.step_time.handover(shape), stage, seconds, shape) + seconds
+        self._count(shape, seconds)
+        if len(self.step_ends) > 2 * self.num_stages:
+            over = [step_id for step_id, at in self.step_ends.items() if at <= now]
+            for step_id in over:
+                del self.step_ends[step_id], self.step_starts[step_id]
+        self.step_starts[step.step_id] = start
+        self.step_ends[step.step_id] = end
+        return end, event
+
+    def _enter(self, now: float, stage: int, seconds: float, shape: StepShape) -> float:
+        """When the step enters ``stage``, which it then holds for ``seconds``."""
+        start = max(now, self._free_at[stage])
+        self._free_at[stage] = start + seconds
+        if self.recorder is not None:
+            self.recorder.on_step(self.name, stage, start, start + seconds, shape)
+        return start
+
+    def _count(self, shape: StepShape, seconds: float) -> None:
+        self.busy += seconds
+        self.num_steps += 1
+        self.num_tokens += shape.num_prefill_tokens + shape.num_decodes
+        self.num_sequences += shape.num_prefills + shape.num_decodes
+
+    # -- stretches ----------------------------------------------------------------------------------------------------
+
+    def begin_stretch(self, num_more: int, end: float, event: Event) -> StretchPoint:
+        """The step just launched will be followed by ``num_more`` alike; the point is reached at ``ends[-1]``."""
+        self._number += 1
+        self.stretch = Stretch([end], num_more + 1, event, number=self._number)
+        self.extend()
+        return StretchPoint(self._number)
+
+    def extend(self) -> None:
+        """Compute further ends."""
+        stretch = self.stretch
+        assert stretch is not None
+        ends, shape = stretch.ends, self._shape
+        num_decodes = shape.num_decodes
+        context = shape.decode_context + num_decodes * (len(ends) - 1)
+        end = ends[-1]
+        for _ in range(min(_AHEAD, stretch.num_steps - len(ends))):
+            context += num_decodes
+            end += self.step_time.seconds(StepShape(0, 0, num_decodes, context))
+            ends.append(end)
+
+    def cut(self, num_more: int) -> StretchPoint | None:
+        """After the step now in flight there will be ``num_more`` alike; a new point, unless the old one stands."""
+        stretch = self.stretch
+        assert stretch is not None
+        stretch.num_steps = num_steps = stretch.num_settled + 1 + num_more
+        if num_steps >= len(stretch.ends):
+            return None
+        del stretch.ends[num_steps:]
+        self._number += 1
+        stretch.number = self._number
+        return StretchPoint(self._number)
+
+    def settle(self, now: float, scheduler: InstanceScheduler) -> None:
+        """Let the scheduler know of the steps of the stretch that ended by ``now``, the very last one excepted."""
+        stretch = self.stretch
+        assert stretch is not None
+        ends, settled = stretch.ends, stretch.num_settled
+        reached = bisect_right(ends, now, settled, len(ends) - 1)
+        count = reached - settled
+        if count == 0:
+            return
+        assert isinstance(self.worker, SimulatedWorker)
+        scheduler.skip(count)
+        self.worker.skip(count)
+        stretch.num_settled = reached
+        shape = self._shape
+        for index in range(settled, reached):
+            start, end = ends[index], ends[index + 1]
+            context = shape.decode_context + shape.num_decodes * (index + 1)
+            self._count(shape, end - start)
+            if self.recorder is not None:
+                self.recorder.on_step(self.name, 0, start, end, StepShape(0, 0, shape.num_decodes, context))
+        self._free_at[0] = ends[reached]
+
+    def end_stretch(self) -> Event:
+        """The last step of the stretch has ended: the event that says so."""
+        stretch = self.stretch
+        assert stretch is not None
+        self.stretch = None
+        return stretch.event

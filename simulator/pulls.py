@@ -1,0 +1,180 @@
+"""KV pulls in simulated time: their bytes flow over the cluster's links once they are there to be read.
+
+A pull's prompt may still be computed: the tokens of earlier chunks flow at once, those of the last chunk a group of
+layers at a time, as the source's step passes them (layers take equal times). What is ready when the flows before
+it have ended goes together. Where no network is modelled, a block takes ``Delays.seconds_per_block``, whatever else is
+under way, and the last chunk's blocks go when their step has ended.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+
+from distserve.core.commands import Migrate
+from distserve.core.events import Migrated
+from simulator.engine import Engine
+from simulator.model import ClusterModel, Delays
+from simulator.network import Network, Route
+from simulator.recorder import Recorder
+from simulator.results import LinkUsage
+from simulator.routes import Links, PullRoutes
+
+NUM_LAYER_GROUPS = 4
+"""Parts in which the KV of a chunk under way is sent."""
+
+PullKey = tuple[str, int]
+"""(the instance that pulls, its number for the pull)"""
+
+
+@dataclass(slots=True, eq=False)
+class _Pull:
+    """A pull under way. ``groups`` are (ready at, tokens), earliest first, for what has not started to flow."""
+
+    key: PullKey
+    source_id: str
+    request_id: str
+    per_token: tuple[tuple[Route, int], ...]
+    groups: list[tuple[float, float]]
+    started_at: float
+    num_bytes: int = 0
+    flows: set[int] = field(default_factory=set)
+
+
+class PullNetwork:
+    """The links of a deployment, the flows on them, and which of them a pull takes."""
+
+    def __init__(self, model: ClusterModel) -> None:
+        assert model.cluster is not None
+        assert model.kv is not None
+        self.links = Links(model.cluster)
+        self.flows = Network(self.links.capacities)
+        self._routes = PullRoutes(self.links, model.kv)
+        self._instances = {instance.spec.instance_id: instance for instance in model.instances}
+
+    def per_token(self, source_id: str, puller_id: str) -> tuple[tuple[Route, int], ...]:
+        """(route, bytes for each token) between two instances."""
+        return self._routes.per_token(self._instances[source_id], self._instances[puller_id])
+
+    def block_size(self, instance_id: str) -> int:
+        """Tokens per KV block of an instance."""
+        return self._instances[instance_id].spec.kv.block_size
+
+    def usage(self, now: float) -> tuple[LinkUsage, ...]:
+        """What every link has carried until ``now``."""
+        carried, busy = self.flows.link_bytes(now), self.flows.busy_seconds(now)
+        return tuple(map(LinkUsage, self.links.names, self.links.capacities, carried, busy))
+
+
+class Pulls:
+    """All pulls under way. Time must not go backwards."""
+
+    def __init__(self, delays: Delays, network: PullNetwork | None = None, recorder: Recorder | None = None) -> None:
+        self._delays = delays
+        self._network = network
+        self._recorder = recorder
+        self._pulls: dict[PullKey, _Pull] = {}
+        self._of_flow: dict[int, _Pull] = {}
+        self._timers: list[tuple[float, int, PullKey]] = []
+        """When a pull without flows goes on, or ends."""
+        self._num_timers = 0
+
+    @property
+    def next_time(self) -> float:
+        """When :meth:`advance` is to be called next; infinite if nothing is under way. Seconds."""
+        timer = self._timers[0][0] if self._timers else float("inf")
+        return timer if self._network is None else min(timer, self._network.flows.next_time)
+
+    def start(self, now: float, puller: str, command: Migrate, source: Engine) -> None:
+        """Begin a pull."""
+        delays, network = self._delays, self._network
+        num_blocks, num_ready = len(command.src_blocks), command.num_ready_blocks
+        step_end = source.step_ends.get(command.ready_step, 0.0)
+        key = (puller, command.pull_id)
+        request_id = command.key[0]
+        begin = now + delays.pull_latency
+        if network is None:
+            early = max(begin + num_ready * delays.seconds_per_block, step_end)
+            end = early + (num_blocks - num_ready) * delays.seconds_per_block
+            self._pulls[key] = _Pull(key, command.source_id, request_id, (), [], now)
+            self._wake(end, key)
+            return
+        block_size = network.block_size(command.source_id)
+        per_token = network.per_token(command.source_id, puller)
+        if step_end <= begin:
+            groups = [(begin, float(num_blocks * block_size))]
+        else:
+            step_start = source.step_starts[command.ready_step]
+            groups = [(begin, float(num_ready * block_size))] if num_ready else []
+            share = (num_blocks - num_ready) * block_size / NUM_LAYER_GROUPS
+            for group in range(1, NUM_LAYER_GROUPS + 1):
+                ready = step_end - (step_end - step_start) * (1 - group / NUM_LAYER_GROUPS)
+                groups.append((max(ready, begin), share))
+        num_bytes = num_blocks * block_size * sum(num for _, num in per_token)
+        self._pulls[key] = _Pull(key, command.source_id, request_id, per_token, groups, now, num_bytes)
+        self._wake(groups[0][0], key)
+
+    def cancel(self, now: float, puller: str, pull_id: int) -> bool:
+        """Give a pull up; False if there is none (any more)."""
+        pull = self._pulls.pop((puller, pull_id), None)
+        if pull is None:
+            return False
+        for flow_id in pull.flows:
+            assert self._network is not None
+            del self._of_flow[flow_id]
+            self._network.flows.cancel(now, flow_id)
+        return True
+
+    def lose(self, now: float, instance_id: str) -> list[PullKey]:
+        """An instance dies: its pulls vanish, and those from it end, which are named."""
+        failed = []
+        for key, pull in list(self._pulls.items()):
+            if instance_id in {key[0], pull.source_id}:
+                self.cancel(now, *key)
+                if pull.source_id == instance_id:
+                    failed.append(key)
+        return failed
+
+    def advance(self, now: float) -> list[tuple[str, Migrated]]:
+        """Do what is due at ``now``: (who pulled, the event) of every pull that has ended."""
+        done: list[tuple[str, Migrated]] = []
+        while self._timers and self._timers[0][0] <= now:
+            _, _, key = heapq.heappop(self._timers)
+            pull = self._pulls.get(key)
+            if pull is not None:
+                self._go_on(now, pull, done)
+        network = self._network
+        while network is not None and network.flows.next_time <= now:
+            completion = network.flows.next_completion()
+            assert completion is not None
+            flow_id = completion[1]
+            network.flows.finish(completion[0], flow_id)
+            pull = self._of_flow.pop(flow_id)
+            pull.flows.remove(flow_id)
+            if not pull.flows:
+                self._go_on(now, pull, done)
+        return done
+
+    def _go_on(self, now: float, pull: _Pull, done: list[tuple[str, Migrated]]) -> None:
+        """Nothing of the pull flows: send what is ready, else wait for it, else it has ended."""
+        groups = pull.groups
+        if not groups:
+            del self._pulls[pull.key]
+            puller, pull_id = pull.key
+            done.append((puller, Migrated(pull_id, ok=True, num_bytes=pull.num_bytes)))
+            if self._recorder is not None:
+                self._recorder.on_pull(pull.request_id, pull.source_id, puller, pull.started_at, now, pull.num_bytes)
+            return
+        if groups[0][0] > now:
+            self._wake(groups[0][0], pull.key)
+            return
+        num_tokens = 0.0
+        while groups and groups[0][0] <= now:
+            num_tokens += groups.pop(0)[1]
+        assert self._network is not None
+        for route, bytes_per_token in pull.per_token:
+            flow_id = self._network.flows.start(now, route, num_tokens * bytes_per_token)
+            self._of_flow[flow_id] = pull
+            pull.flows.add(flow_id)
+
+    def _wake(self, time: float, key: PullKey) -> None:
+        self._num_timers += 1
+        heapq.heappush(self._timers, (time, self._num_timers, key))
