@@ -4,20 +4,25 @@ pydantic reads the file (unknown keys refused); inside, everything is a frozen d
 line, the key's path and what would be valid.
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from distserve.cluster.placement_section import ClusterSection, PlacementSection, PlannedSeats, read_plan
+from distserve.cluster.planner import find_planner
+from distserve.cluster.seats import WantedInstance, check_seats, wanted
 from distserve.cluster.sizing import KvRequest
 from distserve.core.config import Role
 from distserve.core.errors import ConfigError
+from distserve.core.topology import ClusterSpec
 
 _DEFAULT_MODEL_NAME = "distserve-demo"
 
-Count = Annotated[int, Field(ge=0, le=10_000)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -33,20 +38,6 @@ class SloSection(_Section):
     ttft: Seconds
     tpot: Seconds
     attainment: Annotated[float, Field(gt=0, le=1)] = 0.9
-
-
-class PoolSection(_Section):
-    """``placement.prefill`` and its like: a pool of equal instances."""
-
-    instances: Count = 1
-
-
-class PlacementSection(_Section):
-    """``placement``: how many instances of each role; without mixed ones, one prefill and one decode if unsaid."""
-
-    prefill: PoolSection | None = None
-    decode: PoolSection | None = None
-    mixed: PoolSection | None = None
 
 
 class EngineSection(_Section):
@@ -72,18 +63,30 @@ class ServingSection(_Section):
     ray_address: str | None = None
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     event_log: Path | None = None
+    node_patience: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+_Placement = Annotated[
+    Annotated[str, Tag("text")] | Annotated[PlacementSection, Tag("pools")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "pools"),
+]
+"""``auto``, the path of a plan, or pools."""
 
 
 class ConfigFile(_Section):
-    """The whole file. ``workload`` and ``cluster`` are the planner's, which checks them."""
+    """The whole file, which a plan is as well.
+
+    ``workload`` and ``cluster`` are the planner's, which checks them; ``prediction`` is what it said of a plan.
+    """
 
     model: str | None = None
     slo: SloSection | None = None
     workload: dict[str, Any] | None = None
     cluster: dict[str, Any] | None = None
-    placement: Literal["auto"] | PlacementSection | None = None
+    placement: _Placement | None = None
     engine: EngineSection = EngineSection()
     serving: ServingSection = ServingSection()
+    prediction: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +103,15 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """One checked launch."""
+    """One checked launch.
+
+    ``cluster`` is what the instances' GPUs are of; None where they were not planned for one. ``node_patience`` is how
+    long to wait for nodes that a joined cluster lacks, in seconds.
+    """
 
     model_dir: Path
-    pools: tuple[tuple[Role, int], ...]
+    instances: tuple[WantedInstance, ...]
+    cluster: ClusterSpec | None
     engine: EngineSettings
     host: str
     port: int
@@ -112,11 +120,17 @@ class ServeConfig:
     ray_address: str | None
     drain_timeout: float
     event_log: Path | None
+    node_patience: float = 0.0
 
     @property
     def num_instances(self) -> int:
         """Instances of all roles."""
-        return sum(count for _, count in self.pools)
+        return len(self.instances)
+
+    @property
+    def pools(self) -> tuple[tuple[Role, int], ...]:
+        """The roles there are, each with its number of instances."""
+        return tuple(Counter(instance.role for instance in self.instances).items())
 
 
 def load_config(path: Path | None, flags: dict[str, Any], default_model: Path) -> ServeConfig:
@@ -138,14 +152,15 @@ def load_config(path: Path | None, flags: dict[str, Any], default_model: Path) -
         checked = ConfigFile.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(error, path, lines, flags)) from error
-    pools = _pools(checked)
     serving, engine = checked.serving, checked.engine
     model_dir = Path(checked.model) if checked.model is not None else default_model
     if not model_dir.is_dir():
         raise ConfigError(f"model directory {model_dir} does not exist")
+    planned = _planned(checked, path, model_dir.resolve())
     return ServeConfig(
         model_dir=model_dir.resolve(),
-        pools=pools,
+        instances=planned.instances,
+        cluster=planned.cluster,
         engine=EngineSettings(
             dtype=engine.dtype,
             max_model_len=engine.max_model_len,
@@ -163,6 +178,7 @@ def load_config(path: Path | None, flags: dict[str, Any], default_model: Path) -
         ray_address=serving.ray_address,
         drain_timeout=serving.drain_timeout,
         event_log=serving.event_log.resolve() if serving.event_log else None,
+        node_patience=serving.node_patience,
     )
 
 
@@ -172,31 +188,38 @@ def _names(checked: ConfigFile) -> tuple[str, ...]:
     return names or (() if checked.model is not None else (_DEFAULT_MODEL_NAME,))
 
 
-def _pools(checked: ConfigFile) -> tuple[tuple[Role, int], ...]:
+def _planned(checked: ConfigFile, path: Path | None, model_dir: Path) -> PlannedSeats:
+    """The instances to start: as the file has them, as the plan it names has them, or as the planner says."""
     placement = checked.placement
     if placement == "auto":
+        planner = find_planner()
+        if planner is None:
+            raise ConfigError(
+                "placement: auto needs the planner, which is not installed; give counts, for example "
+                "placement: {prefill: {instances: 1}, decode: {instances: 1}}"
+            )
+        assert path is not None, "no flag says auto"
+        found = planner(path, model_dir)
+        return PlannedSeats(wanted(found), found.cluster)
+    if isinstance(placement, str):
+        plan = read_plan((path.parent if path is not None else Path()) / placement)
+        if plan.model is not None and Path(plan.model).name != model_dir.name:
+            raise ConfigError(f"the plan {placement} is for the model {plan.model}, to be served is {model_dir}")
+        return plan
+    instances = (placement or PlacementSection()).instances()
+    if not instances[0].gpus:
+        return PlannedSeats(instances, None)
+    if checked.cluster is None:
         raise ConfigError(
-            "placement: auto needs the planner, which is not installed; give counts, for example "
-            "placement: {prefill: {instances: 1}, decode: {instances: 1}}"
+            "placement says which GPUs the instances are on, but there is no section cluster to have them"
         )
-    given = placement or PlacementSection()
-    num_mixed = given.mixed.instances if given.mixed else 0
-    unsaid = PoolSection(instances=0 if num_mixed else 1)
-    counts = {
-        Role.PREFILL: (given.prefill or unsaid).instances,
-        Role.DECODE: (given.decode or unsaid).instances,
-        Role.MIXED: num_mixed,
-    }
-    if not any(counts.values()):
-        raise ConfigError("no instances: give at least --prefill 1 --decode 1, or --mixed 1")
-    if not num_mixed:
-        for role, other in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):
-            if not counts[role]:
-                raise ConfigError(
-                    f"no {role} instance: a request needs one of each pool; give --{role} 1 or more beside "
-                    f"--{other} {counts[other]}"
-                )
-    return tuple((role, count) for role, count in counts.items() if count)
+    try:
+        cluster = ClusterSection.model_validate(checked.cluster).spec()
+    except ValidationError as error:
+        problems = (f"cluster.{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise ConfigError("; ".join(problems)) from error
+    check_seats(instances, cluster)
+    return PlannedSeats(instances, cluster)
 
 
 def _override(data: dict[str, Any], name: str, value: Any) -> None:
@@ -245,7 +268,7 @@ def _explain(
     sentences = []
     for problem in error.errors():
         # pydantic adds the member of a union to the path; our keys are those a section or the file can have.
-        loc = tuple(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "PlacementSection")))
+        loc = tuple(str(part) for part in problem["loc"] if part not in {"text", "pools"})
         name = ".".join(loc)
         if flags.get(name) is not None:
             where = f"--{loc[-1].replace('_', '-')}" if loc[-1] != "instances" else f"--{loc[-2]}"
@@ -256,8 +279,10 @@ def _explain(
         if problem["type"] == "extra_forbidden":
             known = _keys_at(loc[:-1])
             sentences.append(f"{where} is unknown; known here: {', '.join(known)}")
-        elif problem["type"] == "literal_error" and name == "placement":
-            sentences.append(f"{where}: must be auto or pools, such as {{prefill: {{instances: 2}}, decode: {{...}}}}")
+        elif name == "placement":
+            sentences.append(
+                f"{where}: must be auto, the path of a plan, or pools, such as {{prefill: {{instances: 2}}, ...}}"
+            )
         else:
             message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             sentences.append(f"{where}: {problem['input']!r} is wrong, must be {message}")
@@ -267,7 +292,13 @@ def _explain(
 def _keys_at(path: tuple[str, ...]) -> list[str]:
     section: Any = ConfigFile
     for name in path:
-        annotation = section.model_fields[name].annotation
-        candidates = getattr(annotation, "__args__", (annotation,))
-        section = next(part for part in candidates if isinstance(part, type) and issubclass(part, BaseModel))
+        section = next(_sections_in(section.model_fields[name].annotation))
     return sorted(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models within a type, through unions and annotations."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)

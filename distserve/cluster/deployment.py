@@ -4,22 +4,21 @@ Ray is asked for processes and calls at start and after a death only. Who watche
 :mod:`distserve.cluster.supervise`'s business.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distserve.cluster.parts import Card, ClusterKey, EnginePlan, InstanceConfig
 from distserve.cluster.ray_actors import CONCURRENCY, InstanceActor, RouterActor
 from distserve.cluster.ray_cluster import RayCluster
+from distserve.cluster.reservation import ROUTER_CPUS, RankResources, Reservation, cpus_per_rank
+from distserve.cluster.seats import FoundNode, WantedInstance, group_by_node
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
-from distserve.core.errors import ConfigError, DistserveError, InstanceError
+from distserve.core.errors import DistserveError, InstanceError
 
-_ROUTER_CPUS = 0.1
 _PLACEMENT_PATIENCE = 60.0
 _MEETING_PATIENCE = 10.0
 _CLOSE_PATIENCE = 3.0
@@ -27,9 +26,9 @@ _CLOSE_PATIENCE = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """What to deploy: an instance per entry of ``roles``, all alike but for their role."""
+    """What to deploy: ``instances``, whose engines and limits are all alike."""
 
-    roles: tuple[Role, ...]
+    instances: tuple[WantedInstance, ...]
     plan: EnginePlan
     kv: KvConfig
     scheduler: SchedulerConfig
@@ -37,9 +36,9 @@ class Blueprint:
     log_dir: Path | None = None
 
     @property
-    def num_cores(self) -> int:
-        """CPUs that all instances together compute on."""
-        return len(self.roles) * self.plan.num_threads
+    def roles(self) -> tuple[Role, ...]:
+        """The instances' roles."""
+        return tuple(instance.role for instance in self.instances)
 
 
 @dataclass(slots=True)
@@ -59,6 +58,7 @@ class Deployment:
     Args:
         cluster: The Ray cluster it runs in.
         blueprint: What runs.
+        nodes: Node of the Ray cluster by node of the plan; empty if nothing was planned, or the cluster is local.
         owner: The API process, which everyone has to know.
         meet: Tells the API process of new parts.
     """
@@ -67,42 +67,41 @@ class Deployment:
     blueprint: Blueprint
     owner: Card
     meet: Callable[[Iterable[Card]], None]
+    nodes: Mapping[int, FoundNode] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     router: Any = None
     """The router's actor, once started."""
     _router_card: Card | None = None
-    _group: PlacementGroup | None = None
+    _reservation: Reservation | None = None
     _generations: dict[int, int] = field(default_factory=dict)
     _lost: list[str] = field(default_factory=list)
 
     def reserve(self) -> None:
-        """Reserve CPUs for all parts on one host, whose memory they share.
+        """Reserve CPUs for all parts, those planned for one node on one node; unplanned ones share one.
 
         Raises:
-            ConfigError: no host of the cluster has them.
+            ConfigError: they are not there, or not free.
         """
-        count = len(self.blueprint.roles)
-        share = self._cpus_per_instance()
-        self._group = placement_group(
-            [{"CPU": _ROUTER_CPUS}] + [{"CPU": share}] * count, strategy="STRICT_PACK", name=""
-        )
-        if not self._group.wait(_PLACEMENT_PATIENCE):
-            raise ConfigError(
-                f"no host of the Ray cluster has {share * count + _ROUTER_CPUS:g} CPUs free for {count} instances: "
-                "ask for fewer instances or fewer --threads"
-            )
+        groups = group_by_node(self.blueprint.instances)
+        num_cpus = min((node.num_cpus for node in self.nodes.values()), default=self.cluster.largest_num_cpus)
+        share = cpus_per_rank(self.blueprint.plan.num_threads, max(len(g.seats) for g in groups), num_cpus)
+        self._reservation = Reservation(groups, self.nodes, RankResources(share))
+        self._reservation.wait(_PLACEMENT_PATIENCE)
 
     def start_router(self) -> Any:
         """Create the router's actor; the call that gives its card."""
+        assert self._reservation is not None, "reserve comes first"
         self.router = RouterActor.options(
-            num_cpus=_ROUTER_CPUS, max_concurrency=CONCURRENCY, scheduling_strategy=self._place(0)
+            num_cpus=ROUTER_CPUS, max_concurrency=CONCURRENCY, scheduling_strategy=self._reservation.router()
         ).remote(self.blueprint.key, self._listen_on(), self.blueprint.log_dir)
         return self.router.card.remote()
 
     def start_instance(self, slot: int) -> tuple[Member, Any]:
         """Create an actor for ``slot``, under an id never used before; the call that loads it and gives its card."""
+        assert self._reservation is not None, "reserve comes first"
         blueprint = self.blueprint
         role = blueprint.roles[slot]
+        group = next(group for group in group_by_node(blueprint.instances) if (slot, 0) in group.seats)
         generation = self._generations.get(slot, -1) + 1
         self._generations[slot] = generation
         number = slot - blueprint.roles.index(role)
@@ -114,14 +113,14 @@ class Deployment:
             plan=blueprint.plan,
             key=blueprint.key,
             host=self._listen_on(),
-            first_core=slot * blueprint.plan.num_threads,
-            num_cores=blueprint.num_cores,
+            first_core=group.seats.index((slot, 0)) * blueprint.plan.num_threads,
+            num_cores=len(group.seats) * blueprint.plan.num_threads,
             log_dir=blueprint.log_dir,
         )
         actor = InstanceActor.options(
-            num_cpus=self._cpus_per_instance(),
+            num_cpus=self._reservation.rank.num_cpus,
             max_concurrency=CONCURRENCY,
-            scheduling_strategy=self._place(slot + 1),
+            scheduling_strategy=self._reservation.seat(slot),
         ).remote(config)
         return Member(slot, spec, actor), actor.load.remote()
 
@@ -173,8 +172,8 @@ class Deployment:
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_PATIENCE)
         for actor in actors:
             ray.kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
+        if self._reservation is not None:
+            self._reservation.close()
 
     def _listen_on(self) -> str | None:
         """Loopback in a local cluster; elsewhere each part knows its own node's address."""
@@ -182,19 +181,6 @@ class Deployment:
 
     def _cards(self) -> list[Card]:
         return [member.card for member in self.members.values() if member.card is not None]
-
-    def _cpus_per_instance(self) -> float:
-        """CPUs to ask of Ray per instance: its threads, or an equal share where there are fewer."""
-        threads = self.blueprint.plan.num_threads
-        share = (self.cluster.num_cpus - _ROUTER_CPUS) / len(self.blueprint.roles)
-        if share >= threads:
-            return threads
-        # Ray counts CPUs in whole numbers from one on.
-        return float(int(share)) if share >= 1 else max(0.001, int(share * 1000) / 1000)
-
-    def _place(self, bundle: int) -> PlacementGroupSchedulingStrategy:
-        assert self._group is not None, "reserve comes first"
-        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
 
 
 def cause_of(error: Exception, name: str) -> DistserveError:

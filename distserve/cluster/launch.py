@@ -4,7 +4,6 @@ Everything below the endpoint is started here, in parallel where it can be, and 
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from distserve.cluster.deployment import Blueprint, Deployment, cause_of
 from distserve.cluster.describe import Description, ModelFacts
 from distserve.cluster.network import Mailbox, create_key
 from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan
-from distserve.cluster.ray_cluster import ray_cluster
+from distserve.cluster.ray_cluster import joined_cluster, local_cluster, this_node
+from distserve.cluster.seats import FoundNode, check_engine, group_by_node, match_nodes
 from distserve.cluster.session import Session
-from distserve.cluster.sizing import check_processes, free_memory, size_kv, threads_per_instance
+from distserve.cluster.sizing import check_processes, free_memory, size_kv
 from distserve.cluster.supervise import Supervisor
 from distserve.core.config import SchedulerConfig
 from distserve.core.errors import ConfigError
@@ -38,12 +38,17 @@ class Launched:
 @contextmanager
 def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launched]:
     """Start every part but the endpoint; stop them again at the end."""
-    num_threads = threads_per_instance(config.engine.threads, config.num_instances)
-    num_cores = num_threads * config.num_instances
-    num_cpus = len(os.sched_getaffinity(0))
-    if config.ray_address is None and num_cores > num_cpus:
-        logger.warning("%d threads of %d instances share %d CPUs", num_cores, config.num_instances, num_cpus)
+    groups = group_by_node(config.instances)
+    nodes: dict[int, FoundNode] = {}
     if config.ray_address is None:
+        here = this_node()
+        if config.cluster is not None:
+            match_nodes(groups, config.cluster, [here])
+        check_engine(config.instances, config.cluster)
+        num_threads = _threads(config, here.num_cpus)
+        num_cores = num_threads * config.num_instances
+        if num_cores > here.num_cpus:
+            logger.warning("%d threads of %d instances share %d CPUs", num_cores, config.num_instances, here.num_cpus)
         # Ray starts a process per CPU promised to it: a number beyond reason must not get that far.
         check_processes(config.num_instances, free_memory())
     with ExitStack() as stack:
@@ -51,10 +56,15 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
         if config.ray_address is None:
             show("starting a local Ray cluster")
             directory = str(stack.enter_context(Session()).directory)
+            cluster = stack.enter_context(local_cluster(directory, num_cores + 1))
         else:
             show(f"joining the Ray cluster at {config.ray_address}")
-            directory = ""
-        cluster = stack.enter_context(ray_cluster(config.ray_address, directory, num_cores + 1))
+            cluster = stack.enter_context(joined_cluster(config.ray_address))
+            if config.cluster is not None:
+                nodes = cluster.match(groups, config.cluster, config.node_patience, show)
+            check_engine(config.instances, config.cluster)
+            num_cpus = min((node.num_cpus for node in nodes.values()), default=this_node().num_cpus)
+            num_threads = _threads(config, num_cpus)
         show("examining the model")
         facts = description.result()
         key = create_key()
@@ -66,6 +76,7 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
             blueprint,
             Card(OWNER, mailbox.endpoint),
             lambda cards: mailbox.meet({card.name: card.endpoint for card in cards}),
+            nodes,
         )
         stack.callback(deployment.close)
         _start_parts(deployment, show)
@@ -75,12 +86,22 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
         yield Launched(deployment, mailbox)
 
 
+def _threads(config: ServeConfig, num_cpus: int) -> int:
+    """CPU threads of each instance: as asked for, or a fair share of its node's ``num_cpus``.
+
+    A planned node is shared by as many ranks as the plan's cluster has slots for, whether or not all are taken: the
+    plan's latencies are those of such a slot.
+    """
+    fullest = max(len(group.seats) for group in group_by_node(config.instances))
+    return config.engine.threads or max(1, num_cpus // (config.cluster.gpus_per_node if config.cluster else fullest))
+
+
 def _start_parts(deployment: Deployment, show: Callable[[str], None]) -> None:
     """Start router and instances in parallel and introduce them to each other."""
     show("waiting for CPUs")
     deployment.reserve()
     router = deployment.start_router()
-    loading = dict(deployment.start_instance(slot)[::-1] for slot in range(len(deployment.blueprint.roles)))
+    loading = dict(deployment.start_instance(slot)[::-1] for slot in range(len(deployment.blueprint.instances)))
     loaded = []
     while loading:
         names = ", ".join(member.spec.instance_id for member in loading.values())
@@ -110,13 +131,13 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
         weight_bytes=facts.weight_bytes,
         token_bytes=facts.token_bytes,
         max_model_len=max_model_len,
-        num_instances=config.num_instances,
+        num_instances=max(len(group.seats) for group in group_by_node(config.instances)),
         free=free_memory(),
     )
     if kv.num_tokens < max_model_len:
         logger.warning("KV memory holds %d tokens, requests longer than that are refused", kv.num_tokens)
     return Blueprint(
-        roles=tuple(role for role, count in config.pools for _ in range(count)),
+        instances=config.instances,
         plan=EnginePlan(config.model_dir, engine.dtype, num_threads),
         kv=kv,
         scheduler=SchedulerConfig(

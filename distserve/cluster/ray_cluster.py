@@ -5,16 +5,26 @@ the session's directory. Its core processes die with the launcher by themselves;
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
 
+from distserve.cluster.seats import FoundNode, NodeGroup, match_nodes
 from distserve.core.errors import ConfigError
+from distserve.core.topology import ClusterSpec
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """Close to the least that Ray takes: tokens and KV never go through it."""
+
+_LOOPBACK = "127.0.0.1"
+_GPU_TYPE = "accelerator_type:"
+_NODE_POLL = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,42 +33,93 @@ class RayCluster:
 
     host: str
     is_local: bool
-    num_cpus: float
+
+    @property
+    def largest_num_cpus(self) -> int:
+        """CPUs of the node that has most."""
+        return max((node.num_cpus for node in self.nodes()), default=0)
+
+    def nodes(self) -> list[FoundNode]:
+        """The nodes that are alive now."""
+        found = []
+        for node in ray.nodes():  # type: ignore[no-untyped-call]
+            if node["Alive"]:
+                resources = node["Resources"]
+                types = {name.removeprefix(_GPU_TYPE) for name in resources if name.startswith(_GPU_TYPE)}
+                found.append(
+                    FoundNode(
+                        node["NodeID"], int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), frozenset(types)
+                    )
+                )
+        return found
+
+    def match(
+        self, groups: Sequence[NodeGroup], planned: ClusterSpec, patience: float, show: Callable[[str], None]
+    ) -> dict[int, FoundNode]:
+        """The node for each node of a plan, waiting at most ``patience`` seconds for nodes to come.
+
+        Raises:
+            ConfigError: they have not; says what is missing.
+        """
+        end = time.monotonic() + patience
+        while True:
+            try:
+                return match_nodes(groups, planned, self.nodes())
+            except ConfigError as error:
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise
+                show(f"waiting for nodes, {left:.0f} s at most: {error}")
+                time.sleep(min(_NODE_POLL, left))
 
 
-@contextmanager
-def ray_cluster(address: str | None, directory: str, num_cpus: int) -> Iterator[RayCluster]:
-    """Join the cluster at ``address``, or start a local one with ``num_cpus`` and its files in ``directory``.
+def this_node() -> FoundNode:
+    """This machine, as a local cluster on it could use it."""
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return FoundNode("", len(os.sched_getaffinity(0)), len(list(gpus.iterdir())) if gpus.is_dir() else 0)
+
+
+def local_cluster(directory: str, num_cpus: int) -> AbstractContextManager[RayCluster]:
+    """Start a cluster of this machine alone, with ``num_cpus`` and its files in ``directory``.
 
     Must be entered on the main thread, which has to outlive the cluster: the kernel ties Ray's processes to the thread
     that started them.
 
     Raises:
-        ConfigError: nothing to join at ``address``, or the local cluster does not start.
+        ConfigError: it does not start.
     """
+    return _cluster(
+        "start a local Ray cluster",
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address=_LOOPBACK,
+        _temp_dir=directory,
+        # Ray's default is 15: whatever else the machine runs, the endpoint included, would starve the engines.
+        _system_config={"worker_niceness": 0},
+    )
+
+
+def joined_cluster(address: str) -> AbstractContextManager[RayCluster]:
+    """Join the cluster at ``address`` (``auto``: the one this machine is part of).
+
+    Raises:
+        ConfigError: there is nothing to join.
+    """
+    return _cluster(f"join the Ray cluster at {address}", address=address, namespace="distserve")
+
+
+@contextmanager
+def _cluster(attempt: str, **settings: Any) -> Iterator[RayCluster]:
     try:
-        if address is not None:
-            ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR, namespace="distserve")
-        else:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                num_gpus=0,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=True,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=directory,
-                # Ray's default is 15: whatever else the machine runs, the endpoint included, would starve the engines.
-                _system_config={"worker_niceness": 0},
-            )
+        ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        what = f"join the Ray cluster at {address}" if address else "start a local Ray cluster"
-        raise ConfigError(f"cannot {what}: {error}") from error
+        raise ConfigError(f"cannot {attempt}: {error}") from error
+    is_local = settings["address"] == "local"
     try:
-        host = "127.0.0.1" if address is None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield RayCluster(host, address is None, float(resources.get("CPU", 0.0)))
+        host = _LOOPBACK if is_local else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        yield RayCluster(host, is_local)
     finally:
         ray.shutdown()

@@ -1,6 +1,5 @@
 """How much KV memory each instance gets, and whether the machine can hold what was asked for."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,11 +94,6 @@ def size_kv(
             f"{_mib(PROCESS_BYTES)} for its process. {_advice(fit)}"
         )
     return KvConfig(num_blocks=num_blocks, block_size=request.block_size)
-
-
-def threads_per_instance(wanted: int | None, num_instances: int) -> int:
-    """CPU threads of each instance: ``wanted``, or an equal share of the CPUs, at least one."""
-    return wanted or max(1, len(os.sched_getaffinity(0)) // num_instances)
 
 
 def _advice(fit: int) -> str:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from distserve.cluster.config import ServeConfig, load_config
+from distserve.cluster.seats import WantedInstance
 from distserve.cluster.sizing import PROCESS_BYTES, KvRequest, size_kv
-from distserve.core.config import Role
+from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
+from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
 from distserve.demo import model_dir
 
 
@@ -60,8 +62,8 @@ def test_mixed_instances_need_no_others() -> None:
         ("serving:\n\n  port: 70000", ["line 3: serving.port", "70000", "65535"]),
         ("slo: {ttft: -1, tpot: 0.1}", ["slo.ttft", "-1", "greater than 0"]),
         ("slo: {ttft: 1}", ["slo.tpot"]),
-        ("placement: best", ["placement", "auto"]),
-        ("placement: auto", ["planner"]),
+        ("placement: best", ["cannot read the plan", "best", "distserve plan"]),
+        ("placement: [1]", ["line 1: placement", "auto", "path of a plan", "pools"]),
         ("placement: {prefill: {instances: 0}, decode: {instances: 0}}", ["no instances"]),
         ("placement: {prefill: {instances: 0}}", ["no prefill instance"]),
         ("placement: {decode: {instances: 0}}", ["no decode instance"]),
@@ -78,6 +80,84 @@ def test_mistakes_in_the_file_are_named(tmp_path: Path, text: str, expected: lis
         load(tmp_path, text)
     for part in expected:
         assert part in str(error.value)
+
+
+PLAN = """
+placement:
+  prefill: {instances: 2, tp: 2, gpus: [[[0, 0], [0, 1]], [[1, 0], [1, 1]]]}
+  decode: {instances: 1, pp: 2, gpus: [[[0, 2], [1, 2]]]}
+cluster: {gpu: h100-sxm, nodes: 2, gpus_per_node: 4, intra_node_bandwidth: 450.0e+9, inter_node_bandwidth: 50.0e+9}
+slo: {ttft: 0.4, tpot: 0.04}
+workload: {prompt: 100, output: 10}
+prediction: {attainment: 0.97}
+"""
+
+
+def test_a_plan_says_which_instances_sit_where(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    # The plan is looked for beside the file that names it, and is a configuration itself.
+    for config in (load(tmp_path, "placement: plan.yaml"), load_config(tmp_path / "plan.yaml", {}, model_dir())):
+        assert config.pools == ((Role.PREFILL, 2), (Role.DECODE, 1))
+        assert config.instances[1].parallel == ParallelConfig(tp=2)
+        assert config.instances[1].gpus == (Gpu(1, 0), Gpu(1, 1))
+        assert config.instances[2].gpus == (Gpu(0, 2), Gpu(1, 2))
+        assert config.cluster == ClusterSpec("h100-sxm", 2, 4, 450e9, 50e9)
+
+
+def test_flags_win_over_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    config = load(tmp_path, "placement: plan.yaml", **{"placement.mixed.instances": 1})
+    assert config.pools == ((Role.MIXED, 1),)
+    assert config.cluster is None
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("placement:", "placment:"), "no section placement"),
+        (("[[0, 2], [1, 2]]", "[[0, 2]]"), "2 ranks .* 1 GPUs"),
+        (("[[0, 2], [1, 2]]", "[[0, 2], [0, 1]]"), "GPU 1 of node 0 is given to 2 ranks"),
+        (("nodes: 2", "nodes: 1"), "no GPU 0 on a node 1"),
+        (("instances: 2", "instances: 3"), "lists the GPUs of 2 instances, there are 3"),
+        (("[0, 2], [1, 2]", "[0, 2], [1]"), r"placement.decode.gpus.0.1"),
+        (("gpus_per_node: 4, ", ""), "cluster.gpus_per_node"),
+        (("450.0e+9", "-1"), "cluster.intra_node_bandwidth"),
+        (("pp: 2, gpus: [[[0, 2], [1, 2]]]", "pp: 2"), "placement.decode.gpus is missing"),
+        (("placement:", "model: /models/opt-66b\nplacement:"), "for the model /models/opt-66b"),
+        (("{", "["), "not valid YAML"),
+    ],
+)
+def test_a_damaged_plan_is_refused(tmp_path: Path, change: tuple[str, str], expected: str) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN.replace(*change))
+    with pytest.raises(ConfigError, match=expected) as error:
+        load(tmp_path, "placement: plan.yaml")
+    assert "plan.yaml" in str(error.value)
+
+
+def test_planned_gpus_need_their_cluster(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no section cluster"):
+        load(tmp_path, "placement: {mixed: {gpus: [[[0, 0]]]}}")
+    with pytest.raises(ConfigError, match=r"cluster\.nodes"):
+        load(tmp_path, "placement: {mixed: {gpus: [[[0, 0]]]}}\ncluster: {gpu: cpu, gpus_per_node: 2}")
+
+
+def test_auto_asks_the_planner_that_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def planner(file: Path, model: Path) -> Placement:
+        assert (file, model) == (tmp_path / "serve.yaml", model_dir())
+        spec = InstanceSpec("mixed-0", Role.MIXED, KvConfig(8))
+        return Placement(ClusterSpec("cpu", 1, 2, 1.0, 1.0), (PlacedInstance(spec, (Gpu(0, 1),)),))
+
+    monkeypatch.setattr("distserve.cluster.config.find_planner", lambda: planner)
+    config = load(tmp_path, "placement: auto")
+    assert config.instances == (WantedInstance(Role.MIXED, ParallelConfig(), (Gpu(0, 1),)),)
+    assert config.cluster is not None
+    assert config.cluster.gpu == "cpu"
+
+
+def test_auto_without_a_planner_says_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distserve.cluster.config.find_planner", lambda: None)
+    with pytest.raises(ConfigError, match="needs the planner, which is not installed; give counts"):
+        load(tmp_path, "placement: auto")
 
 
 def test_mistakes_in_flags_are_named_as_flags() -> None:

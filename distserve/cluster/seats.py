@@ -1,0 +1,151 @@
+"""Which instances a launch wants, and how the nodes they were planned for map onto the nodes there are.
+
+Pure: the nodes found are an argument, so that this is tested without a cluster. Ray's part of it is
+:mod:`distserve.cluster.reservation`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role
+from distserve.core.errors import ConfigError
+from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
+
+CPU = "cpu"
+"""The ``gpu`` of a cluster without any: a rank then takes one of the node's slots, CPUs are what counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedInstance:
+    """One instance to start: ``gpus`` in rank order (shard ``t`` of stage ``s`` at ``s * tp + t``); empty: anywhere."""
+
+    role: Role
+    parallel: ParallelConfig
+    gpus: tuple[Gpu, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FoundNode:
+    """A node as it was found. ``gpu_types`` are the names Ray announces (``A100``), empty if it knows none."""
+
+    node_id: str
+    num_cpus: int
+    num_gpus: int = 0
+    gpu_types: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGroup:
+    """What shares a node: ``seats`` are (instance, rank) pairs. ``node`` is the plan's; None where nothing was planned.
+
+    Each tensor-parallel group lies within one of these, which is started on one node or not at all.
+    """
+
+    node: int | None
+    seats: tuple[tuple[int, int], ...]
+
+
+def wanted(placement: Placement) -> tuple[WantedInstance, ...]:
+    """The instances of a placement."""
+    return tuple(WantedInstance(p.spec.role, p.spec.parallel, p.gpus) for p in placement.instances)
+
+
+def check_seats(instances: Sequence[WantedInstance], cluster: ClusterSpec) -> None:
+    """Raise ConfigError unless all ``instances`` have GPUs of ``cluster``, one a rank, a stage's on one node."""
+    specs = (InstanceSpec(f"{i.role} instance", i.role, KvConfig(0), parallel=i.parallel) for i in instances)
+    placed = tuple(PlacedInstance(spec, i.gpus) for spec, i in zip(specs, instances, strict=True))
+    Placement(cluster, placed).check()
+    for instance in placed:
+        for stage in range(instance.spec.parallel.pp):
+            nodes = sorted({gpu.node for gpu in instance.stage(stage)})
+            if len(nodes) > 1:
+                raise ConfigError(
+                    f"stage {stage} of a {instance.spec.instance_id} spans the nodes {', '.join(map(str, nodes))}: the "
+                    f"{instance.spec.parallel.tp} shards of a stage have to share one"
+                )
+
+
+def group_by_node(instances: Sequence[WantedInstance]) -> tuple[NodeGroup, ...]:
+    """The ranks of ``instances`` by the node they were planned for; all in one group where nothing was planned."""
+    if not all(instance.gpus for instance in instances):
+        seats = ((i, rank) for i, instance in enumerate(instances) for rank in range(instance.parallel.num_ranks))
+        return (NodeGroup(None, tuple(seats)),)
+    by_node: dict[int, list[tuple[int, int]]] = {}
+    for i, instance in enumerate(instances):
+        for rank, gpu in enumerate(instance.gpus):
+            by_node.setdefault(gpu.node, []).append((i, rank))
+    return tuple(NodeGroup(node, tuple(seats)) for node, seats in sorted(by_node.items()))
+
+
+def match_nodes(groups: Iterable[NodeGroup], cluster: ClusterSpec, found: Sequence[FoundNode]) -> dict[int, FoundNode]:
+    """A node of its own for every node of the plan that is used: the fullest goes to the largest.
+
+    Raises:
+        ConfigError: there are too few nodes, too small ones or ones with other GPUs; says what is missing.
+    """
+    needs = sorted(((len(group.seats), group.node) for group in groups if group.node is not None), reverse=True)
+    usable = [node for node in found if _size(node, cluster) and _same_gpu(node, cluster.gpu)]
+    usable.sort(key=lambda node: _size(node, cluster), reverse=True)
+    # One dimension: if sizes in descending order do not fit pairwise, no other assignment does.
+    fits = len(usable) >= len(needs) and all(
+        _size(node, cluster) >= need for (need, _), node in zip(needs, usable, strict=False)
+    )
+    if not fits:
+        raise ConfigError(
+            f"the plan needs {_describe_needs([need for need, _ in needs], cluster)}, the cluster has "
+            f"{_describe_found(found)}: add what is missing, or plan for what is there (the section cluster of the "
+            "configuration)"
+        )
+    return {node: there for (_, node), there in zip(needs, usable, strict=False) if node is not None}
+
+
+def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | None) -> None:
+    """Raise ConfigError for what can be planned and reserved, but not be computed by the engine of this version."""
+    for instance in instances:
+        if instance.parallel.num_ranks > 1:
+            raise ConfigError(
+                f"{instance.role} instances of tp {instance.parallel.tp} x pp {instance.parallel.pp} cannot be started "
+                "yet: the engine runs one rank per instance; launch a placement with tp 1 and pp 1"
+            )
+    if cluster is not None and cluster.gpu != CPU:
+        raise ConfigError(
+            f"the plan is for {cluster.gpu}, and the engine computes on CPUs so far: launch a plan for `gpu: cpu`"
+        )
+    nodes = {instance.gpus[0].node for instance in instances if instance.gpus and instance.role is not Role.MIXED}
+    if len(nodes) > 1:
+        raise ConfigError(
+            "prefill and decode instances are planned on several nodes, and KV moves through shared memory so far: "
+            "launch a placement that has them on one node"
+        )
+
+
+def _size(node: FoundNode, cluster: ClusterSpec) -> int:
+    """Ranks the node can take."""
+    return node.num_cpus if cluster.gpu == CPU else node.num_gpus
+
+
+def _same_gpu(node: FoundNode, gpu: str) -> bool:
+    """Whether the node may have GPUs called ``gpu``: Ray's names are coarser than ours, and some it does not know."""
+    wanted_model = gpu.partition("-")[0]
+    return not node.gpu_types or any(name.partition("-")[0].lower() == wanted_model for name in node.gpu_types)
+
+
+def _describe_needs(needs: Sequence[int], cluster: ClusterSpec) -> str:
+    what = "CPU" if cluster.gpu == CPU else f"{cluster.gpu} GPU"
+    return " and ".join(
+        f"{_count(num, 'node')} of {_count(size, what)}" for size, num in sorted(Counter(needs).items(), reverse=True)
+    )
+
+
+def _describe_found(found: Sequence[FoundNode]) -> str:
+    kinds = Counter((node.num_gpus, "/".join(sorted(node.gpu_types)), node.num_cpus) for node in found)
+    texts = []
+    for (num_gpus, name, num_cpus), num in sorted(kinds.items(), reverse=True):
+        gpus = _count(num_gpus, f"{name} GPU".strip()) + " and " if num_gpus else ""
+        texts.append(f"{_count(num, 'node')} of {gpus}{_count(num_cpus, 'CPU')}{'' if num_gpus else ' (no GPU)'}")
+    return ", ".join(texts) or "no node"
+
+
+def _count(num: int, what: str) -> str:
+    return f"{num} {what}{'' if num == 1 else 's'}"
