@@ -1,0 +1,261 @@
+"""PNG plots of a plan.
+
+Axes begin at zero. Requests without a latency are not dropped: a distribution's curve ends at the share of offered
+requests that got one. Every estimate is drawn with its 95% interval where it has one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from distserve.bench.report import write_atomically
+from distserve.core.config import SLO
+from placement.drawing import draw_cluster
+from placement.outlook import Change, Outlook, Sample
+from placement.plan import Evaluation, Plan
+
+_MAX_PANELS = 4
+_LIMIT = "#c51b3b"
+_BOTH, _TTFT, _TPOT = "#222222", "#4c78a8", "#f58518"
+_COLOURS = ("#222222", "#b279a2", "#54a24b", "#9d755d")
+
+
+def write_plots(directory: Path, plan: Plan, outlook: Outlook) -> list[Path]:
+    """Write all plots of ``plan`` into ``directory``, which is there; returns their paths."""
+    figures = {
+        "attainment_over_rate.png": plot_attainment(plan),
+        "gpus_over_goodput.png": plot_front(plan, outlook),
+        "cluster.png": draw_cluster(plan.chosen.placement, outlook.flows, _title(plan)),
+    }
+    if outlook.samples:
+        figures["latency.png"] = plot_latency(outlook.samples, plan.problem.slo, plan)
+    written = []
+    for name, figure in figures.items():
+        path = directory / name
+        write_atomically(path, lambda temporary, figure=figure: figure.savefig(temporary, dpi=120))  # type: ignore[misc]
+        written.append(path)
+    return written
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.problem.model.name}: {plan.chosen.label}"
+
+
+def rivals(plan: Plan) -> list[tuple[str, Evaluation]]:
+    """The chosen placement and its rivals, each once, with the name of its part in the plan."""
+    named = [
+        ("chosen", plan.chosen),
+        ("runner-up", plan.runner_up),
+        ("best disaggregated", plan.disaggregated),
+        ("best colocated", plan.colocated),
+        ("as given", plan.paper),
+        *(("finalist", found) for found in plan.finalists),
+    ]
+    found: list[tuple[str, Evaluation]] = []
+    for name, evaluation in named:
+        if evaluation is not None and all(evaluation is not other for _, other in found):
+            found.append((name, evaluation))
+    return found
+
+
+def plot_attainment(plan: Plan) -> Figure:
+    """Attainment over the rate per GPU, a panel per candidate: both bounds with the interval, and each bound alone."""
+    slo = plan.problem.slo
+    # The best of the other kind belongs in the picture even if three finalists of one kind lead.
+    shown = rivals(plan)[:_MAX_PANELS]
+    shown = [(name, found) for name, found in shown if found.curve] or shown[:1]
+    columns = min(len(shown), 2)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(6.2 * columns + 0.3, 3.7 * rows + 0.9), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    furthest = max((point.rate / found.num_gpus for _, found in shown for point in found.curve), default=1.0)
+    for panel, (name, found) in zip(panels, shown, strict=False):
+        _draw_curve(panel, name, found, slo)
+        panel.set_xlim(0, furthest * 1.03)
+    for panel in panels[len(shown) :]:
+        panel.axis("off")
+    for panel in panels[-columns:]:
+        panel.set_xlabel("offered rate, requests/s per GPU")
+    for panel in panels[::columns]:
+        panel.set_ylabel("share of offered requests")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
+    figure.suptitle(
+        f"{plan.problem.model.name} on {plan.problem.cluster.gpu}: share of requests with TTFT up to {slo.ttft:g} s "
+        f"and TPOT up to {slo.tpot:g} s",
+        fontsize=11,
+    )
+    return figure
+
+
+def _draw_curve(axis: Axes, name: str, found: Evaluation, slo: SLO) -> None:
+    rates = np.array([point.rate for point in found.curve]) / found.num_gpus
+    both = np.array([point.attainment.estimate for point in found.curve])
+    below = np.array([point.attainment.low for point in found.curve])
+    above = np.array([point.attainment.high for point in found.curve])
+    axis.axhline(slo.attainment, color=_LIMIT, linestyle="--", linewidth=1.1, label=f"target {slo.attainment:.0%}")
+    axis.axvline(found.goodput_per_gpu, color="#54a24b", linewidth=1.3, label="goodput, and its 95% interval", zorder=1)
+    axis.axvspan(
+        found.goodput.low / found.num_gpus,
+        found.goodput.high / found.num_gpus,
+        color="#54a24b",
+        alpha=0.15,
+        linewidth=0,
+    )
+    for values, colour, style, label in (
+        ([point.ttft_attainment for point in found.curve], _TTFT, "--", "TTFT met (prefill)"),
+        ([point.tpot_attainment for point in found.curve], _TPOT, ":", "TPOT met (decode)"),
+    ):
+        axis.plot(rates, values, linestyle=style, marker=".", markersize=4, color=colour, linewidth=1.6, label=label)
+    axis.fill_between(rates, below, above, color=_BOTH, alpha=0.15, linewidth=0)
+    axis.plot(rates, both, "-o", markersize=3.5, color=_BOTH, linewidth=1.2, label="both met, 95% interval")
+    unstable = [not point.is_stable for point in found.curve]
+    # Drawn even when empty, so that the first panel's legend serves them all.
+    axis.plot(
+        rates[unstable],
+        both[unstable],
+        linestyle="none",
+        marker="x",
+        markersize=9,
+        color=_LIMIT,
+        label="overloaded: the backlog grows",
+    )
+    axis.set_title(
+        f"{name}: {found.label}\n{found.num_gpus} GPUs, goodput {found.goodput.estimate:.3g}/s "
+        f"= {found.goodput_per_gpu:.3g}/s per GPU",
+        fontsize=9.5,
+    )
+    axis.set_ylim(0, 1.04)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.grid(alpha=0.3)
+
+
+def plot_front(plan: Plan, outlook: Outlook) -> Figure:
+    """GPUs over goodput: every measured placement, and the front of those no other beats in both."""
+    figure = Figure(figsize=(8.5, 5.6), layout="constrained")
+    axis = figure.subplots()
+    named = rivals(plan)
+    points = [(found.goodput.estimate, found.num_gpus) for _, found in named]
+    sizes = [(variant.goodput, variant.num_gpus) for variant in outlook.of(Change.SIZE) if variant.goodput is not None]
+    front = _pareto(points + sizes)
+    most = max((goodput for goodput, _ in points + sizes), default=1.0)
+    # Goodput x to the right of a point needs the next point's GPUs: the front rises at each point.
+    xs = [0.0, *(goodput for goodput, _ in front)]
+    ys = [front[0][1], *(gpus for _, gpus in front)] if front else [0.0]
+    axis.step(xs, ys, where="pre", color="0.55", linewidth=1.4, label="fewest GPUs of those measured", zorder=1)
+    if sizes:
+        axis.plot(
+            [goodput for goodput, _ in sizes],
+            [gpus for _, gpus in sizes],
+            linestyle="none",
+            marker="o",
+            markerfacecolor="white",
+            color=_BOTH,
+            label="the chosen shapes, an instance more or less",
+            zorder=2,
+        )
+    shown: set[str] = set()
+    for name, found in named:
+        colour, kind = (_COLOURS[2], "colocated") if found.is_colocated else (_TTFT, "disaggregated")
+        axis.errorbar(
+            found.goodput.estimate,
+            found.num_gpus,
+            xerr=[
+                [max(found.goodput.estimate - found.goodput.low, 0)],
+                [max(found.goodput.high - found.goodput.estimate, 0)],
+            ],
+            fmt="*" if name == "chosen" else "s",
+            markersize=15 if name == "chosen" else 7,
+            color=colour,
+            capsize=3,
+            label=f"{kind}, 95% interval" if name == "chosen" or kind not in shown else None,
+            zorder=3,
+        )
+        shown.add(kind)
+    _label_points(axis, [(found.goodput.estimate, found.num_gpus, f"{name}: {found.label}") for name, found in named])
+    if plan.problem.rate is not None:
+        axis.axvline(plan.problem.rate, color=_LIMIT, linestyle="--", linewidth=1.1, label="rate asked for")
+    axis.set_xlim(0, max(most, plan.problem.rate or 0) * 1.25)
+    axis.set_ylim(0, max(gpus for _, gpus in points + sizes) * 1.3 + 0.5)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="goodput, requests/s", ylabel="GPUs")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left")
+    axis.set_title(f"{plan.problem.model.name} on {plan.problem.cluster.gpu}: GPUs over goodput", fontsize=11)
+    return figure
+
+
+def _pareto(points: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """The points that no other beats in goodput and GPUs, by goodput."""
+    front: list[tuple[float, int]] = []
+    for goodput, gpus in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not front or gpus < front[-1][1]:
+            front.append((goodput, gpus))
+    return front[::-1]
+
+
+def _label_points(axis: Axes, points: Sequence[tuple[float, int, str]]) -> None:
+    """Labels beside their points; those of one number of GPUs on lines of their own below each other."""
+    rows: dict[int, int] = {}
+    for goodput, gpus, text in sorted(points):
+        row = rows[gpus] = rows.get(gpus, 0) + 1
+        axis.annotate(
+            text,
+            (goodput, gpus),
+            xytext=(4, -5 - 11 * row),
+            textcoords="offset points",
+            fontsize=7.5,
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6},
+        )
+
+
+def plot_latency(samples: Sequence[Sample], slo: SLO, plan: Plan) -> Figure:
+    """Cumulative distributions of TTFT and TPOT of the chosen placement and rivals, with the SLO's limits."""
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, label, limit, attribute in (
+        (axes[0], "TTFT (arrival to first token), s", slo.ttft, "ttft"),
+        (axes[1], "TPOT, s per token", slo.tpot, "tpot"),
+    ):
+        furthest = 1.6 * limit
+        for sample, colour in zip(samples, _COLOURS, strict=False):
+            values = getattr(sample, attribute)
+            answered = np.sort(values[np.isfinite(values)])
+            if not len(answered):
+                continue
+            heights = np.arange(1, len(answered) + 1) / len(values)
+            axis.step(
+                np.concatenate([[0, answered[0]], answered]),
+                np.concatenate([[0, 0], heights]),
+                where="post",
+                color=colour,
+                linewidth=1.8 if sample is samples[0] else 1.2,
+                label=f"{sample.label}, {sample.rate:.3g}/s (n={len(values):,})",
+            )
+            furthest = max(furthest, float(np.quantile(answered, 0.95)))
+        axis.axvline(limit, color=_LIMIT, linestyle="--", linewidth=1.2, label="limit of the SLO")
+        axis.axhline(slo.attainment, color=_LIMIT, linestyle=":", linewidth=1)
+        # Beyond three times the limit a miss is a miss; the rest of a tail would squeeze what matters.
+        shown = min(furthest, 3 * limit)
+        beyond = max(float(np.nansum(getattr(sample, attribute) > shown)) / len(sample.ttft) for sample in samples)
+        tail = f"\n(the axis ends before the slowest {beyond:.1%} of a curve)" if beyond > 0 else ""
+        axis.set(xlabel=label + tail, xlim=(0, shown), ylim=(0, 1.02))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.grid(alpha=0.3)
+        axis.annotate(
+            f"target {slo.attainment:.0%}",
+            (0.01, slo.attainment),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            va="bottom",
+            color=_LIMIT,
+        )
+    axes[0].set_ylabel("share of offered requests")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    figure.suptitle(f"{_title(plan)}: latencies", fontsize=11)
+    return figure

@@ -1,0 +1,385 @@
+"""A plan as JSON and as tables.
+
+The JSON document (``schema`` "distserve-plan/1"); times in seconds, rates in requests/s, memory in bytes, absent
+figures null::
+
+    created          ISO 8601, UTC
+    model, slo       name; ttft, tpot, attainment
+    rate             requests/s planned for; null: the best goodput per GPU was asked for
+    cluster          gpu, num_nodes, gpus_per_node, intra_node_bandwidth, inter_node_bandwidth, nics_per_node
+    latency_source   where the times of steps come from
+    holds            the whole interval of the chosen placement's attainment is at the target
+    chosen, runner_up, disaggregated, colocated, paper     an evaluation, or null
+    finalists[]      evaluations
+      evaluation:    label, num_gpus, num_nodes, policy, goodput (estimate, low, high), goodput_per_gpu, binding,
+                     placement[] (instance_id, role, tp, pp, gpus as [node, index] in rank order),
+                     point, curve[] (rate, attainment, ttft_attainment, tpot_attainment, ttft and tpot percentiles,
+                     num_requests, num_runs, instability), instances[] (plan.InstanceUse), links[] (plan.LinkUse)
+    outlook          variants[] (change, label, num_gpus, point, goodput, reason), goodput_tolerance,
+                     phases[] (outlook.Phases), flows[] (source, target: positions in placement; rate in bytes/s);
+                     or null
+    stats, notes     what the search did; what a reader must know
+"""
+
+import math
+from dataclasses import asdict
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from distserve.core.config import SLO
+from placement.outlook import Change, Outlook, Variant
+from placement.plan import Evaluation, Interval, Percentiles, Plan, RatePoint
+from placement.words import gigabytes, milliseconds, per_gpu, seconds, share
+
+SCHEMA = "distserve-plan/1"
+_MAX_LINKS = 6
+
+
+def to_document(plan: Plan, outlook: Outlook | None) -> dict[str, Any]:
+    """The JSON document, as plain dicts and lists."""
+    problem = plan.problem
+    rivals = {
+        name: None if found is None else _evaluation(found)
+        for name, found in (
+            ("chosen", plan.chosen),
+            ("runner_up", plan.runner_up),
+            ("disaggregated", plan.disaggregated),
+            ("colocated", plan.colocated),
+            ("paper", plan.paper),
+        )
+    }
+    document = {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": problem.model.name,
+        "slo": asdict(problem.slo),
+        "rate": problem.rate,
+        "cluster": asdict(problem.cluster),
+        "latency_source": problem.latency.source,
+        "holds": plan.holds,
+        **rivals,
+        "finalists": [_evaluation(found) for found in plan.finalists],
+        "outlook": None
+        if outlook is None
+        else {
+            "variants": [asdict(variant) for variant in outlook.variants],
+            "goodput_tolerance": outlook.goodput_tolerance,
+            "phases": [asdict(phases) for phases in outlook.phases],
+            "flows": [asdict(flow) for flow in outlook.flows],
+        },
+        "stats": asdict(plan.stats),
+        "notes": list(plan.notes),
+    }
+    clean: dict[str, Any] = _clean(document)
+    return clean
+
+
+def _evaluation(found: Evaluation) -> dict[str, Any]:
+    fields = asdict(found)
+    fields["placement"] = [
+        {
+            "instance_id": instance.spec.instance_id,
+            "role": instance.spec.role,
+            "tp": instance.spec.parallel.tp,
+            "pp": instance.spec.parallel.pp,
+            "gpus": [[gpu.node, gpu.index] for gpu in instance.gpus],
+        }
+        for instance in found.placement.instances
+    ]
+    return fields | {
+        "num_gpus": found.num_gpus,
+        "num_nodes": found.placement.num_nodes,
+        "goodput_per_gpu": found.goodput_per_gpu,
+    }
+
+
+def _clean(value: Any) -> Any:
+    """``value`` for JSON: NaN and infinity are not JSON, six significant digits are enough."""
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def print_report(console: Console, plan: Plan, outlook: Outlook | None) -> None:
+    """The whole answer for people: the placement, what it promises, what limits it, and what else there was."""
+    problem, chosen = plan.problem, plan.chosen
+    asked = "best goodput per GPU" if problem.rate is None else f"{problem.rate:g} requests/s on the fewest GPUs"
+    sections: list[tuple[str, list[RenderableType]]] = [
+        (
+            f"Plan: {chosen.label}",
+            [
+                f"{_seats(plan)}, for {escape(problem.model.name)}; asked for: {asked}",
+                f"step times from: {escape(problem.latency.source)}",
+                _instances_table(chosen),
+            ],
+        ),
+        ("Prediction", [_prediction(plan)]),
+        ("What breaks first", [escape(chosen.binding), *_phases(outlook)]),
+    ]
+    if any(link.load for link in chosen.links):
+        sections.append(("Links", [_links_table(chosen)]))
+    sections.append(("Rivals", _rivals(plan)))
+    if outlook is not None and outlook.variants:
+        sections.append(("What if", [_variants_table(outlook, problem.slo), *_size_words(plan, outlook)]))
+    for title, parts in sections:
+        console.print(f"\n[bold]{escape(title)}[/bold]")
+        console.print(Group(*parts))
+    for note in plan.notes:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
+    stats = plan.stats
+    console.print(
+        f"[dim]{stats.num_candidates} placements considered, {stats.num_pruned} ruled out by bounds, "
+        f"{stats.num_simulated} simulated over {stats.num_requests:,} requests in {stats.seconds:.1f} s[/dim]"
+    )
+
+
+def _seats(plan: Plan) -> str:
+    cluster, chosen = plan.problem.cluster, plan.chosen
+    return (
+        f"{chosen.num_gpus} of {cluster.num_gpus} x {cluster.gpu}, on {chosen.placement.num_nodes} of "
+        f"{cluster.num_nodes} nodes"
+    )
+
+
+def _instances_table(chosen: Evaluation) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("instance", "shape", "node: GPUs"):
+        table.add_column(heading)
+    for heading in ("busy", "batch", "KV memory", "peak", "preempted"):
+        table.add_column(heading, justify="right")
+    for use in chosen.instances:
+        nodes: dict[int, list[int]] = {}
+        for gpu in use.gpus:
+            nodes.setdefault(gpu.node, []).append(gpu.index)
+        seats = "  ".join(f"{node}: {','.join(map(str, gpus))}" for node, gpus in nodes.items())
+        table.add_row(
+            escape(use.instance_id),
+            f"tp {use.parallel.tp} x pp {use.parallel.pp}",
+            seats,
+            share(use.busy),
+            f"{use.mean_batch:.1f}",
+            f"{use.kv_bytes / 1e9:.3g} GB",
+            share(use.kv_share),
+            str(use.num_preempted),
+        )
+    return table
+
+
+def _prediction(plan: Plan) -> Group:
+    slo, point = plan.problem.slo, plan.chosen.point
+    table = Table(box=SIMPLE_HEAD, title=f"at {point.rate:.4g} requests/s", title_justify="left")
+    table.add_column("")
+    for heading in ("mean", "p50", "p90", "p99", "limit", "met by"):
+        table.add_column(heading, justify="right")
+    for name, values, limit, met in (
+        ("TTFT", point.ttft, slo.ttft, point.ttft_attainment),
+        ("TPOT", point.tpot, slo.tpot, point.tpot_attainment),
+    ):
+        table.add_row(f"{name}, ms", *_percentiles(values), milliseconds(limit), share(met))
+    goodput = plan.chosen.goodput
+    verdict = (
+        f"[green]holds[/green]: the whole interval is at {slo.attainment:.0%} or above"
+        if plan.holds
+        else f"[yellow]not certain[/yellow]: the interval is not wholly at {slo.attainment:.0%} or above"
+    )
+    if not point.is_stable:
+        verdict = f"[red]overloaded[/red]: {escape(point.instability)}"
+    return Group(
+        table,
+        f"attainment {interval_of_share(point.attainment)} over {point.num_requests:,} requests "
+        f"in {point.num_runs} runs; {verdict}",
+        f"goodput {goodput.estimate:.4g} requests/s ({goodput.low:.4g} to {goodput.high:.4g}), "
+        f"{per_gpu(plan.chosen.goodput_per_gpu)}",
+    )
+
+
+def _percentiles(values: Percentiles) -> list[str]:
+    return [milliseconds(value) for value in (values.mean, values.p50, values.p90, values.p99)]
+
+
+def interval_of_share(interval: Interval) -> str:
+    """``93.1% (92.0% to 94.0%)``."""
+    return f"{interval.estimate:.1%} (95% interval {interval.low:.1%} to {interval.high:.1%})"
+
+
+def _phases(outlook: Outlook | None) -> list[RenderableType]:
+    if outlook is None or not outlook.phases:
+        return []
+    table = Table(box=SIMPLE_HEAD, title="where a request's time goes, mean", title_justify="left")
+    table.add_column("requests/s")
+    for heading in ("queue", "prefill", "KV transfer", "wait", "decode", "miss TTFT", "miss TPOT"):
+        table.add_column(heading, justify="right")
+    for phases in outlook.phases:
+        times = (phases.queue, phases.prefill, phases.transfer, phases.wait, phases.decode)
+        table.add_row(
+            f"{phases.rate:.4g}",
+            *(seconds(time) for time in times),
+            share(phases.missed_ttft),
+            share(phases.missed_tpot),
+        )
+    return [table]
+
+
+def _links_table(chosen: Evaluation) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("link")
+    for heading in ("capacity", "mean load", "share", "in use"):
+        table.add_column(heading, justify="right")
+    ordered = sorted(chosen.links, key=lambda link: -link.share)
+    for link in ordered[:_MAX_LINKS]:
+        table.add_row(
+            escape(link.name), gigabytes(link.capacity), gigabytes(link.load), share(link.share), share(link.busy)
+        )
+    if len(ordered) > _MAX_LINKS:
+        table.caption = f"and {len(ordered) - _MAX_LINKS} less loaded ones"
+    return table
+
+
+def _rivals(plan: Plan) -> list[RenderableType]:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("placement")
+    for heading in ("GPUs", "goodput", "per GPU", "attained", "at"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = [
+        ("chosen", plan.chosen),
+        ("runner-up", plan.runner_up),
+        ("best disaggregated", plan.disaggregated),
+        ("best colocated", plan.colocated),
+        ("as given", plan.paper),
+    ]
+    for name, found in rows:
+        if found is not None and (name == "chosen" or found is not plan.chosen):
+            point = found.point
+            table.add_row(
+                name,
+                escape(found.label),
+                str(found.num_gpus),
+                f"{found.goodput.estimate:.3g}/s",
+                f"{found.goodput_per_gpu:.3g}/s",
+                _attained(point, plan.problem.slo),
+                f"{point.rate:.3g}/s",
+            )
+    words = [_lost_by(plan), _colocated_words(plan)]
+    return [table, *(escape(text) for text in words if text)]
+
+
+def _attained(point: RatePoint, slo: SLO) -> str:
+    colour = "green" if point.holds(slo.attainment) else "red"
+    unstable = "" if point.is_stable else ", overloaded"
+    return f"[{colour}]{point.attainment.estimate:.1%}{unstable}[/{colour}]"
+
+
+def _lost_by(plan: Plan) -> str:
+    loser, winner = plan.runner_up, plan.chosen
+    if loser is None:
+        return "No other placement came into question."
+    more_gpus = loser.num_gpus - winner.num_gpus
+    apart = winner.goodput_per_gpu / loser.goodput_per_gpu - 1 if loser.goodput_per_gpu else math.inf
+    overlap = " (their intervals overlap)" if _overlap(winner, loser) else ""
+    if plan.problem.rate is not None and more_gpus > 0:
+        return (
+            f"The runner-up lost by {more_gpus} GPU{'s' if more_gpus > 1 else ''}: {loser.label} needs "
+            f"{loser.num_gpus} where {winner.num_gpus} are enough."
+        )
+    if math.isinf(apart):
+        return f"The runner-up, {loser.label}, reaches the objective at no rate that was tried."
+    if apart < 0:
+        return (
+            f"The runner-up has {-apart:.1%} more goodput per GPU{overlap}; it lost because it takes "
+            f"{loser.num_gpus} GPUs on {loser.placement.num_nodes} nodes, not {winner.num_gpus} on "
+            f"{winner.placement.num_nodes}."
+        )
+    return f"The runner-up, {loser.label}, lost by {apart:.1%} of goodput per GPU{overlap}."
+
+
+def _overlap(one: Evaluation, other: Evaluation) -> bool:
+    lows = [found.goodput.low / found.num_gpus for found in (one, other)]
+    highs = [found.goodput.high / found.num_gpus for found in (one, other)]
+    return max(lows) <= min(highs)
+
+
+def _colocated_words(plan: Plan) -> str:
+    apart, together = plan.disaggregated, plan.colocated
+    if apart is None or together is None:
+        missing = "disaggregated" if apart is None else "colocated"
+        return f"No {missing} placement reaches the objective on this cluster."
+    if not together.goodput_per_gpu or not apart.goodput_per_gpu:
+        return ""
+    ratio = apart.goodput_per_gpu / together.goodput_per_gpu
+    better, worse = ("Disaggregated", "colocated") if ratio >= 1 else ("Colocated", "disaggregated")
+    policy = together.policy.value
+    return (
+        f"{better} serves {max(ratio, 1 / ratio):.2f} times the requests per GPU of {worse} "
+        f"(colocated: {policy} mixed instances). The colocated placement is limited by: {together.binding}"
+    )
+
+
+_CHANGES = {
+    Change.LOAD: "another rate",
+    Change.LENGTHS: "other lengths",
+    Change.LOSS: "an instance lost (N+1)",
+    Change.SIZE: "another size",
+}
+
+
+def _variants_table(outlook: Outlook, slo: SLO) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("", ""):
+        table.add_column(heading)
+    for heading in ("GPUs", "at", "attained", "TTFT p90", "TPOT p90", "goodput"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for change, words in _CHANGES.items():
+        for number, variant in enumerate(outlook.of(change)):
+            table.add_row(words if number == 0 else "", escape(variant.label), *_variant_cells(variant, slo))
+        table.add_section()
+    if outlook.goodput_tolerance:
+        table.caption = f"goodput to within {outlook.goodput_tolerance:.0%}; latencies in ms"
+    return table
+
+
+def _variant_cells(variant: Variant, slo: SLO) -> list[str]:
+    if variant.point is None:
+        return [str(variant.num_gpus), "-", escape(variant.reason), "", "", ""]
+    point = variant.point
+    return [
+        str(variant.num_gpus),
+        f"{point.rate:.3g}/s",
+        _attained(point, slo),
+        milliseconds(point.ttft.p90),
+        milliseconds(point.tpot.p90),
+        "-" if variant.goodput is None else f"{variant.goodput:.3g}/s",
+    ]
+
+
+def _size_words(plan: Plan, outlook: Outlook) -> list[str]:
+    """N+1 in a sentence: does the placement survive the loss of any one instance?"""
+    losses = [variant for variant in outlook.of(Change.LOSS) if variant.point is not None]
+    target = plan.problem.slo.attainment
+    words = []
+    if outlook.of(Change.LOSS):
+        stopped = [variant for variant in outlook.of(Change.LOSS) if variant.point is None]
+        held = [variant for variant in losses if variant.point is not None and variant.point.holds(target)]
+        if stopped:
+            words.append("It is not N+1 safe: it has a single instance of a role, without which nothing is served.")
+        elif len(held) == len(losses):
+            words.append("It is N+1 safe: the objective holds with any one instance lost.")
+        else:
+            worst = min(losses, key=lambda variant: variant.goodput or 0.0)
+            words.append(
+                f"It is not N+1 safe: {worst.label} leaves a goodput of {worst.goodput or 0:.3g} of "
+                f"{plan.chosen.goodput.estimate:.3g} requests/s."
+            )
+    return words
