@@ -15,9 +15,9 @@ from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
 from distserve.core.topology import ClusterSpec
 from simulator.latency import kernels
-from simulator.latency.efficiency import DEFAULT_EFFICIENCY, DEFAULT_OVERHEAD, Efficiency, EngineOverhead
+from simulator.latency.efficiency import Efficiency, Engine, find_engine, kernels_of
 from simulator.latency.gpus import find_gpu
-from simulator.latency.kernels import Array, Cost
+from simulator.latency.kernels import Array, Cost, Number
 from simulator.latency.operations import Operation
 from simulator.latency.shape import ModelShape
 
@@ -29,17 +29,21 @@ _TABLE = 8192
 class AnalyticStepTime:
     """One instance shape's times: entry ``i`` of a table is that of ``i`` tokens or sequences, the last slope goes on.
 
-    ``token`` is everything that depends on the number of tokens alone, ``row`` on the rows whose logits are computed;
-    ``pair`` and ``context`` are attention seconds per pair and per cached token, with ``prefill`` and ``decode_base``
-    beside them.
+    ``token`` is all that depends on the number of tokens alone, ``row`` on the rows whose logits are computed. All
+    attention takes ``prefill`` by prompt tokens, ``pair`` of it for each (query, key) pair, ``decode`` by decodes, ``context`` of
+    it for each cached token. ``serial`` comes on top; ``floor_prefill`` and ``floor_decode`` are what the host needs to
+    launch it all.
     """
 
     token: list[float]
     row: list[float]
-    pair: list[float]
-    context: list[float]
     prefill: list[float]
-    decode_base: float
+    pair: list[float]
+    decode: list[float]
+    context: list[float]
+    serial: float
+    floor_prefill: float
+    floor_decode: float
     send_latency: float
     send_per_token: float
 
@@ -47,33 +51,47 @@ class AnalyticStepTime:
         """See :class:`distserve.core.latency.StepTime`."""
         num_prefill_tokens = shape.num_prefill_tokens
         num_decodes = shape.num_decodes
-        try:
-            time = self.token[num_prefill_tokens + num_decodes] + self.row[shape.num_prefills + num_decodes]
-        except IndexError:
-            time = _beyond(self.token, num_prefill_tokens + num_decodes)
-            time += _beyond(self.row, shape.num_prefills + num_decodes)
+        num_tokens = num_prefill_tokens + num_decodes
+        if num_tokens > _TABLE:
+            return self._beyond(shape)
+        time = self.token[num_tokens] + self.row[shape.num_prefills + num_decodes]
+        floor = self.floor_decode
         if num_prefill_tokens:
-            index = min(_TABLE, num_prefill_tokens)
-            time += self.prefill[index] * (num_prefill_tokens / index) + shape.prefill_pairs * self.pair[index]
+            time += self.prefill[num_prefill_tokens] + shape.prefill_pairs * self.pair[num_prefill_tokens]
+            floor = self.floor_prefill
         if num_decodes:
-            time += self.decode_base + shape.decode_context * self.context[min(_TABLE, num_decodes)]
-        return time
+            time += self.decode[num_decodes] + shape.decode_context * self.context[num_decodes]
+        return self.serial + (time if time > floor else floor)  # noqa: FURB136 -- half the time of max()
+
+    def _beyond(self, shape: StepShape) -> float:
+        num_prefill_tokens, num_decodes = shape.num_prefill_tokens, shape.num_decodes
+        time = _extended(self.token, num_prefill_tokens + num_decodes)
+        time += _extended(self.row, shape.num_prefills + num_decodes)
+        if num_prefill_tokens:
+            time += _extended(self.prefill, num_prefill_tokens)
+            time += shape.prefill_pairs * self.pair[min(num_prefill_tokens, _TABLE)]
+        if num_decodes:
+            time += _extended(self.decode, num_decodes)
+            time += shape.decode_context * self.context[min(num_decodes, _TABLE)]
+        return self.serial + max(time, self.floor_prefill if num_prefill_tokens else self.floor_decode)
 
     def handover(self, shape: StepShape) -> float:
         """See :class:`distserve.core.latency.StepTime`."""
         return self.send_latency + self.send_per_token * (shape.num_prefill_tokens + shape.num_decodes)
 
 
-def _beyond(table: list[float], index: int) -> float:
+def _extended(table: list[float], index: int) -> float:
     if index <= _TABLE:
         return table[index]
-    return table[_TABLE] + (table[_TABLE] - table[_TABLE // 2]) / (_TABLE - _TABLE // 2) * (index - _TABLE)
+    half = _TABLE // 2
+    return table[_TABLE] + (table[_TABLE] - table[half]) / (_TABLE - half) * (index - _TABLE)
 
 
 class AnalyticModel:
     """The analytic source of latencies: ``shape`` on ``cluster``'s GPUs.
 
-    Raises ConfigError for an unknown GPU.
+    ``engine`` is a name in ``coefficients.toml``, or an engine of one's own; ``efficiency`` replaces the kernels'
+    coefficients fitted for the card. Raises ConfigError for an unknown GPU or engine.
     """
 
     def __init__(
@@ -81,47 +99,49 @@ class AnalyticModel:
         shape: ModelShape,
         cluster: ClusterSpec,
         *,
-        efficiency: Efficiency = DEFAULT_EFFICIENCY,
-        overhead: EngineOverhead = DEFAULT_OVERHEAD,
+        engine: str | Engine = "vllm",
+        efficiency: Efficiency | None = None,
     ) -> None:
         self.shape = shape
         self.cluster = cluster
         self.gpu = find_gpu(cluster.gpu)
-        self.efficiency = efficiency
-        self.overhead = overhead
+        self.engine = find_engine(engine) if isinstance(engine, str) else engine
+        self.efficiency = self.engine.applied(efficiency or kernels_of(self.gpu.kernels))
+        self._engine_name = engine if isinstance(engine, str) else "given"
 
     @property
     def source(self) -> str:
         """See :class:`simulator.latency.interface.LatencyModel`."""
-        return f"analytic roofline of {self.shape.name} on {self.gpu.name}"
+        fitted = "the nearest fitted card" if self.gpu.kernels == "default" else f"coefficients of {self.gpu.kernels}"
+        return f"analytic roofline of {self.shape.name} on {self.gpu.name} ({fitted}, engine {self._engine_name})"
 
     def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> AnalyticStepTime:
         """See :class:`simulator.latency.interface.LatencyModel`."""
         self._check(parallel)
         counts = np.arange(_TABLE + 1, dtype=np.float64)
         counts[0] = 1.0  # no step is empty; the entry only has to be a number
-        ones = np.ones_like(counts)
+        ones, zeros = np.ones_like(counts), np.zeros_like(counts)
         layers = self.shape.layers_per_stage(parallel)
-        token = sum(count * cost.seconds for _, count, cost in self._token_kernels(parallel, counts))
-        row = sum(count * cost.seconds for _, count, cost in self._row_kernels(parallel, counts))
-        zero = np.zeros_like(counts)
-        prefill = layers * self._prefill(parallel, counts, zero).seconds
-        pair = layers * (self._prefill(parallel, counts, ones).seconds) - prefill
-        decode = float(self._decode(parallel, ones, zero).seconds[0])
-        context = layers * (self._decode(parallel, counts, ones).seconds - self._decode(parallel, counts, zero).seconds)
-        sends = self._send(parallel, np.array([0.0, 1.0]), stages_share_node=stages_share_node).seconds
-        assert not isinstance(token, int)
-        assert not isinstance(row, int)
-        overhead = self.overhead.step + layers * self.overhead.layer
+        token, row = zeros.copy(), self.engine.sequence * counts
+        for _, count, cost in self._token_kernels(parallel, counts):
+            token += count * cost.seconds
+        for _, count, cost in self._row_kernels(parallel, counts):
+            row += count * cost.seconds
+        prefill = layers * self._prefill(parallel, counts, zeros).seconds
+        decode = layers * self._decode(parallel, counts, zeros).seconds
+        send = self._send(parallel, np.array([0.0, 1.0]), stages_share_node=stages_share_node).seconds
         return AnalyticStepTime(
-            (token + overhead).tolist(),
-            (row + self.overhead.sequence * counts).tolist(),
-            pair.tolist(),
-            context.tolist(),
-            prefill.tolist(),
-            layers * decode,
-            float(sends[0]),
-            float(sends[1] - sends[0]),
+            token=token.tolist(),
+            row=row.tolist(),
+            prefill=prefill.tolist(),
+            pair=(layers * self._prefill(parallel, counts, ones).seconds - prefill).tolist(),
+            decode=decode.tolist(),
+            context=(layers * self._decode(parallel, counts, ones).seconds - decode).tolist(),
+            serial=self.engine.step + layers * self.engine.layer,
+            floor_prefill=layers * self.engine.host_prefill,
+            floor_decode=layers * self.engine.host_decode,
+            send_latency=float(send[0]),
+            send_per_token=float(send[1] - send[0]),
         )
 
     def operations(self, parallel: ParallelConfig, step: StepShape) -> tuple[Operation, ...]:
@@ -144,8 +164,10 @@ class AnalyticModel:
             Operation.of(name, count, float(cost.seconds[0]), float(cost.flops[0]), float(cost.bytes[0]), self.gpu)
             for name, count, cost in costs
         ]
-        overhead = self.overhead.step + layers * self.overhead.layer + float(rows[0]) * self.overhead.sequence
-        return (*found, Operation("engine", 1, overhead, 0.0, 0.0, "host"))
+        busy = sum(operation.total_seconds for operation in found)
+        floor = layers * (self.engine.host_prefill if step.num_prefill_tokens else self.engine.host_decode)
+        host = self.engine.step + layers * self.engine.layer + float(rows[0]) * self.engine.sequence
+        return (*found, Operation("engine", 1, host + max(floor - busy, 0.0), 0.0, 0.0, "host"))
 
     def _check(self, parallel: ParallelConfig) -> None:
         self.shape.check(parallel)
@@ -196,7 +218,7 @@ class AnalyticModel:
         yield "output matrix", 1, self._gemm(rows, columns, self.shape.hidden)
         yield "sampling", 1, self._stream(3 * 4 * self.shape.vocab * rows)
 
-    def _gemm(self, m: Array, n: int, k: int, groups: Array | float = 1.0) -> Cost:
+    def _gemm(self, m: Array, n: int, k: int, groups: Number = 1.0) -> Cost:
         return kernels.gemm(self.gpu, self.efficiency, m, n, k, self.shape.dtype_bytes, groups)
 
     def _stream(self, traffic: Array) -> Cost:

@@ -17,11 +17,12 @@ class GpuSpec:
     """One kind of GPU.
 
     ``memory_bandwidth`` and ``link_bandwidth`` in bytes/s, ``flops`` in multiply and add operations/s counted apart,
-    ``architecture`` groups cards that share kernels. ``nvlink`` False: GPUs of a node talk over PCIe.
+    ``kernels`` names the card whose fitted coefficients it uses, ``default`` if none is like it. ``nvlink`` False: GPUs
+    of a node talk over PCIe.
     """
 
     name: str
-    architecture: str
+    kernels: str
     memory_bytes: int
     memory_bandwidth: float
     flops: float
@@ -33,20 +34,20 @@ class GpuSpec:
 # NVIDIA's data sheets: A100 (2021), H100 and H200 (2024), B200 (2025), L40S, A10, L4, GeForce RTX 4090, RTX PRO 6000
 # Blackwell Server Edition. "cpu" stands for one slot of a CPU cluster: a few server cores of one socket, nominal.
 GPUS: tuple[GpuSpec, ...] = (
-    GpuSpec("a100-40g-pcie", "ampere", 40 * _GIB, 1555e9, 312e12, 108, 32e9, nvlink=False),
-    GpuSpec("a100-40g-sxm", "ampere", 40 * _GIB, 1555e9, 312e12, 108, 300e9, nvlink=True),
-    GpuSpec("a100-80g-pcie", "ampere", 80 * _GIB, 1935e9, 312e12, 108, 32e9, nvlink=False),
-    GpuSpec("a100-80g-sxm", "ampere", 80 * _GIB, 2039e9, 312e12, 108, 300e9, nvlink=True),
-    GpuSpec("h100-pcie", "hopper", 80 * _GIB, 2039e9, 756e12, 114, 64e9, nvlink=False),
-    GpuSpec("h100-sxm", "hopper", 80 * _GIB, 3350e9, 989e12, 132, 450e9, nvlink=True),
-    GpuSpec("h200", "hopper", int(141e9), 4800e9, 989e12, 132, 450e9, nvlink=True),
-    GpuSpec("b200", "blackwell", int(180e9), 7700e9, 2250e12, 148, 900e9, nvlink=True),
-    GpuSpec("l40s", "ada", 48 * _GIB, 864e9, 362e12, 142, 32e9, nvlink=False),
-    GpuSpec("a10", "ampere", 24 * _GIB, 600e9, 125e12, 72, 32e9, nvlink=False),
-    GpuSpec("l4", "ada", 24 * _GIB, 300e9, 121e12, 58, 16e9, nvlink=False),
-    GpuSpec("rtx4090", "ada", 24 * _GIB, 1008e9, 165.2e12, 128, 32e9, nvlink=False),
-    GpuSpec("rtx-pro-6000", "blackwell", 96 * _GIB, 1597e9, 480e12, 188, 64e9, nvlink=False),
-    GpuSpec("cpu", "cpu", 16 * _GIB, 20e9, 0.5e12, 1, 10e9, nvlink=False),
+    GpuSpec("a100-40g-pcie", "a100", 40 * _GIB, 1555e9, 312e12, 108, 32e9, nvlink=False),
+    GpuSpec("a100-40g-sxm", "a100", 40 * _GIB, 1555e9, 312e12, 108, 300e9, nvlink=True),
+    GpuSpec("a100-80g-pcie", "a100", 80 * _GIB, 1935e9, 312e12, 108, 32e9, nvlink=False),
+    GpuSpec("a100-80g-sxm", "a100", 80 * _GIB, 2039e9, 312e12, 108, 300e9, nvlink=True),
+    GpuSpec("h100-pcie", "h100", 80 * _GIB, 2039e9, 756e12, 114, 64e9, nvlink=False),
+    GpuSpec("h100-sxm", "h100", 80 * _GIB, 3350e9, 989e12, 132, 450e9, nvlink=True),
+    GpuSpec("h200", "h100", int(141e9), 4800e9, 989e12, 132, 450e9, nvlink=True),
+    GpuSpec("b200", "h100", int(180e9), 7700e9, 2250e12, 148, 900e9, nvlink=True),
+    GpuSpec("l40s", "rtx4090", 48 * _GIB, 864e9, 362e12, 142, 32e9, nvlink=False),
+    GpuSpec("a10", "rtx4090", 24 * _GIB, 600e9, 125e12, 72, 32e9, nvlink=False),
+    GpuSpec("l4", "rtx4090", 24 * _GIB, 300e9, 121e12, 58, 16e9, nvlink=False),
+    GpuSpec("rtx4090", "rtx4090", 24 * _GIB, 1008e9, 165.2e12, 128, 32e9, nvlink=False),
+    GpuSpec("rtx-pro-6000", "rtx-pro-6000", 96 * _GIB, 1597e9, 480e12, 188, 64e9, nvlink=False),
+    GpuSpec("cpu", "default", 16 * _GIB, 20e9, 0.5e12, 1, 10e9, nvlink=False),
 )
 _BY_NAME = {gpu.name: gpu for gpu in GPUS}
 

@@ -1,4 +1,4 @@
-"""The time of one kernel on one GPU: the larger of its arithmetic and its traffic, each at a fitted share of the peak.
+"""The time of one kernel on one GPU: its arithmetic and its traffic, each at a fitted share of the data sheet's peak.
 
 Everything is vectorised over the number of tokens (or sequences), so that a whole table is one call. Knows no model.
 """
@@ -12,8 +12,10 @@ from simulator.latency.efficiency import Efficiency
 from simulator.latency.gpus import GpuSpec
 
 Array = NDArray[np.float64]
+Number = Array | float
 
-_TILES = ((128, 128, 1.0), (64, 64, 0.0))
+# Queries that one block of an attention kernel works on.
+_QUERY_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,56 +27,63 @@ class Cost:
     bytes: Array
 
 
-def gemm(gpu: GpuSpec, eff: Efficiency, m: Array, n: int, k: int, item: int, groups: Array | float = 1.0) -> Cost:
+def gemm(gpu: GpuSpec, eff: Efficiency, m: Array, n: Number, k: Number, item: int, groups: Number = 1.0) -> Cost:
     """``groups`` products [m, k] x [k, n] of ``item``-byte numbers in one launch.
 
-    Output tiles run in waves over the SMs; the last wave counts as a whole one, which is what makes small and odd
-    shapes slow. The faster tile is taken, and the ramp is what a tile loses to filling its pipeline along ``k``.
+    Output tiles run in waves over the SMs, and a started wave takes as long as a full one: that makes odd shapes slow.
+    With fewer tiles than SMs the inner dimension is split over some of the idle ones. The fastest tile counts.
     """
     flops = 2.0 * groups * m * n * k
     traffic = groups * (m * k + k * n + m * n) * item
-    compute = np.full(np.shape(m), np.inf)
-    for tile_m, tile_n, share in _TILES:
-        tiles = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n)
-        waves = np.ceil(tiles / gpu.num_sms)
-        rate = gpu.flops / gpu.num_sms * (share or eff.gemm_small_tile) * eff.gemm_compute
-        compute = np.minimum(compute, waves * 2.0 * tile_m * tile_n * (k + eff.gemm_ramp) / rate)
-    seconds = np.maximum(compute, traffic / (gpu.memory_bandwidth * eff.gemm_memory)) + eff.launch
-    return Cost(seconds, flops, traffic)
+    compute = np.full(np.broadcast_shapes(np.shape(m), np.shape(n)), np.inf)
+    tiles = ((256, 128, 1.0), (128, 128, eff.gemm_medium), (128, 64, eff.gemm_narrow), (64, 64, eff.gemm_small))
+    for tile_m, tile_n, share in tiles:
+        waves = groups * np.ceil(m / tile_m) * np.ceil(n / tile_n) / gpu.num_sms
+        waves = np.where(waves < 1, np.maximum(waves, 1 / (1 + eff.gemm_split)), np.ceil(waves))
+        rate = gpu.flops / gpu.num_sms * eff.gemm_compute * share
+        compute = np.minimum(compute, waves * (2.0 * tile_m * tile_n * (k + eff.gemm_ramp) / rate))
+    memory = traffic / (gpu.memory_bandwidth * eff.gemm_memory)
+    # The larger one factored out: powers of microseconds are small numbers.
+    larger, smaller = np.maximum(compute, memory), np.minimum(compute, memory)
+    joined = larger * (1 + (smaller / larger) ** eff.gemm_overlap) ** (1 / eff.gemm_overlap)
+    return Cost(joined + eff.gemm_launch, flops, traffic)
 
 
 def stream(gpu: GpuSpec, eff: Efficiency, traffic: Array) -> Cost:
     """A kernel that only moves ``traffic`` bytes: norms, activations, rotary embedding, sampling."""
-    seconds = traffic / (gpu.memory_bandwidth * eff.stream_memory) + eff.launch
+    seconds = traffic / (gpu.memory_bandwidth * eff.stream_memory) + eff.stream_launch
     return Cost(seconds, np.zeros_like(traffic), traffic)
 
 
 def prefill_attention(
-    gpu: GpuSpec, eff: Efficiency, tokens: Array, pairs: Array, heads: int, kv_heads: int, dim: int, item: int
+    gpu: GpuSpec, eff: Efficiency, tokens: Array, pairs: Array, heads: Number, kv_heads: Number, dim: int, item: int
 ) -> Cost:
-    """Causal attention of ``tokens`` queries over ``pairs`` (query, key) pairs."""
+    """Causal attention of ``tokens`` queries over ``pairs`` (query, key) pairs. Affine in ``pairs``."""
     flops = 4.0 * heads * dim * pairs
-    traffic = tokens * (2 * heads + 2 * kv_heads) * dim * item
-    rate = gpu.flops * eff.attention_compute * tokens / (tokens + eff.attention_ramp)
-    seconds = flops / rate + traffic / (gpu.memory_bandwidth * eff.stream_memory) + eff.launch
+    traffic = tokens * (2.0 * heads + 2.0 * kv_heads) * dim * item
+    blocks_per_sm = tokens * heads / (_QUERY_BLOCK * gpu.num_sms)
+    slowdown = 1 + eff.attention_ramp / blocks_per_sm
+    seconds = flops / (gpu.flops * eff.attention_compute) * slowdown
+    seconds = seconds + traffic / (gpu.memory_bandwidth * eff.attention_memory) + eff.attention_launch
     return Cost(seconds, flops, traffic)
 
 
 def decode_attention(
-    gpu: GpuSpec, eff: Efficiency, batch: Array, context: Array, heads: int, kv_heads: int, dim: int, item: int
+    gpu: GpuSpec, eff: Efficiency, batch: Array, context: Array, heads: Number, kv_heads: Number, dim: int, item: int
 ) -> Cost:
-    """One query of each of ``batch`` sequences over ``context`` cached tokens in all."""
+    """One query of each of ``batch`` sequences over ``context`` cached tokens in all. Affine in ``context``."""
     flops = 4.0 * heads * dim * context
     traffic = 2.0 * kv_heads * dim * item * context
-    streams = batch * kv_heads
-    rate = gpu.memory_bandwidth * eff.decode_memory * streams / (streams + eff.decode_ramp)
-    return Cost(traffic / rate + eff.launch, flops, traffic)
+    slowdown = 1 + eff.decode_ramp / (batch * kv_heads)
+    bandwidth = gpu.memory_bandwidth * eff.decode_memory
+    seconds = traffic / bandwidth * slowdown + eff.decode_sequence * batch * heads / bandwidth + eff.decode_launch
+    return Cost(seconds, flops, traffic)
 
 
-def all_reduce(bandwidth: float, eff: Efficiency, size: Array, ranks: int) -> Cost:
+def all_reduce(bandwidth: float, eff: Efficiency, size: Array, ranks: Number) -> Cost:
     """Sum ``size`` bytes over ``ranks`` GPUs: a ring moves 2 (ranks - 1) / ranks of them through each link."""
     traffic = 2.0 * (ranks - 1) / ranks * size
-    latency = eff.all_reduce_latency + eff.all_reduce_hop * (ranks - 1)
+    latency = eff.all_reduce_latency + eff.all_reduce_hop * (ranks - 2)
     return Cost(traffic / (bandwidth * eff.all_reduce_bandwidth) + latency, np.zeros_like(size), traffic)
 
 
