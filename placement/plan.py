@@ -6,6 +6,7 @@ from distserve.core.config import ParallelConfig, Role
 from distserve.core.errors import ConfigError
 from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import Gpu, Placement
+from placement.candidates import Candidate
 from placement.problem import Problem
 
 
@@ -121,6 +122,8 @@ class Evaluation:
     instances: tuple[InstanceUse, ...]
     links: tuple[LinkUse, ...]
     binding: str
+    candidate: Candidate | None = None
+    """What it was laid out from; None for a placement given by hand."""
 
     @property
     def num_gpus(self) -> int:

@@ -1,0 +1,117 @@
+"""The placements the planner considers: pools of equal instances, and how they are seated.
+
+Disaggregated candidates are a prefill pool and a decode pool: the products of DistServe's Algorithm 1 (phases shaped
+apart) and Algorithm 2 (both phases cut into the same stages, seated stage by stage on the same nodes). Colocated
+candidates are one pool of mixed instances.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from distserve.core.config import Role
+from distserve.core.topology import ClusterSpec, PlacedInstance, Placement
+from placement.layout import Seat, lay_out
+from placement.problem import Problem
+from placement.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``pools`` are (shape, number of instances): a prefill and a decode pool, or a mixed one.
+
+    ``span`` above 1: instances of both phases have their stages side by side over that many nodes; 1: every instance is
+    over as few nodes as it can.
+    """
+
+    pools: tuple[tuple[Shape, int], ...]
+    span: int = 1
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of all instances."""
+        return sum(shape.num_gpus * count for shape, count in self.pools)
+
+    @property
+    def is_colocated(self) -> bool:
+        """One pool of mixed instances."""
+        return self.pools[0][0].role is Role.MIXED
+
+    def with_counts(self, *counts: int) -> "Candidate":
+        """The same shapes, other numbers of them."""
+        return Candidate(tuple((shape, count) for (shape, _), count in zip(self.pools, counts, strict=True)), self.span)
+
+    def placement(self, problem: Problem) -> Placement | None:
+        """Instances on GPUs; None: the cluster has no room for them."""
+        seated = lay_out(problem.cluster, self.seats)
+        if seated is None:
+            return None
+        instances = [
+            PlacedInstance(shape.spec(problem, f"{shape.role}-{number}"), gpus)
+            for (shape, _), pool in zip(self.pools, seated, strict=True)
+            for number, gpus in enumerate(pool)
+        ]
+        return Placement(problem.cluster, tuple(instances))
+
+    @property
+    def seats(self) -> list[Seat]:
+        """What the layout must find room for."""
+        return [Seat(shape.parallel, count, max(self.span, shape.nodes)) for shape, count in self.pools]
+
+    def __str__(self) -> str:
+        text = " + ".join(f"{count} {shape}" for shape, count in self.pools)
+        return text if self.span == 1 else f"{text}, stages side by side over {self.span} nodes"
+
+
+def spans(cluster: ClusterSpec, prefill: Shape, decode: Shape) -> list[int]:
+    """How a pair can be seated: 1, and every larger number of nodes over which its stages fit side by side.
+
+    Only where a whole pair does not fit one node: there side by side would gain nothing.
+    """
+    found = [1]
+    pp = prefill.parallel.pp
+    both = prefill.parallel.tp + decode.parallel.tp
+    if pp == decode.parallel.pp and pp * both > cluster.gpus_per_node:
+        found += [
+            nodes
+            for nodes in range(2, min(pp, cluster.num_nodes) + 1)
+            if pp % nodes == 0 and pp // nodes * both <= cluster.gpus_per_node
+        ][:1]
+    return found
+
+
+def pairs(problem: Problem, shapes: Iterable[Shape]) -> Iterator[Candidate]:
+    """One prefill and one decode instance of every two shapes, in every way to seat them."""
+    shapes = list(shapes)
+    for prefill in (shape for shape in shapes if shape.role is Role.PREFILL):
+        for decode in (shape for shape in shapes if shape.role is Role.DECODE):
+            for span in spans(problem.cluster, prefill, decode):
+                yield Candidate(((prefill, 1), (decode, 1)), span)
+
+
+def colocated(shapes: Iterable[Shape]) -> Iterator[Candidate]:
+    """One mixed instance of every shape and policy."""
+    for shape in shapes:
+        if shape.role is Role.MIXED:
+            yield Candidate(((shape, 1),))
+
+
+def unit_gpus(problem: Problem, candidate: Candidate) -> int:
+    """How many GPUs a unit to be replicated may have: the nodes that one instance of each pool needs, filled."""
+    per_node = problem.cluster.gpus_per_node
+    single = sum(shape.num_gpus for shape, _ in candidate.pools)
+    return min(max(-(-single // per_node), candidate.span) * per_node, problem.cluster.num_gpus)
+
+
+def replications(problem: Problem, candidate: Candidate) -> Iterator[Candidate]:
+    """Every pair of counts that a unit has room for; of mixed instances powers of two, and a full unit."""
+    limit = unit_gpus(problem, candidate)
+    most = problem.search.max_instances
+    sizes = [shape.num_gpus for shape, _ in candidate.pools]
+    if len(sizes) == 1:
+        full = min(limit // sizes[0], most)
+        counts = sorted({1 << power for power in range(full.bit_length()) if 1 << power <= full} | {full})
+        yield from (candidate.with_counts(count) for count in counts if count)
+        return
+    for first in range(1, min(limit // sizes[0], most) + 1):
+        for second in range(1, min((limit - first * sizes[0]) // sizes[1], most) + 1):
+            yield candidate.with_counts(first, second)

@@ -1,0 +1,78 @@
+"""Who sits where: GPUs for the instances of a placement, so that shards share a node and KV stays within nodes.
+
+Tensor-parallel groups are always within one node. An instance that fits a node is within one. One that does not has its
+stages in order over as many nodes as it needs; a prefill and a decode instance with the same number of stages can have
+their stages side by side over the same nodes (DistServe's Algorithm 2 for clusters with slow networks), so that the KV
+of a layer never leaves its node.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distserve.core.config import ParallelConfig
+from distserve.core.topology import ClusterSpec, Gpu
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Wanted: ``count`` instances of ``parallel``, each over ``span`` nodes."""
+
+    parallel: ParallelConfig
+    count: int
+    span: int
+
+    @property
+    def share(self) -> int:
+        """GPUs of one instance on its fullest node."""
+        return -(-self.parallel.pp // self.span) * self.parallel.tp
+
+
+def lay_out(cluster: ClusterSpec, pools: Sequence[Seat]) -> tuple[tuple[tuple[Gpu, ...], ...], ...] | None:
+    """GPUs in rank order for every instance of every pool, on as few nodes as found; None: they do not fit.
+
+    Pools are spread evenly over the nodes in use, so that every prefill instance has decode instances beside it.
+    """
+    span = max(seat.span for seat in pools)
+    if any(seat.span not in {1, span} for seat in pools):
+        return None
+    total = sum(seat.count * seat.parallel.num_ranks for seat in pools)
+    fewest = -(-total // cluster.gpus_per_node)
+    for num_nodes in range(max(fewest, span), cluster.num_nodes + 1):
+        seated = _seat(cluster.gpus_per_node, num_nodes, span, pools)
+        if seated is not None:
+            return seated
+    return None
+
+
+def _seat(
+    gpus_per_node: int, num_nodes: int, span: int, pools: Sequence[Seat]
+) -> tuple[tuple[tuple[Gpu, ...], ...], ...] | None:
+    """First the widest instances, each to the group of nodes that has least of its pool, then most room."""
+    used = [0] * num_nodes
+    held = [[0] * len(pools) for _ in range(num_nodes)]
+    seated: list[list[tuple[Gpu, ...]]] = [[] for _ in pools]
+    waiting = sorted(
+        ((pool, number) for pool, seat in enumerate(pools) for number in range(seat.count)),
+        key=lambda item: (-pools[item[0]].span, -pools[item[0]].share, item[1], item[0]),
+    )
+    for pool, _ in waiting:
+        seat = pools[pool]
+        groups = [
+            range(first, first + seat.span)
+            for first in range(0, num_nodes - seat.span + 1, span if seat.span > 1 else 1)
+        ]
+        free = [group for group in groups if all(used[node] + seat.share <= gpus_per_node for node in group)]
+        if not free:
+            return None
+        group = min(free, key=lambda nodes: (held[nodes[0]][pool], used[nodes[0]], nodes[0]))
+        per_node = -(-seat.parallel.pp // seat.span)
+        ranks: list[Gpu] = []
+        for stage in range(seat.parallel.pp):
+            node = group[stage // per_node]
+            for _shard in range(seat.parallel.tp):
+                ranks.append(Gpu(node, used[node]))
+                used[node] += 1
+        for node in group:
+            held[node][pool] += 1
+        seated[pool].append(tuple(ranks))
+    return tuple(tuple(instances) for instances in seated)

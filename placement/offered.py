@@ -1,0 +1,114 @@
+"""The planned workload as the planner's runs offer it: any rate, any seed, any length.
+
+Every placement is offered the same requests at the same seed, and the same seed at two rates is the same pattern,
+denser or thinner: differences are differences of placements (common random numbers). A trace has one course only; its
+seeds are stretches of it that begin at different requests.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from distserve.bench.arrivals import Gamma, TraceTimes
+from distserve.bench.errors import WorkloadError
+from distserve.bench.lengths import Lengths, factor_to_fit, scale_lengths
+from distserve.bench.traces import Trace
+from distserve.bench.workload import Workload, WorkloadSpec
+
+_SAMPLE = 4000
+_GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo one, spread starting points evenly over a trace however many there are."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """Makes workloads of ``spec`` (open loop); ``seed`` is the first of the seeds."""
+
+    spec: WorkloadSpec
+    seed: int = 0
+
+    @cached_property
+    def sample(self) -> tuple[Lengths, Lengths]:
+        """Prompt and output lengths by which bounds are computed: the trace's own, or a large draw."""
+        trace = self.spec.trace
+        work = self.at(1.0, 0, _SAMPLE if trace is None else max(len(trace), _SAMPLE))
+        return work.prompt_lens, work.output_lens
+
+    @property
+    def cv(self) -> float:
+        """The arrivals' coefficient of variation (a trace's own, measured)."""
+        arrivals = self.spec.arrivals
+        if isinstance(arrivals, TraceTimes):
+            gaps = np.diff(arrivals.timestamps)
+            return float(gaps.std() / gaps.mean()) if len(gaps) and gaps.mean() > 0 else 1.0
+        return arrivals.cv if arrivals is not None else 1.0
+
+    @property
+    def natural_rate(self) -> float | None:
+        """Requests/s of a trace's own times; None for a random process."""
+        arrivals = self.spec.arrivals
+        return arrivals.factor_for_rate(1.0) ** -1 if isinstance(arrivals, TraceTimes) else None
+
+    def at(self, rate: float, run: int, num_requests: int) -> Workload:
+        """The ``run``-th workload at ``rate`` requests/s: ``num_requests`` of them (a trace's stretch may be shorter).
+
+        Raises WorkloadError for closed-loop load.
+        """
+        if self.spec.arrivals is None:
+            raise WorkloadError("a placement is planned for arrivals over time; a closed loop has none")
+        spec = replace(self.spec, seed=self.seed + run, num_requests=num_requests, duration=None)
+        if spec.trace is not None:
+            # The factor to fit a context is that of the whole trace, whatever stretch is offered.
+            spec = replace(spec, length_scale=spec.length_scale * self._fit, fit_context=None)
+        if isinstance(spec.arrivals, TraceTimes):
+            return self._stretch(spec, spec.arrivals, rate, run, num_requests)
+        if self._has_trace_lengths:
+            start = self._start(run, len(spec.trace)) if spec.trace is not None else 0
+            spec = replace(spec, trace=_rolled(spec.trace, start)) if spec.trace is not None else spec
+        return spec.at(rate)
+
+    def _stretch(self, spec: WorkloadSpec, arrivals: TraceTimes, rate: float, run: int, num_requests: int) -> Workload:
+        """Consecutive requests of the trace, its mean rate scaled to ``rate``: the stretch keeps its own burstiness."""
+        total = len(arrivals.timestamps)
+        num = min(num_requests, total)
+        start = int((total - num) * self._start(run, 10**6) / 10**6)
+        times = (arrivals.timestamps[start : start + num] - arrivals.timestamps[start]) * arrivals.factor_for_rate(rate)
+        trace = spec.trace
+        if trace is not None:
+            blocks = trace.prefix_blocks
+            part = slice(start, start + num)
+            trace = Trace(
+                trace.prompt_lens[part], trace.output_lens[part], times, None if blocks is None else blocks[part]
+            )
+        # Gaps of the Gamma process are never looked at: the times are put in place of its own.
+        made = replace(spec, trace=trace, arrivals=Gamma(0.0), num_requests=num).at(1.0)
+        return replace(made, arrivals=times)
+
+    def _start(self, run: int, total: int) -> int:
+        return int((self.seed + run) * _GOLDEN % 1.0 * total)
+
+    @property
+    def _has_trace_lengths(self) -> bool:
+        return self.spec.trace is not None and (self.spec.prompt is None or self.spec.output is None)
+
+    @cached_property
+    def _fit(self) -> float:
+        spec = self.spec
+        if spec.fit_context is None or spec.trace is None or spec.prompt is not None or spec.output is not None:
+            return 1.0
+        prompts, outputs = (
+            scale_lengths(lens, spec.length_scale) for lens in (spec.trace.prompt_lens, spec.trace.output_lens)
+        )
+        return factor_to_fit(prompts, outputs, spec.fit_context)
+
+
+def _rolled(trace: Trace, start: int) -> Trace:
+    """The trace's requests from ``start`` on, then those before; without times, which no longer ascend."""
+    blocks = trace.prefix_blocks
+    return Trace(
+        np.roll(trace.prompt_lens, -start),
+        np.roll(trace.output_lens, -start),
+        None,
+        None if blocks is None else blocks[start:] + blocks[:start],
+    )

@@ -1,0 +1,180 @@
+"""What is simulated apart: each task is one search for a goodput or one look at a rate, in a process of its own.
+
+A task is a pure function of the problem and its own fields. So the answer depends neither on the number of processes
+nor on which of them is faster.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from types import TracebackType
+from typing import Self, TypeVar
+
+from distserve.core.config import ParallelConfig, Role
+from distserve.core.mixed import PrefillPolicy
+from distserve.core.topology import Placement
+from placement.bounds import lone_decode
+from placement.deployment import joint_run, phase_run
+from placement.goodput import Goodput, find_goodput
+from placement.measure import Effort, Measurement, measure
+from placement.offered import Offered
+from placement.problem import Problem
+from placement.shapes import Shape
+
+_RESIDENCES = 5.0
+"""Runs last so many times as long as a request stays: shorter ones end before the system has filled."""
+_COARSE_TOLERANCE = 0.08
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every task of a search shares."""
+
+    problem: Problem
+    offered: Offered
+
+    def effort(self, kinds: Iterable[tuple[Role, ParallelConfig]], rate: float, *, fine: bool) -> Effort:
+        """How much to simulate at ``rate``: by Little's law several times as many requests as are present at once."""
+        search = self.problem.search
+        num = max(search.num_requests, int(_RESIDENCES * rate * self._residence(kinds)))
+        if fine:
+            return Effort(2 * num, max(search.max_requests, 8 * num), min_runs=2, half_width=0.01)
+        return Effort(num, 2 * num, half_width=0.03)
+
+    def _residence(self, kinds: Iterable[tuple[Role, ParallelConfig]]) -> float:
+        """About how many seconds a request stays: half the TTFT, then its tokens at twice the lone TPOT at most."""
+        prompts, outputs = self.offered.sample
+        slo = self.problem.slo
+        context = int(prompts.mean() + outputs.mean() / 2)
+        gaps = [
+            min(slo.tpot, 2 * lone_decode(self.problem.latency.step_time(parallel), parallel.pp, context))
+            for role, parallel in set(kinds)
+            if role is not Role.PREFILL
+        ]
+        return slo.ttft / 2 + float(outputs.mean()) * max(gaps, default=0.0)
+
+
+@dataclass(frozen=True)
+class PhaseGoodput:
+    """The goodput of ``count`` instances of one phase alone."""
+
+    shape: Shape
+    count: int
+    ceiling: float
+    start: float | None = None
+
+    def __call__(self, setting: Setting) -> Goodput:
+        """Simulate."""
+        return find_goodput(
+            phase_run(setting.problem, setting.offered, self.shape, self.count),
+            setting.problem.slo,
+            setting.offered.cv,
+            self.ceiling,
+            lambda rate: setting.effort([(self.shape.role, self.shape.parallel)], rate, fine=False),
+            tolerance=_COARSE_TOLERANCE,
+            start=self.start,
+        )
+
+
+@dataclass(frozen=True)
+class PhasePoint:
+    """``count`` instances of one phase alone at one rate."""
+
+    shape: Shape
+    count: int
+    rate: float
+
+    def __call__(self, setting: Setting) -> Measurement:
+        """Simulate."""
+        return measure(
+            phase_run(setting.problem, setting.offered, self.shape, self.count),
+            self.rate,
+            setting.problem.slo,
+            setting.offered.cv,
+            setting.effort([(self.shape.role, self.shape.parallel)], self.rate, fine=False),
+        )
+
+
+@dataclass(frozen=True)
+class JointGoodput:
+    """The goodput of a whole placement; ``fine`` with a narrow interval."""
+
+    placement: Placement
+    policy: PrefillPolicy
+    ceiling: float
+    start: float | None = None
+    fine: bool = False
+
+    def __call__(self, setting: Setting) -> Goodput:
+        """Simulate."""
+        return find_goodput(
+            joint_run(setting.problem, setting.offered, self.placement, self.policy),
+            setting.problem.slo,
+            setting.offered.cv,
+            self.ceiling,
+            lambda rate: setting.effort(_kinds(self.placement), rate, fine=self.fine),
+            tolerance=setting.problem.search.tolerance if self.fine else _COARSE_TOLERANCE,
+            start=self.start,
+            with_interval=self.fine,
+        )
+
+
+@dataclass(frozen=True)
+class JointPoint:
+    """A whole placement at one rate; ``fine`` until it is decided or narrow."""
+
+    placement: Placement
+    policy: PrefillPolicy
+    rate: float
+    fine: bool = False
+
+    def __call__(self, setting: Setting) -> Measurement:
+        """Simulate."""
+        return measure(
+            joint_run(setting.problem, setting.offered, self.placement, self.policy),
+            self.rate,
+            setting.problem.slo,
+            setting.offered.cv,
+            setting.effort(_kinds(self.placement), self.rate, fine=self.fine),
+        )
+
+
+def _kinds(placement: Placement) -> list[tuple[Role, ParallelConfig]]:
+    return [(instance.spec.role, instance.spec.parallel) for instance in placement.instances]
+
+
+T = TypeVar("T")
+
+
+def _execute(setting: Setting, task: Callable[[Setting], T]) -> T:
+    return task(setting)
+
+
+class Workers:
+    """Processes that run tasks; with one worker they run here. A context manager."""
+
+    def __init__(self, setting: Setting, num_workers: int | None) -> None:
+        self._setting = setting
+        self._num_workers = num_workers or os.cpu_count() or 1
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._num_workers > 1:
+            # Spawned, not forked: the caller may have threads.
+            self._pool = ProcessPoolExecutor(self._num_workers, mp_context=get_context("spawn"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, tasks: Sequence[Callable[[Setting], T]]) -> list[T]:
+        """The tasks' results, in the tasks' order."""
+        if self._pool is None:
+            return [task(self._setting) for task in tasks]
+        futures = [self._pool.submit(_execute, self._setting, task) for task in tasks]
+        return [future.result() for future in futures]
