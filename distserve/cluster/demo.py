@@ -11,7 +11,7 @@ from rich.table import Table
 
 from distserve.bench.sse import DONE, SSEParser
 from distserve.cluster.config import ServeConfig
-from distserve.cluster.serve import serve
+from distserve.cluster.serve import Endpoint, serve
 from distserve.core.errors import DistserveError
 
 QUESTION = "What does str.split do?"
@@ -33,11 +33,11 @@ def demo(config: ServeConfig, question: str, console: Console) -> None:
         DistserveError: the start failed, or the answer did.
     """
 
-    async def ask(url: str) -> None:
+    async def ask(endpoint: Endpoint) -> None:
         console.print(f"\n[bold]{question}[/bold]")
         timeline: dict[str, Any] = {}
         num_tokens = 0
-        async for chunk in _stream(url, question):
+        async for chunk in _stream(endpoint.url, question):
             if "error" in chunk:
                 raise DistserveError(str(chunk["error"]))
             timeline = chunk.get("timeline") or timeline

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 
 from distserve.cluster.clock import cluster_time
 from distserve.cluster.driver import Driver, Log, Network
+from distserve.cluster.observations import Observer
 from distserve.core.commands import Conclude, Deliver
 from distserve.core.events import ClientGone, ClientRequest, ClientStop, Machine, Received, Timer
 from distserve.core.messages import Status
@@ -46,6 +47,7 @@ class OwnerBackend:
         self._status_time = float("-inf")
         self._status_changed = asyncio.Event()
         self._draining = False
+        self._observers: list[Observer] = []
         self._idle: list[asyncio.Future[None]] = []
         timers = _LoopTimers(loop, lambda: self._driver.feed(Timer()))
         self._driver = Driver(machine, cluster_time, network, timers, sink=self, log=log)
@@ -59,6 +61,10 @@ class OwnerBackend:
     def num_active(self) -> int:
         """Requests whose client still waits."""
         return len(self._streams)
+
+    def observe(self, observer: Observer) -> None:
+        """Tell ``observer`` of every request from now on."""
+        self._observers.append(observer)
 
     def start(self) -> None:
         """Introduce the owner to the router."""
@@ -79,6 +85,8 @@ class OwnerBackend:
         if self._draining:
             self.conclude(Conclude(request.request_id, 503, "the server is shutting down"))
         else:
+            for observer in self._observers:
+                observer.arrived(request.request_id, cluster_time(), len(request.prompt_token_ids))
             self._driver.feed(ClientRequest(request))
         return stream
 
@@ -88,8 +96,10 @@ class OwnerBackend:
 
     def abandon(self, request_id: str) -> None:
         """The client is gone."""
-        if self._streams.pop(request_id, None) is not None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
             self._driver.feed(ClientGone(request_id))
+            self._tell_end(request_id, stream, complete=False)
             self._wake_if_idle()
 
     def status(self) -> Status | None:
@@ -135,7 +145,12 @@ class OwnerBackend:
         stream = self._streams.pop(command.request_id, None)
         if stream is not None:
             stream.put(command)
+            self._tell_end(command.request_id, stream, complete=command.status == 200)
             self._wake_if_idle()
+
+    def _tell_end(self, request_id: str, stream: "_Stream", *, complete: bool) -> None:
+        for observer in self._observers:
+            observer.ended(request_id, stream.longest, complete=complete)
 
     def _wake_if_idle(self) -> None:
         if self._streams:
@@ -147,13 +162,16 @@ class OwnerBackend:
 
 
 class _Stream:
-    """One request's output; ends after its Conclude."""
+    """One request's output; ends after its Conclude. ``longest`` counts the tokens of its longest choice so far."""
 
     def __init__(self) -> None:
+        self.longest = 0
         self._items: asyncio.Queue[Deliver | Conclude] = asyncio.Queue()
         self._ended = False
 
     def put(self, item: Deliver | Conclude) -> None:
+        if isinstance(item, Deliver):
+            self.longest = max([self.longest, *(output.index + 1 for output in item.outputs)])
         self._items.put_nowait(item)
 
     def __aiter__(self) -> AsyncIterator[Deliver | Conclude]:

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,11 +25,12 @@ from distserve.api.settings import ApiSettings
 from distserve.cluster.clock import cluster_time
 from distserve.cluster.config import ServeConfig
 from distserve.cluster.network import Mailbox
+from distserve.cluster.observations import Observer
 from distserve.cluster.owner_backend import OwnerBackend
 from distserve.cluster.parts import OWNER
 from distserve.cluster.ray_environment import prepare_ray_environment
 from distserve.cluster.replay import EventLog
-from distserve.core.config import Role
+from distserve.core.config import InstanceSpec, Role
 from distserve.core.errors import ConfigError
 from distserve.core.messages import InstanceGone
 from distserve.core.owner import Owner
@@ -41,8 +42,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Client = Callable[[str], Coroutine[Any, Any, None]]
-"""Talks to the endpoint at the URL it is given."""
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A deployment that takes requests: its address, model name, instances, and a way to watch what comes in."""
+
+    url: str
+    model: str
+    instances: tuple[InstanceSpec, ...]
+    observe: Callable[[Observer], None]
+
+
+Client = Callable[[Endpoint], Coroutine[Any, Any, None]]
+"""Uses the endpoint; cancelled when the server is told to stop."""
 
 _DRAIN_LIMIT = 256
 """Messages handled at a stretch before the loop looks after its connections again."""
@@ -57,7 +69,7 @@ def serve(config: ServeConfig, console: Console, client: Client | None = None) -
     Args:
         config: What to serve, and how.
         console: Shows the start's progress and the line that ends it.
-        client: Run with the URL once requests can come; serving ends with it.
+        client: Run once requests can come; serving ends with it.
 
     Raises:
         ConfigError: it cannot be served; nothing is left running.
@@ -119,6 +131,7 @@ async def _serve(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(told.get())
     ends: set[asyncio.Task[Any]] = {serving, stopping}
+    using: asyncio.Task[None] | None = None
     ready = asyncio.create_task(backend.ready(config.num_instances))
     try:
         await asyncio.wait({*ends, ready}, return_when=asyncio.FIRST_COMPLETED)
@@ -126,8 +139,13 @@ async def _serve(
             url = _url(listener)
             announce(url)
             if client is not None:
-                ends.add(asyncio.create_task(client(url)))
+                specs = tuple(member.spec for member in launched.deployment.members.values())
+                using = asyncio.create_task(client(Endpoint(url, model.names[0], specs, backend.observe)))
+                ends.add(using)
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if using is not None and not using.done():
+            using.cancel()
+            await asyncio.wait({using})
         if not serving.done():
             await _drain(backend, told, config.drain_timeout)
     finally:
@@ -139,7 +157,7 @@ async def _serve(
         if log is not None:
             log.close()
     for task in ends:
-        if task.done():
+        if task.done() and not task.cancelled():
             task.result()
 
 

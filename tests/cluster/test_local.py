@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distserve.cluster.clock import cluster_time
 from distserve.cluster.local import LocalCluster
 from distserve.cluster.owner_backend import OwnerBackend
 from distserve.cluster.parts import OWNER
@@ -53,6 +54,22 @@ async def idle(backend: OwnerBackend, specs_kv: KvConfig) -> bool:
             return True
         await asyncio.sleep(0.05)
     return False
+
+
+class Watcher:
+    """An observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[str, int] = {}
+        self.ends: dict[str, tuple[int, bool]] = {}
+
+    def arrived(self, request_id: str, time: float, num_prompt_tokens: int) -> None:
+        assert abs(time - cluster_time()) < 60
+        self.prompts[request_id] = num_prompt_tokens
+
+    def ended(self, request_id: str, num_output_tokens: int, *, complete: bool) -> None:
+        assert request_id not in self.ends
+        self.ends[request_id] = (num_output_tokens, complete)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +138,9 @@ async def test_a_lost_instance_costs_no_tokens(expected: list[list[int]], victim
 async def test_a_client_that_leaves_frees_its_blocks() -> None:
     kv = KvConfig(num_blocks=64)
     scheduler = SchedulerConfig(report_interval=0.02, heartbeat=0.1)
+    watcher = Watcher()
     async with LocalCluster(model_dir(), kv=kv, scheduler=scheduler) as backend:
+        backend.observe(watcher)
         for number in range(4):
             stream = backend.submit(greedy(f"r{number}", PROMPTS[1], num_tokens=400))
             for _ in range(number):
@@ -129,6 +148,10 @@ async def test_a_client_that_leaves_frees_its_blocks() -> None:
             backend.abandon(f"r{number}")
         assert backend.num_active == 0
         assert await idle(backend, kv)
+        await collect(backend, greedy("r4", PROMPTS[2], num_tokens=30))
+    assert watcher.prompts == {**{f"r{number}": len(PROMPTS[1]) for number in range(4)}, "r4": len(PROMPTS[2])}
+    assert [watcher.ends[f"r{number}"] for number in range(4)] == [(number, False) for number in range(4)]
+    assert watcher.ends["r4"] == (30, True)
 
 
 async def test_a_stopped_choice_ends_there() -> None:
