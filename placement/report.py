@@ -22,7 +22,7 @@ figures null::
 """
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
@@ -81,7 +81,8 @@ def to_document(plan: Plan, outlook: Outlook | None) -> dict[str, Any]:
 
 
 def _evaluation(found: Evaluation) -> dict[str, Any]:
-    fields = asdict(found)
+    parts = ("label", "policy", "goodput", "binding", "point", "curve", "instances", "links")
+    fields: dict[str, Any] = {name: _plain(getattr(found, name)) for name in parts}
     fields["placement"] = [
         {
             "instance_id": instance.spec.instance_id,
@@ -97,6 +98,13 @@ def _evaluation(found: Evaluation) -> dict[str, Any]:
         "num_nodes": found.placement.num_nodes,
         "goodput_per_gpu": found.goodput_per_gpu,
     }
+
+
+def _plain(value: Any) -> Any:
+    """Facts as dicts."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _clean(value: Any) -> Any:
@@ -298,7 +306,7 @@ def _lost_by(plan: Plan) -> str:
         return f"The runner-up, {loser.label}, reaches the objective at no rate that was tried."
     if apart < 0:
         return (
-            f"The runner-up has {-apart:.1%} more goodput per GPU{overlap}; it lost because it takes "
+            f"The runner-up has {1 / (1 + apart) - 1:.1%} more goodput per GPU{overlap}; it lost because it takes "
             f"{loser.num_gpus} GPUs on {loser.placement.num_nodes} nodes, not {winner.num_gpus} on "
             f"{winner.placement.num_nodes}."
         )
@@ -327,23 +335,14 @@ def _colocated_words(plan: Plan) -> str:
     )
 
 
-_CHANGES = {
-    Change.LOAD: "another rate",
-    Change.LENGTHS: "other lengths",
-    Change.LOSS: "an instance lost (N+1)",
-    Change.SIZE: "another size",
-}
-
-
 def _variants_table(outlook: Outlook, slo: SLO) -> Table:
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("", ""):
-        table.add_column(heading)
+    table.add_column("", no_wrap=True)
     for heading in ("GPUs", "at", "attained", "TTFT p90", "TPOT p90", "goodput"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for change, words in _CHANGES.items():
-        for number, variant in enumerate(outlook.of(change)):
-            table.add_row(words if number == 0 else "", escape(variant.label), *_variant_cells(variant, slo))
+    for change in Change:
+        for variant in outlook.of(change):
+            table.add_row(escape(variant.label), *_variant_cells(variant, slo))
         table.add_section()
     if outlook.goodput_tolerance:
         table.caption = f"goodput to within {outlook.goodput_tolerance:.0%}; latencies in ms"

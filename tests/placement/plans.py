@@ -146,10 +146,9 @@ def outlook() -> Outlook:
             Variant(Change.LOAD, "rate +20%", 6, point(14.4, 0.71, 0.72, 0.93, "the backlog grows"), None),
             Variant(Change.LOAD, "rate -20%", 6, point(9.6, 0.97, 0.975, 0.99), None),
             Variant(Change.LENGTHS, "prompts +20%", 6, point(12, 0.82, 0.83, 0.98), None),
-            Variant(Change.LOSS, "prefill-0 lost", 4, point(12, 0.02, 0.03, 0.99, "the backlog grows"), 6.1),
-            Variant(Change.LOSS, "decode-0 lost", 4, None, None, "no decode instance is left"),
-            Variant(Change.SIZE, "one prefill instance more", 8, point(12, 0.985, 0.99, 0.985), 14.9),
-            Variant(Change.SIZE, "one prefill instance less", 4, point(12, 0.02, 0.03, 0.99, "the backlog grows"), 6.1),
+            Variant(Change.LOSS, "one prefill lost", 4, point(12, 0.02, 0.03, 0.99, "the backlog grows"), 6.1),
+            Variant(Change.LOSS, "one decode lost", 4, None, None, "no decode instance is left"),
+            Variant(Change.SIZE, "one prefill more", 8, point(12, 0.985, 0.99, 0.985), 14.9),
         ),
         goodput_tolerance=0.05,
         phases=(

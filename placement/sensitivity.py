@@ -1,0 +1,289 @@
+"""What a plan's promise depends on: other rates and lengths, a lost instance, an instance more.
+
+Every variant is the chosen placement changed in one thing and simulated like the plan itself, with the same seeds: a
+difference is the change's. The rate is the planned one, or the goodput where none was asked for.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distserve.bench.lengths import scale_lengths
+from distserve.bench.workload import Workload
+from distserve.core.config import Role
+from distserve.core.mixed import PrefillPolicy
+from distserve.core.topology import PlacedInstance, Placement
+from placement.deployment import joint_run
+from placement.goodput import Goodput
+from placement.layout import Seat, lay_out
+from placement.measure import Measurement, measure
+from placement.offered import Offered
+from placement.outlook import Change, KvFlow, Outlook, Phases, Sample, Variant
+from placement.plan import Evaluation, Plan
+from placement.tasks import JointGoodput, Setting, Workers
+from simulator.results import Simulation
+
+Progress = Callable[[int, int], None]
+"""Told how many of how many simulations are done."""
+
+T = TypeVar("T")
+
+_STEP = 0.2
+_ABOVE = 1.15
+"""How far above its goodput a placement is watched breaking: far enough to see it, near enough to see what is first."""
+_CEILING = 1.6
+"""Goodput of a placement with an instance more or less is looked for up to so many times what its GPUs suggest."""
+_MAX_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class ScaledPoint:
+    """A whole placement at one rate, the workload's lengths multiplied."""
+
+    placement: Placement
+    policy: PrefillPolicy
+    rate: float
+    prompt_factor: float = 1.0
+    output_factor: float = 1.0
+
+    def __call__(self, setting: Setting) -> Measurement:
+        """Simulate."""
+        offered = ScaledOffered(
+            setting.offered.spec,
+            setting.offered.seed,
+            prompt_factor=self.prompt_factor,
+            output_factor=self.output_factor,
+        )
+        kinds = [(placed.spec.role, placed.spec.parallel) for placed in self.placement.instances]
+        return measure(
+            joint_run(setting.problem, offered, self.placement, self.policy),
+            self.rate,
+            setting.problem.slo,
+            offered.cv,
+            replace(setting.effort(kinds, self.rate, fine=False), until_decided=False),
+        )
+
+
+@dataclass(frozen=True)
+class ScaledOffered(Offered):
+    """The same requests, longer or shorter."""
+
+    prompt_factor: float = 1.0
+    output_factor: float = 1.0
+
+    def at(self, rate: float, run: int, num_requests: int) -> Workload:
+        """See :class:`Offered`."""
+        workload = super().at(rate, run, num_requests)
+        return replace(
+            workload,
+            prompt_lens=scale_lengths(workload.prompt_lens, self.prompt_factor),
+            output_lens=scale_lengths(workload.output_lens, self.output_factor),
+        )
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A variant to be measured, or one that cannot be built and why."""
+
+    change: Change
+    label: str
+    num_gpus: int
+    placement: Placement | None
+    rate: float
+    prompt_factor: float = 1.0
+    output_factor: float = 1.0
+    reason: str = ""
+
+
+def look_around(plan: Plan, progress: Progress | None = None) -> Outlook:
+    """The outlook of ``plan``, by its problem's own search limits: deterministic, whatever the number of workers."""
+    chosen, problem = plan.chosen, plan.problem
+    rate = chosen.point.rate
+    planned = list(_variants(plan))
+    rivals = _rivals(plan)
+    points = [
+        ScaledPoint(chosen.placement, chosen.policy, rate),
+        ScaledPoint(chosen.placement, chosen.policy, _ABOVE * chosen.goodput.estimate or rate),
+        *(ScaledPoint(rival.placement, rival.policy, rate) for _, rival in rivals),
+    ]
+    built = [variant for variant in planned if variant.placement is not None]
+    points += [
+        ScaledPoint(v.placement, chosen.policy, v.rate, v.prompt_factor, v.output_factor) for v in built if v.placement
+    ]
+    resized = [variant for variant in built if variant.change in {Change.LOSS, Change.SIZE}]
+    searches = [_search(chosen, variant) for variant in resized]
+    setting = Setting(problem, Offered(problem.workload, problem.search.seed))
+    total = len(points) + len(searches)
+    with Workers(setting, problem.search.num_workers) as workers:
+        # In small lots, so that the caller can show how far it is; each keeps all workers busy.
+        measured: list[Measurement] = []
+        for lot in _lots(points):
+            measured += workers.run(lot)
+            _tell(progress, len(measured), total)
+        goodputs: list[Goodput] = []
+        for lots in _lots(searches):
+            goodputs += workers.run(lots)
+            _tell(progress, len(measured) + len(goodputs), total)
+    base, above = measured[:2]
+    rivals_found, variants_found = measured[2 : 2 + len(rivals)], measured[2 + len(rivals) :]
+    answers = {id(variant): found for variant, found in zip(built, variants_found, strict=True)}
+    limits = {id(variant): found.interval.estimate for variant, found in zip(resized, goodputs, strict=True)}
+    return Outlook(
+        variants=tuple(
+            Variant(
+                variant.change,
+                variant.label,
+                variant.num_gpus,
+                answers[id(variant)].point if id(variant) in answers else None,
+                limits.get(id(variant)),
+                variant.reason,
+            )
+            for variant in planned
+        ),
+        goodput_tolerance=max(((found.high - found.low) / found.high for found in goodputs), default=0.0),
+        phases=(_phases(base), _phases(above)),
+        samples=(
+            _sample("chosen: " + chosen.label, base),
+            *(
+                _sample(f"{name}: {rival.label}", found)
+                for (name, rival), found in zip(rivals, rivals_found, strict=True)
+            ),
+        ),
+        flows=_flows(chosen.placement, base.last, problem.model.kv.bytes_per_token),
+    )
+
+
+def _lots(tasks: Sequence[T], size: int = 4) -> Iterator[Sequence[T]]:
+    for start in range(0, len(tasks), size):
+        yield tasks[start : start + size]
+
+
+def _tell(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)
+
+
+def _search(chosen: Evaluation, variant: _Planned) -> JointGoodput:
+    """From what the variant's GPUs would serve if they served as much as the chosen placement's."""
+    assert variant.placement is not None
+    near = chosen.goodput.estimate * variant.num_gpus / chosen.num_gpus or variant.rate
+    return JointGoodput(variant.placement, chosen.policy, _CEILING * max(near, chosen.goodput.estimate), near)
+
+
+def _rivals(plan: Plan) -> list[tuple[str, Evaluation]]:
+    """Whose latencies are drawn beside the chosen placement's."""
+    named = (
+        ("best colocated", plan.colocated),
+        ("best disaggregated", plan.disaggregated),
+        ("runner-up", plan.runner_up),
+    )
+    found: list[tuple[str, Evaluation]] = []
+    for name, rival in named:
+        known = [plan.chosen, *(other for _, other in found)]
+        if rival is not None and all(rival.placement != other.placement for other in known):
+            found.append((name, rival))
+    return found[: _MAX_SAMPLES - 1]
+
+
+def _variants(plan: Plan) -> Iterator[_Planned]:
+    """What is asked of the chosen placement, in the order of the report."""
+    placement, rate, num_gpus = plan.chosen.placement, plan.chosen.point.rate, plan.chosen.num_gpus
+    for sign, word in ((1, "+"), (-1, "-")):
+        factor = 1 + sign * _STEP
+        yield _Planned(Change.LOAD, f"rate {word}{_STEP:.0%}", num_gpus, placement, factor * rate)
+    for sign, word in ((1, "+"), (-1, "-")):
+        factor = 1 + sign * _STEP
+        yield _Planned(Change.LENGTHS, f"prompts {word}{_STEP:.0%}", num_gpus, placement, rate, prompt_factor=factor)
+        yield _Planned(Change.LENGTHS, f"outputs {word}{_STEP:.0%}", num_gpus, placement, rate, output_factor=factor)
+    roles = [role for role in Role if placement.of(role)]
+    for role in roles:
+        yield _without(placement, role, rate)
+    for role in roles:
+        yield _with_one_more(placement, role, rate)
+
+
+def _without(placement: Placement, role: Role, rate: float) -> _Planned:
+    """N+1: the instances of a role are equal, so the loss of the last one stands for any."""
+    lost = placement.of(role)[-1]
+    left = Placement(placement.cluster, tuple(kept for kept in placement.instances if kept is not lost))
+    if not left.of(role):
+        reason = f"no {role} instance is left"
+        return _Planned(Change.LOSS, f"one {role} lost", left.num_gpus, None, rate, reason=reason)
+    return _Planned(Change.LOSS, f"one {role} lost", left.num_gpus, left, rate)
+
+
+def _with_one_more(placement: Placement, role: Role, rate: float) -> _Planned:
+    """One instance more of a role, all instances seated anew."""
+    pools = [list(placement.of(each)) for each in Role if placement.of(each)]
+    grown = [[*pool, pool[-1]] if pool[0].spec.role is role else pool for pool in pools]
+    seated = lay_out(placement.cluster, [Seat(pool[0].spec.parallel, len(pool), _span(pool)) for pool in grown])
+    label = f"one {role} more"
+    num_gpus = sum(len(placed.gpus) for pool in grown for placed in pool)
+    if seated is None:
+        return _Planned(Change.SIZE, label, num_gpus, None, rate, reason="the cluster has no room")
+    instances = tuple(
+        PlacedInstance(replace(placed.spec, instance_id=f"{placed.spec.role}-{number}"), gpus)
+        for pool, seats in zip(grown, seated, strict=True)
+        for number, (placed, gpus) in enumerate(zip(pool, seats, strict=True))
+    )
+    return _Planned(Change.SIZE, label, num_gpus, Placement(placement.cluster, instances), rate)
+
+
+def _span(pool: Sequence[PlacedInstance]) -> int:
+    """Nodes over which each instance of a pool is seated."""
+    return len({gpu.node for gpu in pool[0].gpus})
+
+
+# -- reading runs ----------------------------------------------------------------------------------------------------
+
+
+def _sample(label: str, found: Measurement) -> Sample:
+    return Sample(
+        label,
+        found.point.rate,
+        np.concatenate([window.ttft for window in found.windows]),
+        np.concatenate([window.tpot for window in found.windows]),
+    )
+
+
+def _phases(found: Measurement) -> Phases:
+    """Of the last run; a phase that did not happen (no pull on a mixed instance) took no time."""
+    lines, point = found.last.timelines, found.point
+    pulled = np.where(np.isfinite(lines.migration_end), lines.migration_end, lines.first_token)
+    ready = np.maximum(lines.first_token, pulled)
+    begun = np.maximum(np.where(np.isfinite(lines.decode_start), lines.decode_start, ready), ready)
+
+    def mean(values: NDArray[np.float64]) -> float:
+        answered = values[np.isfinite(values)]
+        return float(answered.mean()) if len(answered) else float("nan")
+
+    return Phases(
+        rate=point.rate,
+        queue=mean(lines.prefill_start - lines.arrival),
+        prefill=mean(lines.first_token - lines.prefill_start),
+        transfer=mean(ready - lines.first_token),
+        wait=mean(begun - ready),
+        decode=mean(lines.finish - begun),
+        missed_ttft=1 - point.ttft_attainment,
+        missed_tpot=1 - point.tpot_attainment,
+    )
+
+
+def _flows(placement: Placement, run: Simulation, bytes_per_token: int) -> tuple[KvFlow, ...]:
+    """KV bytes/s between instances, of the prompts that were handed over."""
+    lines = run.timelines
+    moved = (lines.prefill_id >= 0) & (lines.decode_id >= 0) & (lines.prefill_id != lines.decode_id)
+    positions = {placed.spec.instance_id: number for number, placed in enumerate(placement.instances)}
+    totals = np.zeros((len(run.instances), len(run.instances)))
+    np.add.at(totals, (lines.prefill_id[moved], lines.decode_id[moved]), lines.prompt_tokens[moved])
+    return tuple(
+        KvFlow(
+            positions[run.instances[source].instance_id],
+            positions[run.instances[target].instance_id],
+            float(totals[source, target]) * bytes_per_token / run.duration,
+        )
+        for source, target in zip(*np.nonzero(totals), strict=True)
+    )
