@@ -123,7 +123,7 @@ class Loop:
             self.now, _, part, event = heapq.heappop(heap)
             if part is None:
                 self._on_pull_point()
-            elif part.is_alive:
+            elif part.is_alive and self._still_holds(part, event):
                 self._turn(part, event)
 
     def _turn(self, part: Part, event: Event | StretchPoint | PullPoint) -> None:
@@ -213,8 +213,15 @@ class Loop:
             self._push(self.now, part, Migrated(pull.pull_id, ok=False, reason=f"{pull.source_id} is gone"))
             return
         assert source.engine is not None
-        self._pulls.start(self.now, part.name, pull, source.engine)
-        self._await_pulls()
+        end = self._pulls.start(self.now, part.name, pull, source.engine)
+        if end is not None:
+            self._push(end, part, Migrated(pull.pull_id, ok=True))
+        else:
+            self._await_pulls()
+
+    def _still_holds(self, part: Part, event: Event | StretchPoint | PullPoint) -> bool:
+        """Whether an event is not the end of a pull that was given up meanwhile."""
+        return type(event) is not Migrated or not event.ok or self._pulls.end(self.now, part.name, event.pull_id)
 
     def _await_pulls(self) -> None:
         """Have a point on the heap at the next time that something happens to a pull; early ones do no harm."""

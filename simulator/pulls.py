@@ -83,8 +83,8 @@ class Pulls:
         timer = self._timers[0][0] if self._timers else float("inf")
         return timer if self._network is None else min(timer, self._network.flows.next_time)
 
-    def start(self, now: float, puller: str, command: Migrate, source: Engine) -> None:
-        """Begin a pull."""
+    def start(self, now: float, puller: str, command: Migrate, source: Engine) -> float | None:
+        """Begin a pull. Without a network, its end is sure, and returned: :meth:`end` is to be called then."""
         delays, network = self._delays, self._network
         num_blocks, num_ready = len(command.src_blocks), command.num_ready_blocks
         step_end = source.step_ends.get(command.ready_step, 0.0)
@@ -95,8 +95,7 @@ class Pulls:
             early = max(begin + num_ready * delays.seconds_per_block, step_end)
             end = early + (num_blocks - num_ready) * delays.seconds_per_block
             self._pulls[key] = _Pull(key, command.source_id, request_id, (), [], now)
-            self._wake(end, key)
-            return
+            return end
         block_size = network.block_size(command.source_id)
         per_token = network.per_token(command.source_id, puller)
         if step_end <= begin:
@@ -111,6 +110,14 @@ class Pulls:
         num_bytes = num_blocks * block_size * sum(num for _, num in per_token)
         self._pulls[key] = _Pull(key, command.source_id, request_id, per_token, groups, now, num_bytes)
         self._wake(groups[0][0], key)
+        return None
+
+    def end(self, now: float, puller: str, pull_id: int) -> bool:
+        """A pull whose end was sure has come to it; False if it was given up before."""
+        pull = self._pulls.pop((puller, pull_id), None)
+        if pull is not None and self._recorder is not None:
+            self._recorder.on_pull(pull.request_id, pull.source_id, puller, pull.started_at, now, pull.num_bytes)
+        return pull is not None
 
     def cancel(self, now: float, puller: str, pull_id: int) -> bool:
         """Give a pull up; False if there is none (any more)."""

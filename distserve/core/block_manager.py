@@ -4,7 +4,7 @@ Knows block ids and reference counts only, neither sequences nor bytes. Invarian
 list, exactly once, or referenced or held, so the numbers of both kinds add up to ``num_blocks``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class BlockManager:
@@ -12,7 +12,9 @@ class BlockManager:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._references = [0] * num_blocks
+        self._used: set[int] = set()
+        self._shares: dict[int, int] = {}
+        """References beyond the first: few blocks have any, so that whole tables are taken and given back at once."""
         self._holds: dict[int, int] = {}
         # A stack: the block freed last is reused first, while it may still be in a cache.
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -30,33 +32,38 @@ class BlockManager:
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` free blocks, each with one reference. The caller has checked :attr:`num_free`."""
-        assert 0 <= count <= len(self._free), "allocation was not checked against num_free"
+        free = self._free
+        assert 0 <= count <= len(free), "allocation was not checked against num_free"
         if count == 0:
             return []
-        taken = self._free[-count:]
+        taken = free[-count:]
         taken.reverse()
-        del self._free[-count:]
-        self._fewest_free = min(self._fewest_free, len(self._free))
-        for block in taken:
-            self._references[block] = 1
+        del free[-count:]
+        self._fewest_free = min(self._fewest_free, len(free))
+        self._used.update(taken)
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
         """Add a reference to each block (a fork)."""
         for block in blocks:
-            assert self._references[block] > 0, "a free block cannot be shared"
-            self._references[block] += 1
+            assert block in self._used, "a free block cannot be shared"
+            self._shares[block] = self._shares.get(block, 0) + 1
 
     def is_shared(self, block: int) -> bool:
         """Whether writing the block would change what another sequence reads: then copy it first."""
-        return self._references[block] > 1
+        return block in self._shares
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether any block is shared."""
+        return bool(self._shares)
 
     def hold(self, block: int) -> None:
         """Keep a referenced block from being reused until :meth:`unhold`, without sharing it.
 
         A copy that a queued step will make still has to read its source, even if nobody references that any more.
         """
-        assert self._references[block] > 0, "a free block cannot be held"
+        assert block in self._used, "a free block cannot be held"
         self._holds[block] = self._holds.get(block, 0) + 1
 
     def unhold(self, block: int) -> None:
@@ -64,13 +71,27 @@ class BlockManager:
         self._holds[block] -= 1
         if self._holds[block] == 0:
             del self._holds[block]
-            if self._references[block] == 0:
+            if block not in self._used:
                 self._free.append(block)
 
-    def release(self, blocks: Iterable[int]) -> None:
+    def release(self, blocks: Collection[int]) -> None:
         """Drop a reference from each block; the last one frees it."""
-        for block in blocks:
-            assert self._references[block] > 0, "block released twice"
-            self._references[block] -= 1
-            if self._references[block] == 0 and block not in self._holds:
+        if self._shares or self._holds:
+            for block in blocks:
+                self._release(block)
+            return
+        used = self._used
+        num_left = len(used) - len(blocks)
+        used.difference_update(blocks)
+        assert len(used) == num_left, "block released twice"
+        self._free += blocks
+
+    def _release(self, block: int) -> None:
+        assert block in self._used, "block released twice"
+        others = self._shares.pop(block, 0)
+        if others > 1:
+            self._shares[block] = others - 1
+        elif others == 0:
+            self._used.remove(block)
+            if block not in self._holds:
                 self._free.append(block)

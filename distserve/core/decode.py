@@ -9,12 +9,11 @@ sequence samples too many is discarded. With ``max_in_flight`` > 1 and no lookah
 running sequences are spread evenly over the batches in flight.
 """
 
-from bisect import insort
 from collections.abc import Iterable
 
 from distserve.core.commands import CancelMigrate, Chunk, Migrate, WakeAt
 from distserve.core.config import InstanceSpec
-from distserve.core.decoding import DecodingScheduler, age
+from distserve.core.decoding import DecodingScheduler
 from distserve.core.events import Migrated
 from distserve.core.intake import Intake
 from distserve.core.messages import (
@@ -193,7 +192,7 @@ class DecodeScheduler(DecodingScheduler):
             )
             self.blocks.share(prompt_blocks)
             self._open(seq, (*request.output_token_ids, token_id))
-            insort(self._running, seq, key=age)
+            self._join(seq)
             family.append(seq)
         self.blocks.release(prompt_blocks)
         self._by_key[key] = family
@@ -269,7 +268,7 @@ class DecodeScheduler(DecodingScheduler):
         return [seq for seq in self._by_key.get(key, ()) if choice is None or seq.choice == choice]
 
     def _forget(self, seq: Sequence) -> None:
-        self._running.remove(seq)
+        self._leave(seq)
         family = self._by_key[seq.request.key]
         family.remove(seq)
         if not family:

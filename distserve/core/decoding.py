@@ -5,9 +5,10 @@ gives its blocks back; what becomes of it is the role's business.
 """
 
 from abc import abstractmethod
+from bisect import insort
 
 from distserve.core.config import InstanceSpec
-from distserve.core.scheduler import InstanceScheduler
+from distserve.core.scheduler import Batch, InstanceScheduler
 from distserve.core.sequence import Sequence
 
 
@@ -22,6 +23,31 @@ class DecodingScheduler(InstanceScheduler):
     def __init__(self, spec: InstanceSpec) -> None:
         super().__init__(spec)
         self._running: list[Sequence] = []
+        self._running_changes = 0
+        """Times that a sequence joined or left the running ones."""
+        self._changes_at_launch = 0
+        self._is_steady = False
+        """The step launched last was one token for each running sequence, and none of them its first."""
+        self._steady_steps: int | None = None
+        """Steps after the one in flight that would have its batch; None until asked for."""
+
+    def _join(self, seq: Sequence) -> None:
+        insort(self._running, seq, key=age)
+        self._running_changes += 1
+
+    def _leave(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._running_changes += 1
+
+    def _on_launched(self, step_id: int, batch: Batch) -> None:  # noqa: ARG002 -- the hook's
+        num_running = len(self._running)
+        self._is_steady = (
+            len(batch.entries) == batch.num_tokens == num_running
+            and not batch.copies
+            and all(seq.num_output > 0 for seq in self._running)
+        )
+        self._changes_at_launch = self._running_changes
+        self._steady_steps = None
 
     @abstractmethod
     def _is_settled(self) -> bool:
@@ -54,22 +80,23 @@ class DecodingScheduler(InstanceScheduler):
         """See the base class; pipelined and lookahead batches are not followed."""
         if len(self._steps) != 1 or self._config.max_in_flight > 1 or not self._is_settled():
             return 0
-        (batch,) = self._steps.values()
-        entries, running = batch.entries, self._running
-        if len(entries) != len(running) or any(
-            [entry[0] is not seq for entry, seq in zip(entries, running, strict=True)]
-        ):
+        running = self._running
+        if not self._is_steady or self._running_changes != self._changes_at_launch:
             return 0
-        block_size = self.spec.kv.block_size
-        steps = min([seq.request.sampling.max_tokens - seq.num_output for seq in running]) - 1
+        steps = self._steady_steps
+        if steps is None:
+            steps = min([seq.request.sampling.max_tokens - seq.num_output for seq in running]) - 1
+            self._steady_steps = steps
         # Cheap where memory is plenty: no sequence grows by more blocks than this.
-        if len(running) * (steps // block_size + 1) > self.blocks.num_free:
-            steps = min(steps, self.horizon())
+        if len(running) * (steps // self.spec.kv.block_size + 1) > self.blocks.num_free:
+            return min(steps, self.horizon())
         return steps
 
     def skip(self, num_steps: int) -> None:
         """See the base class. Blocks grow as step by step; none of them is shared, for every sequence has decoded."""
         (batch,) = self._steps.values()
+        assert self._steady_steps is not None, "steps were skipped that nobody asked for"
+        self._steady_steps -= num_steps
         block_size = self.spec.kv.block_size
         for seq, _, _ in batch.entries:
             seq.num_tokens += num_steps
@@ -101,6 +128,8 @@ class DecodingScheduler(InstanceScheduler):
         if config.max_in_flight > 1 and not config.lookahead:
             limit = min(limit, -(-len(self._running) // config.max_in_flight))
         may_overlap = config.max_in_flight if config.lookahead else 1
+        if config.max_in_flight == 1 and self._all_have_room(limit):
+            return self._running.copy()
         chosen: list[Sequence] = []
         index = 0
         while index < len(self._running) and len(chosen) < limit:
@@ -117,6 +146,28 @@ class DecodingScheduler(InstanceScheduler):
                 chosen.append(seq)
             index += 1
         return chosen
+
+    def _all_have_room(self, limit: int) -> bool:
+        """Whether all running sequences may step, of which most grow into the block they have, and a few a free one.
+
+        Then memory is given as it would be one by one.
+        """
+        running, blocks = self._running, self.blocks
+        if len(running) > limit or blocks.has_shared:
+            return False
+        block_size = self.spec.kv.block_size
+        growing = []
+        for seq in running:
+            computed = seq.num_computed
+            if seq.num_in_flight or computed < seq.num_tokens - 1 or len(seq.choices) > 1:
+                return False
+            if computed // block_size == len(seq.blocks):
+                growing.append(seq)
+        if len(growing) > blocks.num_free:
+            return False
+        for seq in growing:
+            seq.blocks += blocks.allocate(1)
+        return True
 
     def _tail_is_shared(self, seq: Sequence) -> bool:
         index = seq.num_computed // self.spec.kv.block_size

@@ -130,7 +130,7 @@ class MixedScheduler(DecodingScheduler):
         for seq, _, is_last in chosen:
             if is_last:
                 self._waiting.remove(seq)
-                insort(self._running, seq, key=age)
+                self._join(seq)
 
     def _start(self, seq: Sequence) -> bool:
         """Take all blocks of a prompt that has not started; False: no room, and nobody may overtake it."""
@@ -161,7 +161,7 @@ class MixedScheduler(DecodingScheduler):
         if victim in self._waiting:
             self._waiting.remove(victim)
         else:
-            self._running.remove(victim)
+            self._leave(victim)
         victim.blocks, victim.num_published, victim.num_computed, victim.is_open = [], 0, 0, False
         victim.seq_id = self._new_seq_id()
         # A recomputed prompt's log-probabilities would be reported twice.
@@ -218,7 +218,7 @@ class MixedScheduler(DecodingScheduler):
         ]
         for member in family:
             self.blocks.share(member.blocks)
-            insort(self._running, member, key=age)
+            self._join(member)
         self._by_key[request.key] += family
         self._close(seq)
         return family
@@ -232,7 +232,7 @@ class MixedScheduler(DecodingScheduler):
         if seq in self._waiting:
             self._waiting.remove(seq)
         else:
-            self._running.remove(seq)
+            self._leave(seq)
         family = self._by_key[seq.request.key]
         family.remove(seq)
         if not family:

@@ -47,6 +47,7 @@ class PrefillScheduler(InstanceScheduler):
         self._num_waiting_tokens = 0
         self._sequences: dict[RequestKey, Sequence] = {}
         self._handoffs: dict[RequestKey, Handoff] = {}
+        self._expiry_timer = 0.0
 
     def horizon(self) -> int:
         """Steps over which no batch can change: none, every step ends some prompt's chunk."""
@@ -180,13 +181,19 @@ class PrefillScheduler(InstanceScheduler):
             return
         handoff.state = HandoffState.OFFERED
         handoff.decode_id = decode_id
-        handoff.expires = self._now + self._config.lease
-        self._commands.append(WakeAt(handoff.expires))
+        self._expire_later(handoff)
         seq = handoff.seq
         offer = Offer(seq.request, tuple(seq.blocks), seq.num_tokens, handoff.num_ready_tokens, handoff.last_step)
         self._send(decode_id, offer)
         if handoff.first_tokens is not None:
             self._send(decode_id, Prefilled(key, handoff.first_tokens, handoff.finished))
+
+    def _expire_later(self, handoff: Handoff) -> None:
+        handoff.expires = self._now + self._config.lease
+        # One timer pends for all: it is set again for the earliest that is left when it fires.
+        if self._expiry_timer <= self._now:
+            self._expiry_timer = handoff.expires
+            self._commands.append(WakeAt(handoff.expires))
 
     def _on_lease_wanted(self, key: RequestKey, sender: str) -> None:
         handoff = self._handoffs.get(key)
@@ -194,8 +201,7 @@ class PrefillScheduler(InstanceScheduler):
             self._send(sender, Withdrawn(key))
             return
         handoff.state = HandoffState.LEASED
-        handoff.expires = self._now + self._config.lease
-        self._commands.append(WakeAt(handoff.expires))
+        self._expire_later(handoff)
         self._send(sender, Leased(key, self._config.lease))
 
     def _on_refused(self, key: RequestKey, sender: str) -> None:
@@ -224,9 +230,16 @@ class PrefillScheduler(InstanceScheduler):
         self._close(handoff.seq)
 
     def _on_timer(self) -> None:
+        if self._expiry_timer > self._now:
+            return
         for handoff in list(self._handoffs.values()):
             if handoff.expires <= self._now and not handoff.is_pulled:
                 self._fail(handoff.seq, f"{handoff.decode_id} did not pull the KV cache in time")
+        expiries = [handoff.expires for handoff in self._handoffs.values() if not handoff.is_pulled]
+        earliest = min(expiries, default=float("inf"))
+        if earliest < float("inf"):
+            self._expiry_timer = earliest
+            self._commands.append(WakeAt(earliest))
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 
