@@ -5,8 +5,8 @@ simulation asks for millions of step times, so a shape's kernels are evaluated o
 sequences, and a step adds up four table entries.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,12 +14,12 @@ from distserve.core.config import ParallelConfig
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
 from distserve.core.topology import ClusterSpec
-from simulator.latency import kernels
 from simulator.latency.efficiency import Efficiency, Engine, find_engine, kernels_of
 from simulator.latency.gpus import find_gpu
-from simulator.latency.kernels import Array, Cost, Number
+from simulator.latency.kernels import Array
 from simulator.latency.operations import Operation
 from simulator.latency.shape import ModelShape
+from simulator.latency.step_kernels import Launches, StepKernels
 
 # Steps of more tokens or sequences than this are extrapolated: kernels of that size run at a steady rate.
 _TABLE = 8192
@@ -29,10 +29,10 @@ _TABLE = 8192
 class AnalyticStepTime:
     """One instance shape's times: entry ``i`` of a table is that of ``i`` tokens or sequences, the last slope goes on.
 
-    ``token`` is all that depends on the number of tokens alone, ``row`` on the rows whose logits are computed. All
-    attention takes ``prefill`` by prompt tokens, ``pair`` of it for each (query, key) pair, ``decode`` by decodes, ``context`` of
-    it for each cached token. ``serial`` comes on top; ``floor_prefill`` and ``floor_decode`` are what the host needs to
-    launch it all.
+    ``token`` is all that depends on the number of tokens alone, ``row`` on the rows whose logits are computed. Attention
+    of prompts takes ``prefill`` by their tokens and ``pair`` of it for each (query, key) pair, that of decodes ``decode``
+    by their number and ``context`` of it for each cached token; ``mixed`` times as long beside prompts. ``serial`` comes
+    on top of the kernels; ``floor_prefill`` and ``floor_decode`` are what the host needs to launch them.
     """
 
     token: list[float]
@@ -41,6 +41,7 @@ class AnalyticStepTime:
     pair: list[float]
     decode: list[float]
     context: list[float]
+    mixed: float
     serial: float
     floor_prefill: float
     floor_decode: float
@@ -60,7 +61,8 @@ class AnalyticStepTime:
             time += self.prefill[num_prefill_tokens] + shape.prefill_pairs * self.pair[num_prefill_tokens]
             floor = self.floor_prefill
         if num_decodes:
-            time += self.decode[num_decodes] + shape.decode_context * self.context[num_decodes]
+            attention = self.decode[num_decodes] + shape.decode_context * self.context[num_decodes]
+            time += attention * self.mixed if num_prefill_tokens else attention
         return self.serial + (time if time > floor else floor)  # noqa: FURB136 -- half the time of max()
 
     def _beyond(self, shape: StepShape) -> float:
@@ -71,8 +73,9 @@ class AnalyticStepTime:
             time += _extended(self.prefill, num_prefill_tokens)
             time += shape.prefill_pairs * self.pair[min(num_prefill_tokens, _TABLE)]
         if num_decodes:
-            time += _extended(self.decode, num_decodes)
-            time += shape.decode_context * self.context[min(num_decodes, _TABLE)]
+            attention = _extended(self.decode, num_decodes)
+            attention += shape.decode_context * self.context[min(num_decodes, _TABLE)]
+            time += attention * self.mixed if num_prefill_tokens else attention
         return self.serial + max(time, self.floor_prefill if num_prefill_tokens else self.floor_decode)
 
     def handover(self, shape: StepShape) -> float:
@@ -117,26 +120,23 @@ class AnalyticModel:
 
     def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> AnalyticStepTime:
         """See :class:`simulator.latency.interface.LatencyModel`."""
-        self._check(parallel)
+        parts = self._kernels(parallel)
         counts = np.arange(_TABLE + 1, dtype=np.float64)
         counts[0] = 1.0  # no step is empty; the entry only has to be a number
         ones, zeros = np.ones_like(counts), np.zeros_like(counts)
-        layers = self.shape.layers_per_stage(parallel)
-        token, row = zeros.copy(), self.engine.sequence * counts
-        for _, count, cost in self._token_kernels(parallel, counts):
-            token += count * cost.seconds
-        for _, count, cost in self._row_kernels(parallel, counts):
-            row += count * cost.seconds
-        prefill = layers * self._prefill(parallel, counts, zeros).seconds
-        decode = layers * self._decode(parallel, counts, zeros).seconds
-        send = self._send(parallel, np.array([0.0, 1.0]), stages_share_node=stages_share_node).seconds
+        layers = parts.layers
+        token = _total(parts.of_tokens(counts))
+        row = _total(parts.of_rows(counts)) + self.engine.sequence * counts
+        prefill, decode = _total([parts.prefill(counts, zeros)]), _total([parts.decode(counts, zeros)])
+        send = parts.send(np.array([0.0, 1.0]), stages_share_node=stages_share_node).seconds
         return AnalyticStepTime(
             token=token.tolist(),
             row=row.tolist(),
             prefill=prefill.tolist(),
-            pair=(layers * self._prefill(parallel, counts, ones).seconds - prefill).tolist(),
+            pair=(_total([parts.prefill(counts, ones)]) - prefill).tolist(),
             decode=decode.tolist(),
-            context=(layers * self._decode(parallel, counts, ones).seconds - decode).tolist(),
+            context=(_total([parts.decode(counts, ones)]) - decode).tolist(),
+            mixed=self.efficiency.mixed_decode,
             serial=self.engine.step + layers * self.engine.layer,
             floor_prefill=layers * self.engine.host_prefill,
             floor_decode=layers * self.engine.host_decode,
@@ -144,30 +144,46 @@ class AnalyticModel:
             send_per_token=float(send[1] - send[0]),
         )
 
+    def seconds(self, parallel: ParallelConfig, steps: Sequence[StepShape]) -> Array:
+        """The seconds of ``steps``, [S], as :meth:`step_time` gives them, without building its tables."""
+        parts = self._kernels(parallel)
+        prefill_tokens, pairs, prompts, decodes, context = np.array(
+            [(s.num_prefill_tokens, s.prefill_pairs, s.num_prefills, s.num_decodes, s.decode_context) for s in steps],
+            dtype=np.float64,
+        ).T
+        has_prefill, has_decode = prefill_tokens > 0, decodes > 0
+        rows = np.maximum(prompts + decodes, 1)
+        time = _total(parts.of_tokens(prefill_tokens + decodes)) + _total(parts.of_rows(rows))
+        time += has_prefill * _total([parts.prefill(np.maximum(prefill_tokens, 1), pairs)])
+        attention = _total([parts.decode(np.maximum(decodes, 1), context)])
+        time += has_decode * np.where(has_prefill, self.efficiency.mixed_decode, 1) * attention
+        time += self.engine.sequence * rows
+        floor = parts.layers * np.where(has_prefill, self.engine.host_prefill, self.engine.host_decode)
+        total: Array = np.maximum(time, floor) + self.engine.step + parts.layers * self.engine.layer
+        return total
+
     def operations(self, parallel: ParallelConfig, step: StepShape) -> tuple[Operation, ...]:
-        """The kernels of ``step`` on one rank of the fullest stage, in order; their seconds add up to the step's."""
-        self._check(parallel)
-        tokens = np.array([float(step.num_prefill_tokens + step.num_decodes)])
-        rows = np.array([float(step.num_prefills + step.num_decodes)])
-        layers = self.shape.layers_per_stage(parallel)
-        costs = list(self._token_kernels(parallel, tokens))
+        """The kernels of ``step`` on one rank of the fullest stage; their seconds add up to the step's."""
+        parts = self._kernels(parallel)
+        rows = _one(max(step.num_prefills + step.num_decodes, 1))
+        launches = list(parts.of_tokens(_one(step.num_prefill_tokens + step.num_decodes)))
         if step.num_prefill_tokens:
-            prefill = self._prefill(
-                parallel, np.array([float(step.num_prefill_tokens)]), np.array([float(step.prefill_pairs)])
-            )
-            costs.append(("prefill attention", layers, prefill))
+            launches.append(parts.prefill(_one(step.num_prefill_tokens), _one(step.prefill_pairs)))
         if step.num_decodes:
-            decode = self._decode(parallel, np.array([float(step.num_decodes)]), np.array([float(step.decode_context)]))
-            costs.append(("decode attention", layers, decode))
-        costs += self._row_kernels(parallel, rows)
-        found = [
-            Operation.of(name, count, float(cost.seconds[0]), float(cost.flops[0]), float(cost.bytes[0]), self.gpu)
-            for name, count, cost in costs
-        ]
+            decode = parts.decode(_one(step.num_decodes), _one(step.decode_context))
+            slower = self.efficiency.mixed_decode if step.num_prefill_tokens else 1.0
+            launches.append(replace(decode, cost=replace(decode.cost, seconds=decode.cost.seconds * slower)))
+        launches += parts.of_rows(rows)
+        found = [Operation.of(launch, self.gpu) for launch in launches]
         busy = sum(operation.total_seconds for operation in found)
-        floor = layers * (self.engine.host_prefill if step.num_prefill_tokens else self.engine.host_decode)
-        host = self.engine.step + layers * self.engine.layer + float(rows[0]) * self.engine.sequence
-        return (*found, Operation("engine", 1, host + max(floor - busy, 0.0), 0.0, 0.0, "host"))
+        floor = parts.layers * (self.engine.host_prefill if step.num_prefill_tokens else self.engine.host_decode)
+        host = self.engine.step + parts.layers * self.engine.layer + float(rows[0]) * self.engine.sequence
+        idle = max(floor - busy - float(rows[0]) * self.engine.sequence, 0.0)
+        return (*found, Operation("engine", 1, host + idle, 0.0, 0.0, "host"))
+
+    def _kernels(self, parallel: ParallelConfig) -> StepKernels:
+        self._check(parallel)
+        return StepKernels(self.shape, parallel, self.cluster, self.gpu, self.efficiency)
 
     def _check(self, parallel: ParallelConfig) -> None:
         self.shape.check(parallel)
@@ -176,72 +192,11 @@ class AnalyticModel:
                 f"tp {parallel.tp} does not fit a node of {self.cluster.gpus_per_node} GPUs: a layer's shards share one"
             )
 
-    def _token_kernels(self, parallel: ParallelConfig, tokens: Array) -> Iterable[tuple[str, int, Cost]]:
-        """(name, launches, cost of one) of what depends on the number of tokens alone."""
-        shape, tp = self.shape, parallel.tp
-        layers, item, hidden = shape.layers_per_stage(parallel), shape.dtype_bytes, shape.hidden
-        heads, kv_heads = shape.num_heads // tp, shape.kv_heads_per_rank(parallel)
-        width, kv_width = heads * shape.head_dim, kv_heads * shape.head_dim
-        yield "embedding", 1, self._stream(2 * hidden * item * tokens)
-        yield "norm and residual", 2 * layers, self._stream(4 * hidden * item * tokens)
-        yield "qkv projection", layers, self._gemm(tokens, width + 2 * kv_width, hidden)
-        yield "rotary and KV write", layers, self._stream((2 * width + 4 * kv_width) * item * tokens)
-        yield "output projection", layers, self._gemm(tokens, hidden, width)
-        dense = layers * (shape.num_layers - shape.num_moe_layers) // shape.num_layers
-        moe = layers - dense
-        gates = 2 if shape.gated_mlp else 1
-        if dense:
-            inner = shape.intermediate // tp
-            yield "mlp up", dense, self._gemm(tokens, gates * inner, hidden)
-            yield "activation", dense, self._stream((gates + 1) * inner * item * tokens)
-            yield "mlp down", dense, self._gemm(tokens, hidden, inner)
-        if moe:
-            inner = shape.expert_intermediate // tp
-            share = shape.experts_per_token / shape.num_experts
-            touched = shape.num_experts * -np.expm1(tokens * np.log1p(-min(share, 1 - 1e-12)))
-            yield "router", moe, self._gemm(tokens, shape.num_experts, hidden)
-            each = tokens * shape.experts_per_token / touched
-            yield "experts up", moe, self._gemm(each, gates * inner, hidden, touched)
-            yield "activation", moe, self._stream((gates + 1) * inner * item * tokens * shape.experts_per_token)
-            yield "experts down", moe, self._gemm(each, hidden, inner, touched)
-            if shape.shared_intermediate:
-                shared = shape.shared_intermediate // tp
-                yield "shared expert up", moe, self._gemm(tokens, gates * shared, hidden)
-                yield "shared expert down", moe, self._gemm(tokens, hidden, shared)
-        if tp > 1:
-            size = tokens * hidden * item
-            cost = kernels.all_reduce(self.cluster.intra_node_bandwidth, self.efficiency, size, tp)
-            yield "all-reduce", 2 * layers, cost
 
-    def _row_kernels(self, parallel: ParallelConfig, rows: Array) -> Iterable[tuple[str, int, Cost]]:
-        columns = -(-self.shape.vocab // parallel.tp)
-        yield "output matrix", 1, self._gemm(rows, columns, self.shape.hidden)
-        yield "sampling", 1, self._stream(3 * 4 * self.shape.vocab * rows)
+def _total(launches: Iterable[Launches]) -> Array:
+    seconds: Array = np.sum([launch.count * launch.cost.seconds for launch in launches], axis=0)
+    return seconds
 
-    def _gemm(self, m: Array, n: int, k: int, groups: Number = 1.0) -> Cost:
-        return kernels.gemm(self.gpu, self.efficiency, m, n, k, self.shape.dtype_bytes, groups)
 
-    def _stream(self, traffic: Array) -> Cost:
-        return kernels.stream(self.gpu, self.efficiency, traffic)
-
-    def _prefill(self, parallel: ParallelConfig, tokens: Array, pairs: Array) -> Cost:
-        return kernels.prefill_attention(
-            self.gpu, self.efficiency, tokens, pairs, *self._heads(parallel), self.shape.dtype_bytes
-        )
-
-    def _decode(self, parallel: ParallelConfig, batch: Array, context: Array) -> Cost:
-        return kernels.decode_attention(
-            self.gpu, self.efficiency, batch, context, *self._heads(parallel), self.shape.dtype_bytes
-        )
-
-    def _heads(self, parallel: ParallelConfig) -> tuple[int, int, int]:
-        return self.shape.num_heads // parallel.tp, self.shape.kv_heads_per_rank(parallel), self.shape.head_dim
-
-    def _send(self, parallel: ParallelConfig, tokens: Array, *, stages_share_node: bool) -> Cost:
-        """Activations to the next stage: each shard sends its share; those of a node share the node's cards."""
-        cluster = self.cluster
-        size = tokens * self.shape.hidden * self.shape.dtype_bytes
-        if stages_share_node:
-            return kernels.send(cluster.intra_node_bandwidth * parallel.tp, self.efficiency, size)
-        cards = max(1, parallel.tp * cluster.nics_per_node // cluster.gpus_per_node)
-        return kernels.send(cluster.inter_node_bandwidth * cards, self.efficiency, size)
+def _one(number: int) -> Array:
+    return np.array([float(number)])

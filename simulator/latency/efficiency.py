@@ -37,11 +37,13 @@ class Efficiency:
         decode_ramp: Sequences times KV heads at which it reaches half of that.
         decode_sequence: Bytes per sequence and query head beside the cache: queries, outputs, partial results.
         decode_launch: Seconds beside that.
+        mixed_decode: How many times as long the decodes' attention takes in a step that has prompts too.
         stream_memory: Share of memory bandwidth of kernels that only move data.
         stream_launch: Seconds beside that.
         all_reduce_bandwidth: Share of a link's bandwidth that an all-reduce reaches.
         all_reduce_latency: Seconds of the smallest all-reduce of two ranks, ``all_reduce_hop`` of each rank more.
         all_reduce_hop: See ``all_reduce_latency``.
+        all_reduce_large: Seconds more of a large one: its ring is slower to start than the exchange of small ones.
         send_bandwidth: Share of a link's bandwidth between two GPUs.
         send_latency: Seconds beside that.
     """
@@ -63,11 +65,13 @@ class Efficiency:
     decode_ramp: float
     decode_sequence: float
     decode_launch: float
+    mixed_decode: float
     stream_memory: float
     stream_launch: float
     all_reduce_bandwidth: float
     all_reduce_latency: float
     all_reduce_hop: float
+    all_reduce_large: float
     send_bandwidth: float
     send_latency: float
 
@@ -81,7 +85,8 @@ class Engine:
     graphs that floor is nil. All in seconds.
 
     ``compute``, ``memory``, ``attention``, ``stream`` and ``link`` divide the time of products bound by arithmetic, of
-    those bound by memory, of both attentions, of kernels that only move data, and of collectives.
+    those bound by memory, of both attentions, of kernels that only move data, and of collectives'
+    bytes; ``link_latency`` is in addition to what a collective takes.
     """
 
     step: float = 0.0
@@ -94,6 +99,7 @@ class Engine:
     attention: float = 1.0
     stream: float = 1.0
     link: float = 1.0
+    link_latency: float = 0.0
 
     def applied(self, efficiency: Efficiency) -> Efficiency:
         """The coefficients of this engine's kernels."""
@@ -106,6 +112,7 @@ class Engine:
             stream_memory=efficiency.stream_memory * self.stream,
             stream_launch=efficiency.stream_launch / self.stream,
             all_reduce_bandwidth=efficiency.all_reduce_bandwidth * self.link,
+            all_reduce_latency=efficiency.all_reduce_latency + self.link_latency,
         )
 
 

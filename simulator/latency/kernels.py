@@ -16,6 +16,8 @@ Number = Array | float
 
 # Queries that one block of an attention kernel works on.
 _QUERY_BLOCK = 128
+# Bytes of an all-reduce at which a ring takes over from exchanging everything at once.
+_LARGE_MESSAGE = 2e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ def all_reduce(bandwidth: float, eff: Efficiency, size: Array, ranks: Number) ->
     """Sum ``size`` bytes over ``ranks`` GPUs: a ring moves 2 (ranks - 1) / ranks of them through each link."""
     traffic = 2.0 * (ranks - 1) / ranks * size
     latency = eff.all_reduce_latency + eff.all_reduce_hop * (ranks - 2)
+    latency = latency + eff.all_reduce_large * size / (size + _LARGE_MESSAGE)
     return Cost(traffic / (bandwidth * eff.all_reduce_bandwidth) + latency, np.zeros_like(size), traffic)
 
 

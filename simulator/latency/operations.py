@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from simulator.latency.gpus import GpuSpec
+from simulator.latency.step_kernels import Launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,10 @@ class Operation:
         return self.count * self.seconds
 
     @classmethod
-    def of(cls, name: str, count: int, seconds: float, flops: float, num_bytes: float, gpu: GpuSpec) -> "Operation":
+    def of(cls, launches: Launches, gpu: GpuSpec) -> "Operation":
         """With the bound that its shape implies: the larger of arithmetic and traffic at the data sheet's peaks."""
+        name, cost = launches.name, launches.cost
+        seconds, flops, num_bytes = float(cost.seconds[0]), float(cost.flops[0]), float(cost.bytes[0])
         compute, memory = flops / gpu.flops, num_bytes / gpu.memory_bandwidth
         if name == "all-reduce":
             bound = "link"
@@ -35,4 +38,4 @@ class Operation:
             bound = "latency"
         else:
             bound = "compute" if compute > memory else "memory"
-        return cls(name, count, seconds, flops, num_bytes, bound)
+        return cls(name, launches.count, seconds, flops, num_bytes, bound)
