@@ -4,15 +4,14 @@ Implements :class:`distserve.cluster.observations.Observer`. What it kept can be
 reads, so that the plan can be made again from what was observed.
 """
 
-import csv
 from collections import deque
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from placement.drift import Expected, Finding, Observed, judge
+from placement.trace_file import write_trace
 
 _MOST_KEPT = 200_000
 """Requests kept for a trace; older ones are forgotten."""
@@ -85,13 +84,13 @@ class LoadWatch:
         recent = [seen for seen in self._seen if seen.time > now - self.window]
         served = [seen.num_output_tokens for seen in recent if seen.num_output_tokens]
         stand_ins = served or [1]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["TIMESTAMP", "ContextTokens", "GeneratedTokens"])
-            for index, seen in enumerate(recent):
-                length = seen.num_output_tokens or stand_ins[index % len(stand_ins)]
-                rows.writerow([_timestamp(seen.time), seen.num_prompt_tokens, length])
-        return len(recent)
+        return write_trace(
+            path,
+            (
+                (seen.time, seen.num_prompt_tokens, seen.num_output_tokens or stand_ins[index % len(stand_ins)])
+                for index, seen in enumerate(recent)
+            ),
+        )
 
 
 def describe(findings: tuple[Finding, ...], window: float) -> str:
@@ -101,7 +100,3 @@ def describe(findings: tuple[Finding, ...], window: float) -> str:
     spare = all(not finding.is_more for finding in findings)
     head = "The plan serves more than comes in" if spare else "The plan no longer holds"
     return f"{head}: over the last {window / 60:.3g} minutes {'; '.join(finding.text for finding in findings)}."
-
-
-def _timestamp(time: float) -> str:
-    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from distserve.cluster.placement_section import ClusterSection, PlacementSection, PlannedSeats, read_plan
-from distserve.cluster.planner import find_planner
+from distserve.cluster.planner import Planner, find_planner
 from distserve.cluster.seats import WantedInstance, check_seats, wanted
 from distserve.cluster.sizing import KvRequest
 from distserve.core.config import Role
@@ -133,13 +133,16 @@ class ServeConfig:
         return tuple(Counter(instance.role for instance in self.instances).items())
 
 
-def load_config(path: Path | None, flags: dict[str, Any], default_model: Path) -> ServeConfig:
+def load_config(
+    path: Path | None, flags: dict[str, Any], default_model: Path, planner: Planner | None = None
+) -> ServeConfig:
     """Read ``path`` (None: an empty file), let ``flags`` override it, and check the result.
 
     Args:
         path: YAML file.
         flags: Values by the file's key paths (``("engine", "dtype")``-like, joined by dots); None is not given.
         default_model: Model directory to serve when neither names one.
+        planner: Answers ``placement: auto``; the installed one if None.
 
     Raises:
         ConfigError: the file cannot be read, or something in it or in the flags is wrong.
@@ -156,7 +159,7 @@ def load_config(path: Path | None, flags: dict[str, Any], default_model: Path) -
     model_dir = Path(checked.model) if checked.model is not None else default_model
     if not model_dir.is_dir():
         raise ConfigError(f"model directory {model_dir} does not exist")
-    planned = _planned(checked, path, model_dir.resolve())
+    planned = _planned(checked, path, model_dir.resolve(), planner)
     return ServeConfig(
         model_dir=model_dir.resolve(),
         instances=planned.instances,
@@ -188,11 +191,11 @@ def _names(checked: ConfigFile) -> tuple[str, ...]:
     return names or (() if checked.model is not None else (_DEFAULT_MODEL_NAME,))
 
 
-def _planned(checked: ConfigFile, path: Path | None, model_dir: Path) -> PlannedSeats:
+def _planned(checked: ConfigFile, path: Path | None, model_dir: Path, planner: Planner | None) -> PlannedSeats:
     """The instances to start: as the file has them, as the plan it names has them, or as the planner says."""
     placement = checked.placement
     if placement == "auto":
-        planner = find_planner()
+        planner = planner or find_planner()
         if planner is None:
             raise ConfigError(
                 "placement: auto needs the planner, which is not installed; give counts, for example "

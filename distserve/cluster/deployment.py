@@ -5,7 +5,7 @@ Ray is asked for processes and calls at start and after a death only. Who watche
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from distserve.cluster.ray_actors import CONCURRENCY, InstanceActor, RouterActor
 from distserve.cluster.ray_cluster import RayCluster
 from distserve.cluster.reservation import ROUTER_CPUS, RankResources, Reservation, cpus_per_rank
 from distserve.cluster.seats import FoundNode, WantedInstance, group_by_node
-from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
+from distserve.core.config import InstanceSpec, Role
 from distserve.core.errors import DistserveError, InstanceError
 
 _PLACEMENT_PATIENCE = 60.0
@@ -26,19 +26,18 @@ _CLOSE_PATIENCE = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """What to deploy: ``instances``, whose engines and limits are all alike."""
+    """What to deploy: ``instances``, each with its specification in ``specs``, whose engines are all alike."""
 
     instances: tuple[WantedInstance, ...]
+    specs: tuple[InstanceSpec, ...]
     plan: EnginePlan
-    kv: KvConfig
-    scheduler: SchedulerConfig
     key: ClusterKey
     log_dir: Path | None = None
 
     @property
-    def roles(self) -> tuple[Role, ...]:
-        """The instances' roles."""
-        return tuple(instance.role for instance in self.instances)
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output together that every instance takes."""
+        return min(spec.scheduler.max_model_len for spec in self.specs)
 
 
 @dataclass(slots=True)
@@ -100,14 +99,13 @@ class Deployment:
         """Create an actor for ``slot``, under an id never used before; the call that loads it and gives its card."""
         assert self._reservation is not None, "reserve comes first"
         blueprint = self.blueprint
-        role = blueprint.roles[slot]
+        spec = blueprint.specs[slot]
         group = next(group for group in group_by_node(blueprint.instances) if (slot, 0) in group.seats)
         generation = self._generations.get(slot, -1) + 1
         self._generations[slot] = generation
-        number = slot - blueprint.roles.index(role)
         # A lost instance's id is never given again: what was said of the dead does not concern its successor.
-        instance_id = f"{role}-{number}" if generation == 0 else f"{role}-{number}.{generation}"
-        spec = InstanceSpec(instance_id, role, blueprint.kv, blueprint.scheduler)
+        if generation:
+            spec = replace(spec, instance_id=f"{spec.instance_id}.{generation}")
         config = InstanceConfig(
             spec=spec,
             plan=blueprint.plan,

@@ -4,6 +4,7 @@ Everything below the endpoint is started here, in parallel where it can be, and 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan
 from distserve.cluster.ray_cluster import joined_cluster, local_cluster, this_node
 from distserve.cluster.seats import FoundNode, check_engine, group_by_node, match_nodes
 from distserve.cluster.session import Session
-from distserve.cluster.sizing import check_processes, free_memory, size_kv
+from distserve.cluster.sizing import KvRequest, check_processes, free_memory, size_kv
 from distserve.cluster.supervise import Supervisor
-from distserve.core.config import SchedulerConfig
+from distserve.core.config import InstanceSpec, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -126,25 +127,37 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
         raise ConfigError(
             f"--max-model-len {engine.max_model_len} is more than the model can take: at most {facts.max_model_len}"
         )
-    kv = size_kv(
-        engine.kv,
-        weight_bytes=facts.weight_bytes,
-        token_bytes=facts.token_bytes,
-        max_model_len=max_model_len,
-        num_instances=max(len(group.seats) for group in group_by_node(config.instances)),
-        free=free_memory(),
-    )
-    if kv.num_tokens < max_model_len:
-        logger.warning("KV memory holds %d tokens, requests longer than that are refused", kv.num_tokens)
+    fullest = max(len(group.seats) for group in group_by_node(config.instances))
+    free = free_memory()
+    specs: list[InstanceSpec] = []
+    numbers: Counter[Role] = Counter()
+    for instance in config.instances:
+        planned = instance.limits
+        asked = engine.kv if planned.kv_tokens is None else KvRequest(planned.kv_tokens, None, engine.kv.block_size)
+        kv = size_kv(
+            asked,
+            weight_bytes=facts.weight_bytes,
+            token_bytes=facts.token_bytes,
+            max_model_len=max_model_len,
+            num_instances=fullest,
+            free=free,
+        )
+        scheduler = SchedulerConfig(
+            max_batch_tokens=planned.max_batch_tokens or engine.max_batch_tokens,
+            max_batch_size=planned.max_batch_size or engine.max_batch_size,
+            max_in_flight=instance.parallel.pp,
+            max_model_len=max_model_len,
+        )
+        name = f"{instance.role}-{numbers[instance.role]}"
+        numbers[instance.role] += 1
+        specs.append(InstanceSpec(name, instance.role, kv, scheduler, instance.parallel))
+    least = min(spec.kv.num_tokens for spec in specs)
+    if least < max_model_len:
+        logger.warning("KV memory holds %d tokens, requests longer than that are refused", least)
     return Blueprint(
         instances=config.instances,
+        specs=tuple(specs),
         plan=EnginePlan(config.model_dir, engine.dtype, num_threads),
-        kv=kv,
-        scheduler=SchedulerConfig(
-            max_batch_tokens=engine.max_batch_tokens,
-            max_batch_size=engine.max_batch_size,
-            max_model_len=max_model_len,
-        ),
         key=key,
         log_dir=config.event_log,
     )

@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from distserve.cluster.seats import WantedInstance, check_seats
+from distserve.cluster.seats import PlannedLimits, WantedInstance, check_seats
 from distserve.core.config import ParallelConfig, Role
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec, Gpu
 
 Count = Annotated[int, Field(ge=0, le=10_000)]
 Degree = Annotated[int, Field(ge=1, le=1024)]
+Positive = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Bandwidth = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -25,7 +26,8 @@ Bandwidth = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class PoolSection(BaseModel):
     """``placement.prefill`` and its like: a pool of equal instances.
 
-    ``gpus`` has one list of ``[node, index]`` per instance, shard ``t`` of stage ``s`` at place ``s * tp + t``.
+    ``gpus`` has one list of ``[node, index]`` per instance, shard ``t`` of stage ``s`` at place ``s * tp + t``. The
+    limits are those a plan was simulated with; where it says none, the section ``engine`` does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +36,9 @@ class PoolSection(BaseModel):
     tp: Degree = 1
     pp: Degree = 1
     gpus: list[list[tuple[Index, Index]]] | None = None
+    max_batch_tokens: Positive | None = None
+    max_batch_size: Positive | None = None
+    kv_tokens: Positive | None = None
 
 
 class PlacementSection(BaseModel):
@@ -146,10 +151,11 @@ def read_plan(path: Path) -> PlannedSeats:
 
 def _wanted(role: Role, pool: PoolSection) -> list[WantedInstance]:
     parallel = ParallelConfig(pool.tp, pool.pp)
+    limits = PlannedLimits(pool.max_batch_tokens, pool.max_batch_size, pool.kv_tokens)
     if pool.gpus is None:
-        return [WantedInstance(role, parallel)] * pool.instances
+        return [WantedInstance(role, parallel, (), limits)] * pool.instances
     if len(pool.gpus) != pool.instances:
         raise ConfigError(
             f"placement.{role}.gpus lists the GPUs of {len(pool.gpus)} instances, there are {pool.instances}"
         )
-    return [WantedInstance(role, parallel, tuple(Gpu(*seat) for seat in seats)) for seats in pool.gpus]
+    return [WantedInstance(role, parallel, tuple(Gpu(*seat) for seat in seats), limits) for seats in pool.gpus]

@@ -17,12 +17,29 @@ CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedLimits:
+    """What a plan fixes beside the place: batch and KV sizes it was simulated with; None: as the engine's section says.
+
+    ``max_batch_tokens`` and ``max_batch_size`` as in :class:`distserve.core.config.SchedulerConfig`, ``kv_tokens`` is
+    the instance's KV memory.
+    """
+
+    max_batch_tokens: int | None = None
+    max_batch_size: int | None = None
+    kv_tokens: int | None = None
+
+
+_UNSAID = PlannedLimits()
+
+
+@dataclass(frozen=True, slots=True)
 class WantedInstance:
     """One instance to start: ``gpus`` in rank order (shard ``t`` of stage ``s`` at ``s * tp + t``); empty: anywhere."""
 
     role: Role
     parallel: ParallelConfig
     gpus: tuple[Gpu, ...] = ()
+    limits: PlannedLimits = _UNSAID
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +64,13 @@ class NodeGroup:
 
 
 def wanted(placement: Placement) -> tuple[WantedInstance, ...]:
-    """The instances of a placement."""
-    return tuple(WantedInstance(p.spec.role, p.spec.parallel, p.gpus) for p in placement.instances)
+    """The instances of a placement, limits and all."""
+    found = []
+    for instance in placement.instances:
+        spec = instance.spec
+        limits = PlannedLimits(spec.scheduler.max_batch_tokens, spec.scheduler.max_batch_size, spec.kv.num_tokens)
+        found.append(WantedInstance(spec.role, spec.parallel, instance.gpus, limits))
+    return tuple(found)
 
 
 def check_seats(instances: Sequence[WantedInstance], cluster: ClusterSpec) -> None:

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from distserve.cluster.owner_backend import OwnerBackend
 from distserve.cluster.parts import OWNER
 from distserve.cluster.ray_environment import prepare_ray_environment
 from distserve.cluster.replay import EventLog
-from distserve.core.config import InstanceSpec, Role
+from distserve.core.config import InstanceSpec
 from distserve.core.errors import ConfigError
 from distserve.core.messages import InstanceGone
 from distserve.core.owner import Owner
@@ -114,7 +115,7 @@ async def _serve(
         uvicorn.Config(
             create_app(
                 backend,
-                replace(model, max_model_len=launched.deployment.blueprint.scheduler.max_model_len),
+                replace(model, max_model_len=launched.deployment.blueprint.max_model_len),
                 settings,
                 clock=cluster_time,
             ),
@@ -269,9 +270,6 @@ def _url(listener: socket.socket) -> str:
 
 def _summary(url: str, model: ServedModel, blueprint: "Blueprint") -> str:
     """The line that ends the start: URL, model, pools, KV capacity."""
-    pools = [
-        f"{count} {role} x {blueprint.kv.num_tokens:,} tokens of KV"
-        for role in Role
-        if (count := blueprint.roles.count(role))
-    ]
+    counts = Counter((spec.role, spec.kv.num_tokens) for spec in blueprint.specs)
+    pools = [f"{count} {role} x {num_tokens:,} tokens of KV" for (role, num_tokens), count in counts.items()]
     return f"Serving {model.names[0]} at {url}/v1 on {', '.join(pools)}"

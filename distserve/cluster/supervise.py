@@ -74,8 +74,8 @@ class Supervisor:
     def _restart(self, slot: int) -> None:
         failed = self._failed_starts.get(slot, 0)
         if failed >= MAX_FAILED_STARTS:
-            role = self._deployment.blueprint.roles[slot]
-            logger.error("gave up on a %s instance after %d failed starts", role, failed)
+            name = self._deployment.blueprint.specs[slot].instance_id
+            logger.error("gave up on %s after %d failed starts", name, failed)
             return
         pause = min(_FIRST_PAUSE * 2**failed, _LONGEST_PAUSE)
         self._due.append((time.monotonic() + pause, lambda: self._start_instance(slot)))

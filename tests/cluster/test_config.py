@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distserve.cluster.config import ServeConfig, load_config
-from distserve.cluster.seats import WantedInstance
+from distserve.cluster.seats import PlannedLimits, WantedInstance
 from distserve.cluster.sizing import PROCESS_BYTES, KvRequest, size_kv
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
@@ -85,7 +85,7 @@ def test_mistakes_in_the_file_are_named(tmp_path: Path, text: str, expected: lis
 PLAN = """
 placement:
   prefill: {instances: 2, tp: 2, gpus: [[[0, 0], [0, 1]], [[1, 0], [1, 1]]]}
-  decode: {instances: 1, pp: 2, gpus: [[[0, 2], [1, 2]]]}
+  decode: {instances: 1, pp: 2, gpus: [[[0, 2], [1, 2]]], max_batch_size: 48, kv_tokens: 9000}
 cluster: {gpu: h100-sxm, nodes: 2, gpus_per_node: 4, intra_node_bandwidth: 450.0e+9, inter_node_bandwidth: 50.0e+9}
 slo: {ttft: 0.4, tpot: 0.04}
 workload: {prompt: 100, output: 10}
@@ -101,6 +101,7 @@ def test_a_plan_says_which_instances_sit_where(tmp_path: Path) -> None:
         assert config.instances[1].parallel == ParallelConfig(tp=2)
         assert config.instances[1].gpus == (Gpu(1, 0), Gpu(1, 1))
         assert config.instances[2].gpus == (Gpu(0, 2), Gpu(1, 2))
+        assert config.instances[2].limits == PlannedLimits(None, 48, 9000)
         assert config.cluster == ClusterSpec("h100-sxm", 2, 4, 450e9, 50e9)
 
 
@@ -122,7 +123,7 @@ def test_flags_win_over_a_plan(tmp_path: Path) -> None:
         (("[0, 2], [1, 2]", "[0, 2], [1]"), r"placement.decode.gpus.0.1"),
         (("gpus_per_node: 4, ", ""), "cluster.gpus_per_node"),
         (("450.0e+9", "-1"), "cluster.intra_node_bandwidth"),
-        (("pp: 2, gpus: [[[0, 2], [1, 2]]]", "pp: 2"), "placement.decode.gpus is missing"),
+        ((", gpus: [[[0, 2], [1, 2]]]", ""), "placement.decode.gpus is missing"),
         (("placement:", "model: /models/opt-66b\nplacement:"), "for the model /models/opt-66b"),
         (("{", "["), "not valid YAML"),
     ],
@@ -149,7 +150,9 @@ def test_auto_asks_the_planner_that_is_installed(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("distserve.cluster.config.find_planner", lambda: planner)
     config = load(tmp_path, "placement: auto")
-    assert config.instances == (WantedInstance(Role.MIXED, ParallelConfig(), (Gpu(0, 1),)),)
+    # The limits a placement was simulated with come with it.
+    limits = PlannedLimits(max_batch_tokens=512, max_batch_size=64, kv_tokens=128)
+    assert config.instances == (WantedInstance(Role.MIXED, ParallelConfig(), (Gpu(0, 1),), limits),)
     assert config.cluster is not None
     assert config.cluster.gpu == "cpu"
 

@@ -1,0 +1,259 @@
+"""``distserve launch``: plan, start what was planned, hold it against the prediction, and watch that the plan fits.
+
+The options, and the order of things. Starting and stopping is :mod:`distserve.cluster.serve`'s business, the trial
+:mod:`placement.trial`'s, the comparison of loads :mod:`placement.drift`'s.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distserve.bench.errors import BenchError
+from distserve.core.errors import ConfigError, DistserveError
+from distserve.core.topology import Placement
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from distserve.cluster.config import ServeConfig
+    from distserve.cluster.serve import Endpoint
+    from placement.problem import Problem
+
+_EPILOG = """\b
+Examples
+\b
+  Plan for this machine, start, measure, serve until Ctrl-C:
+    distserve profile ./my-llama --output profile.json
+    distserve launch service.yaml --profile profile.json
+\b
+  Start an existing plan in a Ray cluster whose nodes may still be coming:
+    distserve plan service.yaml --output plan.yaml
+    distserve launch plan.yaml --ray-address auto --wait-for-nodes 600
+\b
+CONFIG has the keys model, slo, workload and cluster, and engine and serving as `distserve serve` takes them. With
+placement: auto, or no such key, the planner decides; with the path of a plan, or pools of instances, they are started.
+"""
+
+_LOOK_EVERY = 10.0
+_WINDOW_REQUESTS = 500
+_SHORTEST_WINDOW, _LONGEST_WINDOW = 60.0, 3600.0
+
+
+@click.command(epilog=_EPILOG, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests/s to plan for.  [default: the file's]")
+@click.option("--profile", type=click.Path(path_type=Path), help="What `distserve profile` measured on this hardware.")
+@click.option("--ray-address", help="Join this Ray cluster (host:port, or auto) in place of a local one.")
+@click.option(
+    "--wait-for-nodes",
+    type=click.FloatRange(0),
+    help="Seconds to wait for nodes that a joined cluster lacks for the plan.  [default: 0]",
+)
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on; 0 picks a free one.  [default: 8000]")
+@click.option(
+    "--bench/--no-bench", default=True, help="Send the planned load once, and report it beside the prediction."
+)
+@click.option(
+    "--bench-requests",
+    type=click.IntRange(10, 100_000),
+    default=200,
+    show_default=True,
+    help="Requests of that load.",
+)
+@click.option("--exit-after-bench", is_flag=True, help="Stop once the report is printed.")
+@click.option(
+    "--observed",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    help="Directory for what was observed when the plan no longer holds.  [default: the current one]",
+)
+def launch(config: Path, **options: Any) -> None:
+    """Plan for CONFIG, start the plan on Ray, and report what is measured beside what was predicted.
+
+    While it serves, the load is held against the planned one; when they part, it says so, with the command that plans
+    again from what was observed. Ctrl-C lets running requests finish first; a second one stops at once.
+    """
+    from rich.console import Console
+
+    from distserve.cluster.serve import serve
+
+    with _errors_for_humans():
+        launcher = _prepare(config, options, Console(), Console(stderr=True))
+        serve(launcher.config, launcher.messages, launcher.use)
+
+
+def plan_placement(config: Path, model_dir: Path) -> Placement:  # noqa: ARG001 -- the hook's; CONFIG names it too
+    """Answer ``placement: auto`` of ``distserve serve`` (:mod:`distserve.cluster.planner`)."""
+    from rich.console import Console
+
+    from placement.config import Overrides, load_problem
+
+    return _plan(config, load_problem(config, Overrides()), Console(stderr=True)).placement
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A placement and the rate it is for."""
+
+    placement: Placement
+    rate: float
+
+
+@dataclass
+class _Launcher:
+    """What is to be started, and what is done once it runs. ``problem`` None: nothing is known to compare with."""
+
+    file: Path
+    config: "ServeConfig"
+    problem: "Problem | None"
+    rate: float | None
+    options: dict[str, Any]
+    report: "Console"
+    messages: "Console"
+
+    async def use(self, endpoint: "Endpoint") -> None:
+        """Try the endpoint, then watch it; returns only if asked to stop after the trial."""
+        problem, rate = self.problem, self.rate
+        if problem is None or rate is None:
+            if self.options["bench"]:
+                self.messages.print("no trial: CONFIG has no workload with a rate to send and to compare with")
+        elif self.options["bench"]:
+            await self._try(endpoint, problem, rate)
+        if self.options["exit_after_bench"]:
+            return
+        if problem is not None and rate is not None:
+            await self._watch(endpoint, problem, rate)
+        await asyncio.Event().wait()
+
+    async def _try(self, endpoint: "Endpoint", problem: "Problem", rate: float) -> None:
+        from placement.offered import Offered
+        from placement.trial import Trial, as_started, measure, predict, table, verdict
+
+        workload = Offered(problem.workload, problem.search.seed).at(rate, 0, self.options["bench_requests"])
+        assert workload.arrivals is not None
+        seats = tuple(instance.gpus for instance in self.config.instances)
+        placement = as_started(seats, endpoint.instances, problem.cluster)
+        predicted = await asyncio.to_thread(predict, problem, placement, workload)
+        self.messages.print(
+            f"sending {len(workload)} requests at {rate:.3g}/s, about {workload.arrivals[-1]:.0f} s", highlight=False
+        )
+        measured = await measure(endpoint.url, workload, problem.slo, self.config.api_key)
+        trial = Trial(rate, predicted, measured)
+        self.report.print(table(trial, problem.slo))
+        self.report.print(verdict(trial), highlight=False, soft_wrap=True)
+
+    async def _watch(self, endpoint: "Endpoint", problem: "Problem", rate: float) -> None:
+        from distserve.cluster.clock import cluster_time
+        from placement.drift import Expected
+        from placement.replan import write_replan
+        from placement.watch import LoadWatch, describe
+
+        window = min(max(_WINDOW_REQUESTS / rate, _SHORTEST_WINDOW), _LONGEST_WINDOW)
+        watch = LoadWatch(Expected.of(problem.workload, rate, window), window)
+        endpoint.observe(watch)
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            findings = watch.look(cluster_time())
+            if findings is None:
+                continue
+            self.messages.print(describe(findings, window), highlight=False, soft_wrap=True)
+            if findings:
+                command = write_replan(self.file, self.options["observed"], watch, cluster_time())
+                self.messages.print(f"Plan again from what was observed: {command}", highlight=False, soft_wrap=True)
+
+
+def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "Console") -> _Launcher:
+    """Check everything, plan if it is asked for, and show what will be started."""
+    from distserve.cluster.config import load_config
+    from distserve.demo import model_dir
+    from placement.config import Overrides, load_problem
+    from placement.replan import read_yaml
+
+    data = read_yaml(file)
+    problem: Problem | None = None
+    if {"slo", "workload", "cluster"} <= data.keys():
+        problem = load_problem(file, Overrides(rate=options["rate"], profile=options["profile"]))
+    planned: list[_Planned] = []
+
+    def planner(config: Path, model: Path) -> Placement:  # noqa: ARG001 -- the hook's
+        if problem is None:
+            missing = ", ".join(sorted({"slo", "workload", "cluster"} - data.keys()))
+            raise ConfigError(f"{config}: planning needs the sections slo, workload and cluster; missing: {missing}")
+        planned.append(_plan(config, problem, messages, report))
+        return planned[0].placement
+
+    flags = {
+        "serving.host": options["host"],
+        "serving.port": options["port"],
+        "serving.ray_address": options["ray_address"],
+        "serving.node_patience": options["wait_for_nodes"],
+        "placement": "auto" if data.get("placement") is None else None,
+    }
+    config = load_config(file, flags, model_dir(), planner)
+    if planned:
+        rate: float | None = planned[0].rate
+    else:
+        rate = options["rate"] or (problem.rate if problem is not None else None)
+        rate = rate or (data.get("prediction") or {}).get("rate")
+        _show(config, report)
+    return _Launcher(file, config, problem, rate, options, report, messages)
+
+
+def _plan(file: Path, problem: "Problem", messages: "Console", report: "Console | None" = None) -> _Planned:
+    """Search, with progress, and show the plan."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from distserve.core.mixed import PrefillPolicy
+    from placement.report import print_report
+    from placement.search import find_plan
+
+    # Whole-prompt scheduling is there for comparison: what is launched schedules by SplitFuse.
+    problem = replace(problem, search=replace(problem.search, policies=(PrefillPolicy.SPLITFUSE,)))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
+        task = bar.add_task(f"planning for {file.name}", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        found = find_plan(problem, show)
+    if report is not None:
+        print_report(report, found, None)
+    return _Planned(found.chosen.placement, found.chosen.point.rate)
+
+
+def _show(config: "ServeConfig", console: "Console") -> None:
+    """The instances of a placement that was not planned just now."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=f"Placement of {len(config.instances)} instances", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("role", "shape", "node: GPUs"):
+        table.add_column(heading)
+    for instance in config.instances:
+        nodes: dict[int, list[int]] = {}
+        for gpu in instance.gpus:
+            nodes.setdefault(gpu.node, []).append(gpu.index)
+        seats = "  ".join(f"{node}: {','.join(map(str, gpus))}" for node, gpus in nodes.items())
+        shape = f"tp {instance.parallel.tp} x pp {instance.parallel.pp}"
+        table.add_row(instance.role.value, shape, seats or "any")
+    console.print(table)
+
+
+@contextmanager
+def _errors_for_humans() -> Iterator[None]:
+    """Log warnings to standard error, and end with a sentence where the user is at fault."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        yield
+    except (DistserveError, BenchError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
