@@ -1,0 +1,318 @@
+"""What a cluster adds to its engines' own times, measured on a live one.
+
+One prefill and one decode instance are served as ``distserve serve`` does it, in processes of their own, and asked over
+HTTP from this one by ``distserve bench``'s client, one load after the other and never by Poisson arrivals: what is to
+be predicted from a profile is not what it was taken on. Times come from the timelines that the server returns.
+"""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+from scipy.optimize import nnls
+
+from distserve.bench.client import open_client
+from distserve.bench.prompts import TokenPrompts
+from distserve.bench.records import RequestRecord, Status
+from distserve.bench.runner import Run, Runner
+from distserve.bench.target import Target
+from distserve.bench.workload import Workload
+from distserve.cluster.clock import cluster_time
+from distserve.core.commands import Migrate
+from distserve.core.config import KvLayout
+from distserve.core.errors import ConfigError, InstanceError
+from distserve.core.events import Migrated
+from distserve.core.latency import StepShape
+from distserve.core.profile import ClusterCosts, MeasuredStepTime
+from distserve.transfer.local import LocalNetwork, LocalTransport
+
+_START_SECONDS = 180.0
+_STOP_SECONDS = 30.0
+_IDLE_SECONDS = 2.0
+_REQUEST_SECONDS = 300.0
+_NAME = "profiled"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """``num_clients`` that each wait for their answer send ``num_requests`` in all; lengths in tokens."""
+
+    num_clients: int
+    num_requests: int
+    prompt_len: int
+    output_len: int
+
+
+def make_loads(max_batch_size: int, max_model_len: int, *, quick: bool) -> tuple[Load, ...]:
+    """What is asked of the cluster: prompts alone, short and long, then decode batches of several sizes."""
+    prompt, output = max(1, min(256, max_model_len // 4)), max(2, min(128, max_model_len // 8))
+    long = max(1, min(1024, max_model_len // 2))
+    few = 2 if quick else 1
+    batches = (1, 4) if quick else (1, 4, 12, 32)
+    return (
+        Load(1, 40 // few, 16, 1),
+        Load(1, 16 // few, long, 1),
+        *(
+            Load(b, b if b > 1 else 4 // few, prompt // (1 if b < 8 else 2), output)
+            for b in batches
+            if b <= max_batch_size
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """One load as it went: ``cpu`` is processor seconds of all but the instances, beyond what they take when idle."""
+
+    load: Load
+    records: list[RequestRecord]
+    cpu: float
+    offset: float
+    """The client's clock plus this is the cluster's."""
+
+    @property
+    def timelines(self) -> list[dict[str, Any]]:
+        return [record.timeline for record in self.records if record.timeline is not None]
+
+
+def measure_costs(
+    model_dir: Path,
+    flags: Mapping[str, object],
+    step_time: MeasuredStepTime,
+    loads: tuple[Load, ...],
+    *,
+    layout: KvLayout,
+    vocab_size: int,
+    show: Callable[[str], None],
+) -> ClusterCosts:
+    """Start a cluster of ``model_dir`` with ``flags`` of ``distserve serve``, load it, stop it, and work out its costs.
+
+    Args:
+        model_dir: What to serve.
+        flags: Of ``distserve serve``, by name.
+        step_time: The engine's own times: what is beyond them is the cluster's.
+        loads: As :func:`make_loads` makes them.
+        layout: The instances' KV memory, for the time of pulls.
+        vocab_size: Token ids are drawn below it.
+        show: Told what is going on.
+
+    Raises:
+        InstanceError: the cluster did not start, or did not answer.
+    """
+    pull, pull_per_byte = measure_pulls(layout)
+    with _serving(model_dir, flags, show) as (url, root):
+        samples = asyncio.run(_load(url, root, loads, vocab_size, show))
+    return _work_out(samples, step_time, pull, pull_per_byte)
+
+
+def measure_pulls(layout: KvLayout, num_blocks: int = 64, num_rounds: int = 30) -> tuple[float, float]:
+    """Seconds that a pull within one host takes beside its bytes, and per byte."""
+    small = KvLayout(
+        layout.num_layers, num_blocks, layout.block_size, layout.num_kv_heads, layout.head_dim, layout.dtype
+    )
+    network = LocalNetwork()
+    source = LocalTransport(small, network=network, clock=cluster_time)
+    destination = LocalTransport(small, network=network, clock=cluster_time)
+    try:
+        destination.connect("source", source.address)
+        one = median(_pull(destination, 2 * i, 1) for i in range(num_rounds))
+        many = median(_pull(destination, 2 * i + 1, num_blocks) for i in range(num_rounds))
+    finally:
+        destination.close()
+        source.close()
+    per_block = max(0.0, many - one) / (num_blocks - 1)
+    return max(0.0, one - per_block), per_block / (small.num_bytes / num_blocks)
+
+
+def _pull(destination: LocalTransport, pull_id: int, num_blocks: int) -> float:
+    ended: list[tuple[float, Migrated]] = []
+    start = cluster_time()
+    blocks = tuple(range(num_blocks))
+    order = Migrate(pull_id, ("profile", 0), "source", blocks, blocks, num_blocks, 0, start + _REQUEST_SECONDS)
+    destination.pull(order, lambda migrated: ended.append((cluster_time(), migrated)))
+    while not ended:
+        time.sleep(50e-6)
+    assert ended[0][1].ok, ended[0][1].reason
+    return ended[0][0] - start
+
+
+# -- the cluster -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _serving(
+    model_dir: Path, flags: Mapping[str, object], show: Callable[[str], None]
+) -> Iterator[tuple[str, psutil.Process]]:
+    """A cluster in processes of their own: its URL, and the process that started the others and answers HTTP."""
+    command = [sys.executable, "-m", "distserve.cli", "serve", str(model_dir), "--prefill", "1", "--decode", "1"]
+    command += ["--port", "0", "--served-model-name", _NAME]
+    for name, value in flags.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    show("starting a cluster")
+    with TemporaryDirectory(prefix="distserve-profile-") as directory:
+        log = Path(directory) / "serve.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603 - our own
+        try:
+            yield _wait_for_url(process, log), psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_SECONDS)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _wait_for_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        text = log.read_text(errors="replace")
+        for line in text.splitlines():
+            if line.startswith("Serving ") and " at http" in line:
+                return line.partition(" at ")[2].partition("/v1")[0]
+        if process.poll() is not None:
+            raise InstanceError(f"the cluster to be profiled did not start:\n{text[-2000:]}")
+        time.sleep(0.1)
+    raise InstanceError(f"the cluster to be profiled did not start within {_START_SECONDS:g} s")
+
+
+async def _load(
+    url: str, root: psutil.Process, loads: tuple[Load, ...], vocab_size: int, show: Callable[[str], None]
+) -> list[_Sample]:
+    samples = []
+    target = Target(url, _NAME, return_timeline=True)
+    async with open_client(target, None) as client:
+        runner = Runner(client, timeout=_REQUEST_SECONDS)
+        await _run(runner, Load(1, 3, loads[0].prompt_len, 8), vocab_size)
+        before, start = _other_cpu(root), time.perf_counter()
+        await asyncio.sleep(_IDLE_SECONDS)
+        idle = (_other_cpu(root) - before) / (time.perf_counter() - start)
+        for load in loads:
+            show(
+                f"{load.num_clients} client{'s' if load.num_clients > 1 else ''}, {load.prompt_len} tokens in, "
+                f"{load.output_len} out"
+            )
+            before, start = _other_cpu(root), time.perf_counter()
+            run = await _run(runner, load, vocab_size)
+            cpu = _other_cpu(root) - before - idle * (time.perf_counter() - start)
+            offset = cluster_time() - time.perf_counter() + run.started
+            failed = [record for record in run.records if record.status is not Status.OK]
+            if failed:
+                raise InstanceError(f"the cluster to be profiled failed a request: {failed[0].error}")
+            samples.append(_Sample(load, run.records, max(cpu, 0.0), offset))
+    return samples
+
+
+async def _run(runner: Runner, load: Load, vocab_size: int) -> Run:
+    workload = Workload(
+        np.full(load.num_requests, load.prompt_len), np.full(load.num_requests, load.output_len), arrivals=None
+    )
+    return await runner.closed_loop(
+        workload,
+        TokenPrompts(vocab_size, load.num_requests).make,
+        lambda run: "",  # noqa: ARG005 - every run ends by itself
+        num_clients=load.num_clients,
+        num_requests=load.num_requests,
+        duration=None,
+    )
+
+
+def _other_cpu(root: psutil.Process) -> float:
+    """Processor seconds so far of this process and of the cluster's, but for its instances'."""
+    total = time.process_time()
+    for process in (root, *root.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            if "InstanceProcess" not in " ".join(process.cmdline()[:1]):
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total
+
+
+# -- what follows from it ----------------------------------------------------------------------------------------------
+
+
+def _work_out(samples: list[_Sample], step_time: MeasuredStepTime, pull: float, pull_per_byte: float) -> ClusterCosts:
+    short, long = samples[0], samples[1]
+    requests = [
+        median(t["arrival"] - (r.scheduled + s.offset) for r, t in zip(s.records, s.timelines, strict=True))
+        for s in (short, long)
+    ]
+    per_token = (requests[1] - requests[0]) / max(1, long.load.prompt_len - short.load.prompt_len)
+    per_token = max(0.0, per_token)
+    token = median(
+        r.event_times[i] + s.offset - at
+        for s in samples
+        for r, t in zip(s.records, s.timelines, strict=True)
+        for i, at in enumerate(t["tokens"][: len(r.event_times)])
+    )
+    # Owner to router to instance, nothing else being under way; and back.
+    message = median((t["prefill_start"] - t["arrival"]) / 2 for t in short.timelines)
+    step, per_sequence = _step_costs(samples, step_time)
+    counts = np.array(
+        [[n := s.load.num_requests, n * s.load.prompt_len, n * s.load.output_len] for s in samples], dtype=float
+    )
+    scale = counts.max(axis=0)
+    cpu, _ = nnls(counts / scale, np.array([s.cpu for s in samples]))
+    return ClusterCosts(
+        step=step,
+        step_per_sequence=per_sequence,
+        message=max(0.0, message),
+        request=max(0.0, requests[0] - per_token * short.load.prompt_len),
+        request_per_token=per_token,
+        token=max(0.0, token),
+        pull=pull,
+        pull_per_byte=pull_per_byte,
+        cpu_per_request=float(cpu[0] / scale[0]),
+        cpu_per_prompt_token=float(cpu[1] / scale[1]),
+        cpu_per_token=float(cpu[2] / scale[2]),
+    )
+
+
+def _step_costs(samples: list[_Sample], step_time: MeasuredStepTime) -> tuple[float, float]:
+    """(per step, per sequence of it) seconds beyond the engine's own, from prompts alone and from decode batches."""
+    rows, extras = [], []
+    for sample in samples:
+        load = sample.load
+        if load.output_len == 1 and load.num_clients == 1:
+            shape = StepShape(load.prompt_len, load.prompt_len * (load.prompt_len + 1) // 2, num_prefills=1)
+            seconds = median(t["prefill_end"] - t["prefill_start"] for t in sample.timelines)
+            # Longer prompts are split, and their times say more of the engine than of what is around it.
+            if load.prompt_len <= 64:
+                rows.append([1.0, 1.0])
+                extras.append(seconds - step_time.seconds(shape))
+        elif (gap := _steady_gap(sample)) is not None:
+            seconds, context = gap
+            shape = StepShape(num_decodes=load.num_clients, decode_context=round(load.num_clients * context))
+            rows.append([1.0, float(load.num_clients)])
+            extras.append(seconds - step_time.seconds(shape))
+    if not rows:
+        raise ConfigError("the model's context is too short to tell what a cluster adds to a step")
+    solution, _ = nnls(np.array(rows), np.array(extras))
+    return float(solution[0]), float(solution[1])
+
+
+def _steady_gap(sample: _Sample) -> tuple[float, float] | None:
+    """Seconds per step while every sequence decoded and no prompt was computed, and their mean context then."""
+    together = [sample.timelines] if sample.load.num_clients > 1 else [[t] for t in sample.timelines]
+    gaps, contexts = [], []
+    for group in together:
+        begin = max(t["tokens"][0] for t in group)
+        end = min(t["tokens"][-1] for t in group)
+        for t in group:
+            inside = [i for i, at in enumerate(t["tokens"]) if begin <= at <= end]
+            steps = [t["tokens"][i] - t["tokens"][i - 1] for i in inside[2:]]
+            if steps:
+                gaps += steps
+                contexts += [sample.load.prompt_len + i for i in inside[2:]]
+    return (median(gaps), sum(contexts) / len(contexts)) if gaps else None

@@ -1,0 +1,236 @@
+"""A measured profile: step times of one model on one machine, and what a cluster adds to them. Evaluation only.
+
+How the figures are taken is :mod:`distserve.engine.profile`'s and :mod:`distserve.cluster.costs`' business, how they
+are fitted :mod:`distserve.engine.fit`'s. Nothing here reads files or clocks.
+
+A step of B decoding sequences alone takes ``decode(B, c)`` seconds, c being the mean of their cached tokens: bilinear
+between what was measured. One with prompt tokens takes ``prefill(T) + per_pair * pairs + per_prompt * (prompts - 1) +
+per_decode * B + per_context * context``, where T counts all tokens and ``prefill`` is piecewise linear. They are apart
+because engines run a pure decode batch on a shorter path.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from distserve.core.errors import ConfigError
+from distserve.core.latency import StepShape
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One step shape as timed: seconds, the ``median`` and the ``least`` of ``count`` steps.
+
+    ``change`` is what the first step of a decode batch takes more than the later ones.
+    """
+
+    shape: StepShape
+    median: float
+    least: float
+    count: int
+    change: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A piecewise linear function of a count: ``values[i]`` seconds at ``knots[i]``, the knots rising.
+
+    Beyond either end it goes on as in the piece next to it, but never below zero.
+    """
+
+    knots: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.knots or len(self.knots) != len(self.values) or list(self.knots) != sorted(set(self.knots)):
+            raise ConfigError(f"a table needs as many rising knots as values, not {self.knots} and {self.values}")
+
+    def __call__(self, count: float) -> float:
+        """The value at ``count``."""
+        knots, values = self.knots, self.values
+        if len(knots) == 1:
+            return values[0]
+        piece = min(max(bisect_right(knots, count) - 1, 0), len(knots) - 2)
+        return max(0.0, values[piece] + self.slope(piece) * (count - knots[piece]))
+
+    def slope(self, piece: int) -> float:
+        """Seconds per count between ``knots[piece]`` and the knot after it."""
+        return (self.values[piece + 1] - self.values[piece]) / (self.knots[piece + 1] - self.knots[piece])
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """A bilinear function: ``values[b][c]`` seconds for ``batches[b]`` sequences of ``contexts[c]`` tokens each.
+
+    Both axes rise. Beyond an edge it goes on as in the piece next to it, but never below zero.
+    """
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    values: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.batches):
+            raise ConfigError(f"{len(self.batches)} batch sizes need as many rows, not {len(self.values)}")
+        for column in range(len(self.contexts)):
+            self.at_context(column)
+
+    def at_context(self, column: int) -> Table:
+        """Over batch sizes, at ``contexts[column]``."""
+        return Table(self.batches, tuple(row[column] for row in self.values))
+
+    def at_batch(self, num_sequences: int) -> Table:
+        """Over mean contexts, for a batch of ``num_sequences``."""
+        return Table(self.contexts, tuple(self.at_context(c)(num_sequences) for c in range(len(self.contexts))))
+
+
+@dataclass(frozen=True, slots=True)
+class StepFit:
+    """The coefficients, in seconds, of the formulas at the top of this module."""
+
+    decode: Surface
+    prefill: Table
+    per_pair: float
+    per_prompt: float
+    per_decode: float
+    per_context: float
+
+    def raised(self, per_step: float, per_sequence: float) -> "StepFit":
+        """With ``per_step`` and ``per_sequence`` seconds more in every step."""
+        decode = self.decode
+        rows = [
+            tuple(value + per_step + per_sequence * batch for value in row)
+            for batch, row in zip(decode.batches, decode.values, strict=True)
+        ]
+        prefill = Table(self.prefill.knots, tuple(value + per_step + per_sequence for value in self.prefill.values))
+        return replace(
+            self,
+            decode=replace(decode, values=tuple(rows)),
+            prefill=prefill,
+            per_prompt=self.per_prompt + per_sequence,
+            per_decode=self.per_decode + per_sequence,
+        )
+
+
+class MeasuredStepTime:
+    """Implements :class:`distserve.core.latency.StepTime` by a fit.
+
+    Tables are expanded as they are needed, so that a step costs a look-up.
+    """
+
+    def __init__(self, fit: StepFit) -> None:
+        self.fit = fit
+        self._decode: dict[int, list[tuple[float, float]]] = {}
+        """By batch size, for each piece between context knots: (slope per token of total context, seconds at 0)."""
+        self._inner_contexts = fit.decode.contexts[1:-1]
+        self._prefill = [fit.prefill(count) for count in range(2 * fit.prefill.knots[-1] + 1)]
+
+    def seconds(self, shape: StepShape) -> float:
+        """See :class:`distserve.core.latency.StepTime`."""
+        num_decodes = shape.num_decodes
+        if shape.num_prefill_tokens == 0:
+            if num_decodes == 0:
+                return 0.0
+            pieces = self._decode.get(num_decodes) or self._expand(num_decodes)
+            context = shape.decode_context
+            slope, base = pieces[bisect_right(self._inner_contexts, context / num_decodes)]
+            return base + slope * context
+        count = shape.num_prefill_tokens + num_decodes
+        fit = self.fit
+        return (
+            (self._prefill[count] if count < len(self._prefill) else fit.prefill(count))
+            + fit.per_pair * shape.prefill_pairs
+            + fit.per_prompt * (shape.num_prefills - 1)
+            + fit.per_decode * num_decodes
+            + fit.per_context * shape.decode_context
+        )
+
+    def handover(self, shape: StepShape) -> float:  # noqa: ARG002 -- the interface's
+        """None: the profile is of one stage."""
+        return 0.0
+
+    def _expand(self, num_decodes: int) -> list[tuple[float, float]]:
+        table = self.fit.decode.at_batch(num_decodes)
+        pieces = []
+        for i in range(max(1, len(table.knots) - 1)):
+            slope = table.slope(i) if len(table.knots) > 1 else 0.0
+            pieces.append((slope / num_decodes, table.values[i] - slope * table.knots[i]))
+        self._decode[num_decodes] = pieces
+        return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Residuals:
+    """How far a fit is from the ``count`` measurements it was made of: relative errors, signs dropped."""
+
+    count: int
+    median: float
+    p90: float
+    worst: float
+
+
+def residuals(step_time: MeasuredStepTime, measurements: Sequence[Measurement]) -> Residuals:
+    """Errors of ``step_time`` over ``measurements``, of which there is at least one."""
+    errors = sorted(abs(step_time.seconds(m.shape) / m.median - 1) for m in measurements)
+    last = len(errors) - 1
+    return Residuals(len(errors), errors[last // 2], errors[round(0.9 * last)], errors[last])
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterCosts:
+    """What a running cluster adds to the engine's own times, in seconds.
+
+    ``step`` and ``step_per_sequence`` are added to every step by an instance's scheduler, driver and messages.
+    ``message`` is from one part to another. ``request`` and ``request_per_token`` (of its prompt) pass before a
+    client's request is with its owner, ``token`` before an emitted token is with the client. A KV pull takes
+    ``pull`` and ``pull_per_byte``. The last three are processor time outside the instances, of client, API and router
+    together: ``cpu_per_request``, ``cpu_per_prompt_token`` and ``cpu_per_token`` emitted. They are no delays, but on a
+    machine whose cores are all busy the steps wait for them.
+    """
+
+    step: float
+    step_per_sequence: float
+    message: float
+    request: float
+    request_per_token: float
+    token: float
+    pull: float
+    pull_per_byte: float
+    cpu_per_request: float
+    cpu_per_prompt_token: float
+    cpu_per_token: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model on a machine, as measured at ``created`` (ISO 8601).
+
+    ``machine`` and ``limits`` say with what: processor, memory, versions; KV tokens and the grid's extent.
+    ``model_digest`` is the SHA-256 of the model's config.json. ``token_bytes`` is the KV of one token. ``cluster`` is
+    None if only the engine was measured.
+    """
+
+    format: str
+    created: str
+    machine: dict[str, str | int | float]
+    model: str
+    model_digest: str
+    dtype: str
+    num_threads: int
+    block_size: int
+    token_bytes: int
+    limits: dict[str, int]
+    measurements: tuple[Measurement, ...]
+    fit: StepFit
+    residuals: dict[str, Residuals]
+    cluster: ClusterCosts | None = None
+
+    def step_time(self) -> MeasuredStepTime:
+        """The engine's step times, with what a cluster adds to them if that was measured."""
+        if self.cluster is None:
+            return MeasuredStepTime(self.fit)
+        return MeasuredStepTime(self.fit.raised(self.cluster.step, self.cluster.step_per_sequence))
+
+
+FORMAT = "distserve-profile/1"
+"""What ``Profile.format`` says of this version of the file."""
