@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def as_started(gpus: tuple[tuple[Gpu, ...], ...], specs: tuple[InstanceSpec, ...
     seats = iter([Gpu(node, index) for node in range(cluster.num_nodes) for index in range(cluster.gpus_per_node)])
     placed = []
     for planned, spec in zip(gpus, specs, strict=True):
-        taken = planned or tuple(gpu for gpu, _ in zip(seats, range(spec.parallel.num_ranks), strict=False))
+        taken = planned or tuple(islice(seats, spec.parallel.num_ranks))
         placed.append(PlacedInstance(spec, taken))
     placement = Placement(cluster, tuple(placed))
     placement.check()

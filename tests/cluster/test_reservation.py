@@ -4,9 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 SCRIPT = """
-import json
+import json, pathlib, subprocess, sys
 import ray
 from ray.cluster_utils import Cluster
 
@@ -59,20 +60,37 @@ try:
     cluster.match([*groups, *(type(g)(g.node + 2, g.seats) for g in groups)], spec, 0.1, print)
 except ConfigError as error:
     missing = str(error)
-print(json.dumps({"where": where, "planned": planned, "full": full, "missing": missing}))
+
+# The same as a user meets it: `distserve serve` joins, is refused, and leaves no actor and no reservation behind.
+plan = pathlib.Path(sys.argv[1])
+command = [sys.executable, "-m", "distserve.cli", "serve", "--config", plan, "--port", "0"]
+refused = subprocess.run([*command, "--ray-address", nodes.address], capture_output=True, text=True)
+left = [actor["State"] for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]
+left += [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+print(json.dumps({"where": where, "planned": planned, "full": full, "missing": missing,
+    "refused": [refused.returncode, refused.stderr], "left": left}))
 ray.shutdown()
 nodes.shutdown()
 """
 
 
-def test_ranks_sit_on_the_nodes_they_were_planned_for() -> None:
+PLAN = f"""
+placement:
+  prefill: {{instances: 2, tp: 8, gpus: [{[[0, i] for i in range(8)]}, {[[1, i] for i in range(8)]}]}}
+  decode: {{instances: 2, tp: 8, gpus: [{[[2, i] for i in range(8)]}, {[[3, i] for i in range(8)]}]}}
+cluster: {{gpu: a100-80g-sxm, nodes: 4, gpus_per_node: 8}}
+"""
+
+
+def test_ranks_sit_on_the_nodes_they_were_planned_for(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN)
     environment = {
         **os.environ,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_enable_metrics_collection": "0",
     }
-    command = [sys.executable, "-c", SCRIPT]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "plan.yaml")]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -83,3 +101,7 @@ def test_ranks_sit_on_the_nodes_they_were_planned_for() -> None:
     assert "does not have 2 CPUs and 4 GPUs free" in result["full"]
     assert "the plan needs 4 nodes of 4 h100-sxm GPUs" in result["missing"]
     assert "2 nodes of 4 GPUs and 4 CPUs, 1 node of 1 CPU (no GPU)" in result["missing"]
+    status, said = result["refused"]
+    assert status == 1
+    assert "the plan needs 4 nodes of 8 a100-80g-sxm GPUs, the cluster has 2 nodes of 4 GPUs" in said
+    assert result["left"] == []
