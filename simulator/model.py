@@ -58,11 +58,28 @@ class KvGeometry:
 
 
 @dataclass(frozen=True, slots=True)
+class HostModel:
+    """Cores that instances on CPUs share with what surrounds them, see :mod:`simulator.host`.
+
+    The core seconds are spent outside the instances, by client, API and router together.
+    """
+
+    num_cores: float
+    cpu_per_request: float = 0.0
+    cpu_per_prompt_token: float = 0.0
+    cpu_per_token: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterModel:
-    """A deployment as the simulator runs it. ``cluster`` None: pulls see no network (see :class:`Delays`)."""
+    """A deployment as the simulator runs it.
+
+    ``cluster`` None: pulls see no network (see :class:`Delays`). ``host`` None: instances share no processors.
+    """
 
     instances: tuple[InstanceModel, ...]
     cluster: ClusterSpec | None = None
     kv: KvGeometry | None = None
     delays: Delays = Delays()
     router: RouterConfig = field(default_factory=RouterConfig)
+    host: HostModel | None = None

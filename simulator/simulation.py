@@ -18,6 +18,7 @@ from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER, InstanceScheduler
 from simulator.client import Client, Record
 from simulator.engine import Engine
+from simulator.host import HostLoop
 from simulator.loop import Loop
 from simulator.model import ClusterModel, InstanceModel
 from simulator.pulls import PullNetwork, Pulls
@@ -96,6 +97,7 @@ class _Run:
             raise ConfigError("a simulated workload needs arrival times: closed-loop load is for a live endpoint")
         self._models = {instance.spec.instance_id: instance for instance in model.instances}
         self._jump = jump
+        self._shares_host = model.host is not None
         self._recorder = recorder
         self._on_progress = on_progress
         self._arrivals: list[float] = workload.arrivals.tolist()
@@ -105,7 +107,10 @@ class _Run:
         self._num_ended = 0
         self._progress: dict[str, int] = {}
         self._network = PullNetwork(model) if model.cluster is not None and model.kv is not None else None
-        self._loop = Loop(model.delays, pulls=Pulls(model.delays, self._network, recorder))
+        pulls = Pulls(model.delays, self._network, recorder)
+        self._loop = (
+            Loop(model.delays, pulls=pulls) if model.host is None else HostLoop(model.host, model.delays, pulls=pulls)
+        )
         self._client = Client(self._progress, self._on_end)
         self._engines: dict[str, Engine] = {}
         self._schedulers: dict[str, InstanceScheduler] = {}
@@ -174,6 +179,8 @@ class _Run:
         self._engines[instance_id] = engine
         self._schedulers[instance_id] = scheduler
         may_jump = self._jump and spec.role is not Role.PREFILL and spec.scheduler.max_in_flight == 1
+        if self._shares_host and spec.parallel.num_ranks > 1:
+            raise ConfigError(f"{instance_id}: instances that share a host's cores are modelled with one rank each")
         self._loop.add(instance_id, scheduler, engine, may_jump=may_jump)
         self._loop.post(self._loop.now, ROUTER, InstanceUp(spec))
 

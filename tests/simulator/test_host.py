@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distserve.bench.workload import Workload
+from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
+from distserve.core.errors import ConfigError
+from distserve.core.latency import LinearStepTime
+from simulator.model import ClusterModel, Delays, HostModel, InstanceModel
+from simulator.results import Timelines
+from simulator.simulation import simulate
+
+STEP = LinearStepTime(base=0.01, per_token=1e-3, per_pair=0.0, per_context=0.0)
+
+
+def cluster(roles: list[Role], host: HostModel | None, tp: int = 1) -> ClusterModel:
+    specs = [
+        InstanceSpec(f"{role}-{index}", role, KvConfig(512), SchedulerConfig(), ParallelConfig(tp=tp))
+        for index, role in enumerate(roles)
+    ]
+    instances = tuple(InstanceModel(spec, STEP) for spec in specs)
+    return ClusterModel(instances, delays=Delays(message=0.0, pull_latency=0.0, seconds_per_block=0.0), host=host)
+
+
+def run(
+    roles: list[Role], host: HostModel | None, arrivals: list[float], prompt: int = 100, output: int = 1
+) -> Timelines:
+    count = len(arrivals)
+    workload = Workload(np.full(count, prompt), np.full(count, output), np.array(arrivals))
+    return simulate(cluster(roles, host), workload).timelines
+
+
+def test_two_engines_on_one_core_take_twice_as_long():
+    alone = run([Role.MIXED], HostModel(1), [1.0])
+    together = run([Role.MIXED, Role.MIXED], HostModel(1), [1.0, 1.0])
+    assert alone.ttft == pytest.approx([0.11])
+    assert together.ttft == pytest.approx([0.22, 0.22])
+
+
+def test_who_comes_later_shares_what_is_left():
+    # For 0.05 s the first computes alone, then both at half speed until its other 0.06 s are done, then the second.
+    lines = run([Role.MIXED, Role.MIXED], HostModel(1), [1.0, 1.05])
+    assert lines.ttft == pytest.approx([0.05 + 0.12, 0.12 + 0.05])
+
+
+def test_three_engines_on_two_cores():
+    lines = run([Role.MIXED] * 3, HostModel(2), [1.0, 1.0, 1.0])
+    assert lines.ttft == pytest.approx([0.165] * 3)
+
+
+def test_what_surrounds_the_engines_takes_its_share():
+    # 0.05 core seconds of the request's own beside 0.11 of the step: they share until the former are done.
+    lines = run([Role.MIXED], HostModel(1, cpu_per_request=0.03, cpu_per_prompt_token=2e-4), [1.0])
+    assert lines.ttft == pytest.approx([0.16])
+    # A token's work comes after its step: the next step shares the core with it.
+    lines = run([Role.MIXED], HostModel(1, cpu_per_token=0.005), [1.0], output=3)
+    assert lines.finish - lines.first_token == pytest.approx([2 * (0.011 + 0.005)])
+
+
+def test_jobs_of_nobody_do_not_delay_on_an_idle_core():
+    lines = run([Role.MIXED], HostModel(2, cpu_per_request=10.0), [1.0])
+    assert lines.ttft == pytest.approx([0.11])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 300),
+    st.integers(1, 6),
+    st.sampled_from([[Role.PREFILL, Role.DECODE], [Role.PREFILL, Role.PREFILL, Role.DECODE], [Role.MIXED, Role.MIXED]]),
+)
+def test_cores_for_all_are_no_host_at_all(seed, prompt, output, roles):
+    # Drawn, not chosen: whether an arrival at the very end of a step comes before it is left to rounding.
+    arrivals = np.cumsum(np.random.default_rng(seed).exponential(0.1, 12)).tolist()
+    apart, shared = (run(roles, host, arrivals, prompt, output) for host in (None, HostModel(len(roles) + 1)))
+    for name in ("first_token", "finish", "prefill_start", "decode_start"):
+        assert getattr(shared, name) == pytest.approx(getattr(apart, name), abs=1e-6, nan_ok=True)
+
+
+def test_several_ranks_on_a_shared_host_are_refused():
+    workload = Workload(np.array([1]), np.array([1]), np.array([0.0]))
+    with pytest.raises(ConfigError, match="one rank each"):
+        simulate(cluster([Role.MIXED], HostModel(2), tp=2), workload)
