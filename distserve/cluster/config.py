@@ -5,18 +5,17 @@ line, the key's path and what would be valid.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from distserve.cluster.placement_section import ClusterSection, PlacementSection, PlannedSeats, read_plan
 from distserve.cluster.planner import Planner, find_planner
 from distserve.cluster.seats import WantedInstance, check_seats, wanted
 from distserve.cluster.sizing import KvRequest
+from distserve.cluster.yaml_file import explain, read_yaml
 from distserve.core.config import Role
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec
@@ -147,14 +146,14 @@ def load_config(
     Raises:
         ConfigError: the file cannot be read, or something in it or in the flags is wrong.
     """
-    data, lines = _read(path) if path is not None else ({}, {})
+    data, lines = read_yaml(path) if path is not None else ({}, {})
     for name, value in flags.items():
         if value is not None:
             _override(data, name, value)
     try:
         checked = ConfigFile.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path, lines, flags)) from error
+        raise ConfigError(explain(error, path, lines, flags, ConfigFile)) from error
     serving, engine = checked.serving, checked.engine
     model_dir = Path(checked.model) if checked.model is not None else default_model
     if not model_dir.is_dir():
@@ -234,74 +233,3 @@ def _override(data: dict[str, Any], name: str, value: Any) -> None:
             inner = data[section] = {}
         data = inner
     data[key] = value
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    try:
-        data = yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if data is None:
-        return {}, {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values, such as `model: ./my-llama`")
-    return data, dict(_lines(root, ()))
-
-
-def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
-    if not isinstance(node, yaml.MappingNode):
-        return []
-    found = []
-    for key, value in node.value:
-        here = (*path, str(key.value))
-        found.append((here, key.start_mark.line + 1))
-        found.extend(_lines(value, here))
-    return found
-
-
-def _explain(
-    error: ValidationError, path: Path | None, lines: dict[tuple[str, ...], int], flags: dict[str, Any]
-) -> str:
-    """One sentence per mistake: where it is, what is wrong, what would be valid."""
-    sentences = []
-    for problem in error.errors():
-        # pydantic adds the member of a union to the path; our keys are those a section or the file can have.
-        loc = tuple(str(part) for part in problem["loc"] if part not in {"text", "pools"})
-        name = ".".join(loc)
-        if flags.get(name) is not None:
-            where = f"--{loc[-1].replace('_', '-')}" if loc[-1] != "instances" else f"--{loc[-2]}"
-        elif loc in lines:
-            where = f"{path}, line {lines[loc]}: {name}"
-        else:
-            where = f"{path}: {name}" if path else name
-        if problem["type"] == "extra_forbidden":
-            known = _keys_at(loc[:-1])
-            sentences.append(f"{where} is unknown; known here: {', '.join(known)}")
-        elif name == "placement":
-            sentences.append(
-                f"{where}: must be auto, the path of a plan, or pools, such as {{prefill: {{instances: 2}}, ...}}"
-            )
-        else:
-            message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            sentences.append(f"{where}: {problem['input']!r} is wrong, must be {message}")
-    return "\n".join(dict.fromkeys(sentences))
-
-
-def _keys_at(path: tuple[str, ...]) -> list[str]:
-    section: Any = ConfigFile
-    for name in path:
-        section = next(_sections_in(section.model_fields[name].annotation))
-    return sorted(section.model_fields)
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models within a type, through unions and annotations."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _sections_in(part)
