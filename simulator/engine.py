@@ -16,8 +16,8 @@ from distserve.core.scheduler import InstanceScheduler
 from simulator.recorder import Recorder
 from simulator.worker import SimulatedWorker, Worker
 
-_AHEAD = 16
-"""Ends computed at a time: most stretches are cut short by an arrival, and what was computed beyond is lost."""
+_AHEAD = 4
+"""Ends computed at first, then as many as there are: an arrival cuts most stretches short, and the rest is lost."""
 
 
 @dataclass(slots=True, eq=False)
@@ -103,28 +103,29 @@ class Engine:
 
     # -- stretches ----------------------------------------------------------------------------------------------------
 
-    def begin_stretch(self, num_more: int, end: float, event: Event) -> StretchPoint:
-        """The step just launched will be followed by ``num_more`` alike; the point is reached at ``ends[-1]``."""
+    def begin_stretch(self, num_more: int, end: float, event: Event) -> tuple[float, StretchPoint]:
+        """The step just launched will be followed by ``num_more`` alike: a point, and when it is reached."""
         self._number += 1
         self.stretch = Stretch([end], num_more + 1, event, number=self._number)
-        self.extend()
-        return StretchPoint(self._number)
+        return self.extend(), StretchPoint(self._number)
 
-    def extend(self) -> None:
-        """Compute further ends."""
+    def extend(self) -> float:
+        """Compute further ends; the last of them."""
         stretch = self.stretch
         assert stretch is not None
         ends, shape = stretch.ends, self._shape
         num_decodes = shape.num_decodes
         context = shape.decode_context + num_decodes * (len(ends) - 1)
         end = ends[-1]
-        for _ in range(min(_AHEAD, stretch.num_steps - len(ends))):
+        seconds = self.step_time.seconds
+        for _ in range(min(max(_AHEAD, len(ends)), stretch.num_steps - len(ends))):
             context += num_decodes
-            end += self.step_time.seconds(StepShape(0, 0, num_decodes, context))
+            end += seconds(StepShape(0, 0, num_decodes, context))
             ends.append(end)
+        return end
 
-    def cut(self, num_more: int) -> StretchPoint | None:
-        """After the step now in flight there will be ``num_more`` alike; a new point, unless the old one stands."""
+    def cut(self, num_more: int) -> tuple[float, StretchPoint] | None:
+        """After the step now in flight there will be ``num_more`` alike; None if the point on the heap stands."""
         stretch = self.stretch
         assert stretch is not None
         stretch.num_steps = num_steps = stretch.num_settled + 1 + num_more
@@ -133,7 +134,7 @@ class Engine:
         del stretch.ends[num_steps:]
         self._number += 1
         stretch.number = self._number
-        return StretchPoint(self._number)
+        return stretch.ends[-1], StretchPoint(self._number)
 
     def settle(self, now: float, scheduler: InstanceScheduler) -> None:
         """Let the scheduler know of the steps of the stretch that ended by ``now``, the very last one excepted."""

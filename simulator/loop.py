@@ -8,7 +8,7 @@ commands the way a cluster does, with delays in place of work. An engine runs it
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from distserve.core.commands import (
     CancelMigrate,
@@ -32,6 +32,7 @@ class PullPoint:
 
 
 _PULL_POINT = PullPoint()
+_TIMER = Timer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,12 @@ class Observer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """A machine on the loop; instances have an engine, and steps of theirs may be jumped over if ``may_jump``."""
+    """A machine on the loop; instances have an engine, and steps of theirs may be jumped over if it is a ``jumper``."""
 
     name: str
     machine: Machine
     engine: Engine | None = None
-    may_jump: bool = False
+    jumper: InstanceScheduler | None = None
     is_alive: bool = True
     launched: tuple[float, Event] | None = None
     """A step of this turn whose end is not on the heap yet."""
@@ -82,7 +83,8 @@ class Loop:
 
     def add(self, name: str, machine: Machine, engine: Engine | None = None, *, may_jump: bool = False) -> None:
         """Add a part; like every driver, the loop feeds it one Timer first."""
-        self._parts[name] = part = Part(name, machine, engine, may_jump)
+        jumper = machine if may_jump and isinstance(machine, InstanceScheduler) else None
+        self._parts[name] = part = Part(name, machine, engine, jumper)
         self._push(self.now, part, Timer())
 
     def post(self, time: float, part: str, event: Event) -> None:
@@ -102,9 +104,8 @@ class Loop:
         """
         part = self._parts.pop(name)
         assert part.engine is not None
-        if part.engine.stretch is not None:
-            assert isinstance(part.machine, InstanceScheduler)
-            part.engine.settle(self.now, part.machine)
+        if part.jumper is not None and part.engine.stretch is not None:
+            part.engine.settle(self.now, part.jumper)
         part.engine.worker.die()
         part.is_alive = False
         self.post(self.now + self._delays.loss, ROUTER, InstanceLost(name))
@@ -127,52 +128,46 @@ class Loop:
                 self._turn(part, event)
 
     def _turn(self, part: Part, event: Event | StretchPoint | PullPoint) -> None:
-        now, engine, machine = self.now, part.engine, part.machine
-        if engine is not None and engine.stretch is not None:
-            assert isinstance(machine, InstanceScheduler)
-            if isinstance(event, StretchPoint):
-                stretch = engine.stretch
-                if event.number != stretch.number:
+        now, engine, jumper = self.now, part.engine, part.jumper
+        if engine is not None and jumper is not None:
+            stretch = engine.stretch
+            if type(event) is StretchPoint:
+                if stretch is None or event.number != stretch.number:
                     return
                 if len(stretch.ends) < stretch.num_steps:
-                    engine.extend()
-                    self._push(stretch.ends[-1], part, event)
+                    self._push(engine.extend(), part, event)
                     return
-                engine.settle(now, machine)
+                engine.settle(now, jumper)
                 event = engine.end_stretch()
-            else:
-                engine.settle(now, machine)
-        elif isinstance(event, StretchPoint):
-            return
-        assert not isinstance(event, StretchPoint | PullPoint)
+            elif stretch is not None:
+                engine.settle(now, jumper)
         self.num_events += 1
-        commands = machine.handle(now, event)
+        commands = part.machine.handle(now, cast("Event", event))
         if self._observer is not None:
-            self._observer.on_turn(TraceEntry(now, part.name, event, tuple(commands)))
-        self._execute(part, commands)
-        if engine is not None and part.may_jump:
-            self._look_ahead(part, engine)
+            self._observer.on_turn(TraceEntry(now, part.name, cast("Event", event), tuple(commands)))
+        if commands:
+            self._execute(part, commands)
+        if engine is not None and jumper is not None:
+            self._look_ahead(part, engine, jumper)
 
-    def _look_ahead(self, part: Part, engine: Engine) -> None:
+    def _look_ahead(self, part: Part, engine: Engine, scheduler: InstanceScheduler) -> None:
         """Begin a stretch with the step just launched, or see whether the one under way is still what will happen."""
-        scheduler = part.machine
-        assert isinstance(scheduler, InstanceScheduler)
-        if engine.stretch is not None:
-            point = engine.cut(scheduler.steady_steps())
-            if point is not None:
-                self._push(engine.stretch.ends[-1], part, point)
-        elif part.launched is not None:
+        if part.launched is not None:
             end, event = part.launched
             part.launched = None
             num_more = scheduler.steady_steps()
             if num_more == 0:
                 self._push(end, part, event)
             else:
-                point = engine.begin_stretch(num_more, end, event)
-                assert engine.stretch is not None
-                self._push(engine.stretch.ends[-1], part, point)
+                reached, point = engine.begin_stretch(num_more, end, event)
+                self._push(reached, part, point)
+        elif engine.stretch is not None:
+            shorter = engine.cut(scheduler.steady_steps())
+            if shorter is not None:
+                self._push(shorter[0], part, shorter[1])
 
     def _execute(self, part: Part, commands: Sequence[Command]) -> None:
+        now = self.now
         for command in commands:
             match command:
                 case Send(to, message):
@@ -180,16 +175,16 @@ class Loop:
                     if receiver is not None:
                         delays = self._delays
                         delay = delays.pairs.get((part.name, to), delays.message) if delays.pairs else delays.message
-                        self._push(self.now + delay, receiver, Received(part.name, message))
+                        self._push(now + delay, receiver, Received(part.name, message))
                 case WakeAt(time):
-                    self._push(max(time, self.now), part, Timer())
+                    self._push(max(time, now), part, _TIMER)
                 case RunStep():
                     assert part.engine is not None
-                    end, event = part.engine.launch(self.now, command)
-                    if part.may_jump:
-                        part.launched = (end, event)
+                    launched = part.engine.launch(now, command)
+                    if part.jumper is not None:
+                        part.launched = launched
                     else:
-                        self._push(end, part, event)
+                        self._push(launched[0], part, launched[1])
                 case OpenSequence():
                     assert part.engine is not None
                     part.engine.worker.open(command)
@@ -199,8 +194,8 @@ class Loop:
                 case Migrate():
                     self._migrate(part, command)
                 case CancelMigrate(pull_id):
-                    if self._pulls.cancel(self.now, part.name, pull_id):
-                        self._push(self.now, part, Migrated(pull_id, ok=False, reason="cancelled"))
+                    if self._pulls.cancel(now, part.name, pull_id):
+                        self._push(now, part, Migrated(pull_id, ok=False, reason="cancelled"))
                         self._await_pulls()
                 case _:
                     pass  # leaves the system: the observer has seen it

@@ -12,10 +12,11 @@ class BlockManager:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._used: set[int] = set()
         self._shares: dict[int, int] = {}
         """References beyond the first: few blocks have any, so that whole tables are taken and given back at once."""
         self._holds: dict[int, int] = {}
+        self._waiting: set[int] = set()
+        """Held blocks that nobody references any more."""
         # A stack: the block freed last is reused first, while it may still be in a cache.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._fewest_free = num_blocks
@@ -40,13 +41,11 @@ class BlockManager:
         taken.reverse()
         del free[-count:]
         self._fewest_free = min(self._fewest_free, len(free))
-        self._used.update(taken)
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
         """Add a reference to each block (a fork)."""
         for block in blocks:
-            assert block in self._used, "a free block cannot be shared"
             self._shares[block] = self._shares.get(block, 0) + 1
 
     def is_shared(self, block: int) -> bool:
@@ -63,7 +62,6 @@ class BlockManager:
 
         A copy that a queued step will make still has to read its source, even if nobody references that any more.
         """
-        assert block in self._used, "a free block cannot be held"
         self._holds[block] = self._holds.get(block, 0) + 1
 
     def unhold(self, block: int) -> None:
@@ -71,7 +69,8 @@ class BlockManager:
         self._holds[block] -= 1
         if self._holds[block] == 0:
             del self._holds[block]
-            if block not in self._used:
+            if block in self._waiting:
+                self._waiting.remove(block)
                 self._free.append(block)
 
     def release(self, blocks: Collection[int]) -> None:
@@ -80,18 +79,15 @@ class BlockManager:
             for block in blocks:
                 self._release(block)
             return
-        used = self._used
-        num_left = len(used) - len(blocks)
-        used.difference_update(blocks)
-        assert len(used) == num_left, "block released twice"
         self._free += blocks
+        assert len(self._free) <= self.num_blocks, "blocks released twice"
 
     def _release(self, block: int) -> None:
-        assert block in self._used, "block released twice"
         others = self._shares.pop(block, 0)
         if others > 1:
             self._shares[block] = others - 1
+        elif others == 0 and block in self._holds:
+            assert block not in self._waiting, "block released twice"
+            self._waiting.add(block)
         elif others == 0:
-            self._used.remove(block)
-            if block not in self._holds:
-                self._free.append(block)
+            self._free.append(block)

@@ -176,10 +176,12 @@ class DecodeScheduler(DecodingScheduler):
         num_blocks = len(intake.src_blocks)
         prompt_blocks, spare = intake.blocks[:num_blocks], intake.blocks[num_blocks:]
         self.blocks.release(spare)
-        family = []
+        family: list[Sequence] = []
         for choice, token_id in zip(request.choices, intake.first_tokens, strict=True):
             if choice in intake.finished:
                 continue
+            if family:
+                self.blocks.share(prompt_blocks)
             seq = Sequence(
                 seq_id=self._new_seq_id(),
                 request=request,
@@ -190,11 +192,10 @@ class DecodeScheduler(DecodingScheduler):
                 num_computed=intake.num_tokens,
                 marks=(("migration_start", intake.started_at), ("migration_end", intake.ended_at)),
             )
-            self.blocks.share(prompt_blocks)
             self._open(seq, (*request.output_token_ids, token_id))
             self._join(seq)
             family.append(seq)
-        self.blocks.release(prompt_blocks)
+        assert family, "a prompt whose choices all ended was handed over"
         self._by_key[key] = family
 
     # -- intakes that end early ----------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ class DecodeScheduler(DecodingScheduler):
         chunks = self._chunks.get(seq_ids)
         if chunks is None:
             # An unchanged batch is the identical tuple: a sign to engines that nothing but positions moved.
-            chunks = tuple([Chunk(seq_id, 1, samples=True) for seq_id in seq_ids])
+            chunks = tuple([seq.chunk(1, samples=True) for seq in chosen])
             if len(self._chunks) >= 2 * self._config.max_in_flight:
                 self._chunks.clear()
             self._chunks[seq_ids] = chunks

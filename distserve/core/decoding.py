@@ -8,7 +8,8 @@ from abc import abstractmethod
 from bisect import insort
 
 from distserve.core.config import InstanceSpec
-from distserve.core.scheduler import Batch, InstanceScheduler
+from distserve.core.messages import RequestKey
+from distserve.core.scheduler import UNSEEN, Batch, InstanceScheduler
 from distserve.core.sequence import Sequence
 
 
@@ -20,6 +21,9 @@ def age(seq: Sequence) -> tuple[float, str, int]:
 class DecodingScheduler(InstanceScheduler):
     """An instance scheduler with running sequences."""
 
+    _keeps_output = False
+    """Whether a sequence keeps its output, to be recomputed here."""
+
     def __init__(self, spec: InstanceSpec) -> None:
         super().__init__(spec)
         self._running: list[Sequence] = []
@@ -30,6 +34,12 @@ class DecodingScheduler(InstanceScheduler):
         """The step launched last was one token for each running sequence, and none of them its first."""
         self._steady_steps: int | None = None
         """Steps after the one in flight that would have its batch; None until asked for."""
+        self._num_skipped = 0
+        """Steps of that batch that ended and that its sequences do not know of."""
+        self._growth_at: list[int] = []
+        """How many sequences need a block with the k-th skipped step, for each k modulo the block size."""
+        self._grown: list[int] = []
+        """Blocks taken for them."""
 
     def _join(self, seq: Sequence) -> None:
         insort(self._running, seq, key=age)
@@ -69,6 +79,7 @@ class DecodingScheduler(InstanceScheduler):
         """
         if not self._running or not self._is_settled():
             return 0
+        self._apply_skips()
         steps = min(seq.num_remaining_output - seq.num_in_flight for seq in self._running)
         while steps > 0:
             if sum(self._growth(seq, steps) for seq in self._running) <= self.blocks.num_free:
@@ -93,26 +104,63 @@ class DecodingScheduler(InstanceScheduler):
         return steps
 
     def skip(self, num_steps: int) -> None:
-        """See the base class. Blocks grow as step by step; none of them is shared, for every sequence has decoded."""
-        (batch,) = self._steps.values()
+        """See the base class. Sequences are told of it when somebody looks at them; memory is taken as it would be.
+
+        No block is shared: every sequence has taken a step of its own.
+        """
         assert self._steady_steps is not None, "steps were skipped that nobody asked for"
         self._steady_steps -= num_steps
-        block_size = self.spec.kv.block_size
+        if not self._growth_at:
+            block_size = self.spec.kv.block_size
+            self._growth_at = [0] * block_size
+            (batch,) = self._steps.values()
+            for seq, _, _ in batch.entries:
+                self._growth_at[len(seq.blocks) * block_size - seq.num_computed] += 1
+        growth_at, start = self._growth_at, self._num_skipped
+        self._num_skipped = end = start + num_steps
+        grown = sum([growth_at[step % len(growth_at)] for step in range(start, end)])
+        if grown:
+            self._grown += self.blocks.allocate(grown)
+
+    def _apply_skips(self) -> None:
+        """Tell running sequences of the steps skipped since their batch was launched."""
+        num_steps = self._num_skipped
+        if num_steps == 0:
+            return
+        self._num_skipped = 0
+        block_size, grown = self.spec.kv.block_size, self._grown
+        (batch,) = self._steps.values()
         for seq, _, _ in batch.entries:
             seq.num_tokens += num_steps
             seq.num_output += num_steps
             seq.num_computed = computed = seq.num_computed + num_steps
+            if self._keeps_output:
+                seq.output_token_ids += [UNSEEN] * num_steps
             missing = -(-computed // block_size) - len(seq.blocks)
             if missing > 0:
-                seq.blocks += self.blocks.allocate(missing)
+                seq.blocks += grown[-missing:]
                 seq.num_published = len(seq.blocks)
+                del grown[-missing:]
+        assert not grown, "memory was taken for nobody"
+        self._growth_at = []
+
+    def _abort(self, key: RequestKey, choice: int | None) -> None:
+        self._apply_skips()
+        super()._abort(key, choice)
+
+    def _end_step(self, step_id: int) -> Batch:
+        self._apply_skips()
+        self._growth_at = []
+        return super()._end_step(step_id)
 
     def _on_unseen_token(self, seq: Sequence) -> None:
         if seq.marks or seq.num_output == 0 or seq.num_output + 1 >= seq.request.sampling.max_tokens:
             super()._on_unseen_token(seq)
-        else:
-            seq.num_tokens += 1
-            seq.num_output += 1
+            return
+        seq.num_tokens += 1
+        seq.num_output += 1
+        if self._keeps_output:
+            seq.output_token_ids.append(UNSEEN)
 
     def _growth(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks the sequence's next tokens take, a copy of a shared last block included."""

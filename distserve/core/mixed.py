@@ -18,12 +18,12 @@ from collections.abc import Iterable
 from enum import StrEnum
 from itertools import takewhile
 
-from distserve.core.commands import Chunk, CloseSequence
+from distserve.core.commands import CloseSequence
 from distserve.core.config import InstanceSpec
 from distserve.core.decoding import DecodingScheduler, age
 from distserve.core.messages import Abort, Failed, InstanceGone, Message, Prefill, RequestKey
 from distserve.core.request import Request, TokenLogprobs
-from distserve.core.scheduler import UNSEEN, Batch
+from distserve.core.scheduler import Batch
 from distserve.core.sequence import Sequence
 
 
@@ -36,6 +36,8 @@ class PrefillPolicy(StrEnum):
 
 class MixedScheduler(DecodingScheduler):
     """Serves whole requests on one instance."""
+
+    _keeps_output = True
 
     def __init__(self, spec: InstanceSpec, policy: PrefillPolicy = PrefillPolicy.SPLITFUSE) -> None:
         super().__init__(spec)
@@ -94,7 +96,7 @@ class MixedScheduler(DecodingScheduler):
             entries += self._prompt_chunks(config.max_batch_tokens - len(entries))
         if not entries:
             return None
-        chunks = tuple([Chunk(seq.seq_id, count, samples) for seq, count, samples in entries])
+        chunks = tuple([seq.chunk(count, samples=samples) for seq, count, samples in entries])
         return Batch(entries, chunks, copies, sum(count for _, count, _ in entries))
 
     def _decodes(self, limit: int, copies: list[tuple[int, int]]) -> list[tuple[Sequence, int, bool]]:
@@ -187,18 +189,6 @@ class MixedScheduler(DecodingScheduler):
                 self._close(member)
             elif member is not seq:
                 self._open(member, tuple(member.output_token_ids))
-
-    def _on_unseen_token(self, seq: Sequence) -> None:
-        num_output = seq.num_output
-        super()._on_unseen_token(seq)
-        if len(seq.output_token_ids) == num_output:
-            seq.output_token_ids.append(UNSEEN)
-
-    def skip(self, num_steps: int) -> None:
-        """See the base class; the tokens are kept for recomputation, as always."""
-        super().skip(num_steps)
-        for seq in self._running:
-            seq.output_token_ids += [UNSEEN] * num_steps
 
     def _fork(self, seq: Sequence) -> list[Sequence]:
         """One sequence per choice, sharing the prompt's blocks; the parent ends."""

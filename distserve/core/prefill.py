@@ -10,7 +10,7 @@ overtakes it.
 from collections import deque
 from collections.abc import Iterable
 
-from distserve.core.commands import Chunk, WakeAt
+from distserve.core.commands import WakeAt
 from distserve.core.config import InstanceSpec
 from distserve.core.handoff import MAX_FAILED_PULLS, Handoff, HandoffState
 from distserve.core.messages import (
@@ -128,7 +128,7 @@ class PrefillScheduler(InstanceScheduler):
             self._num_waiting_tokens -= count
             if is_last:
                 self._waiting.remove(seq)
-        chunks = tuple(Chunk(seq.seq_id, count, is_last) for seq, count, is_last in entries)
+        chunks = tuple([seq.chunk(count, samples=is_last) for seq, count, is_last in entries])
         return Batch(entries, chunks, [], self._config.max_batch_tokens - budget)
 
     def _on_launched(self, step_id: int, batch: Batch) -> None:

@@ -118,6 +118,8 @@ class Router:
     def __init__(self, config: RouterConfig | None = None) -> None:
         self._config = config or RouterConfig()
         self._instances: dict[str, InstanceView] = {}
+        self._pools: dict[tuple[Role, ...], list[InstanceView]] = {}
+        """Instances of certain roles that take requests; found again after every change of membership."""
         self._owners: dict[str, None] = {}
         self._pending: dict[RequestKey, tuple[str, DecodeWanted, set[str]]] = {}
         """Decode instances wanted and not found yet, oldest first: who asks, and who refused since its last report."""
@@ -141,12 +143,14 @@ class Router:
                 self._on_lost(instance_id)
             case InstanceDraining(instance_id):
                 self._instances[instance_id].is_draining = True
+                self._pools.clear()
                 self._send_status()
             case Timer():
                 pass
             case _:
                 raise AssertionError(f"not a router's event: {event}")
-        self._retry_parked()
+        if self._parked:
+            self._retry_parked()
         if now >= self._next_status:
             self._lose_silent()
             self._send_status()
@@ -161,6 +165,7 @@ class Router:
         self._gone.pop(spec.instance_id, None)
         empty = Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks)
         self._instances[spec.instance_id] = InstanceView(spec, empty, self._now)
+        self._pools.clear()
         self._tell_of_losses(spec.instance_id)
         self._assign_pending()
         self._send_status()
@@ -171,6 +176,7 @@ class Router:
         # Also one this router has never seen: it may have died while there was no router to say so.
         self._gone[instance_id] = None
         self._instances.pop(instance_id, None)
+        self._pools.clear()
         self._pending = {key: wanted for key, wanted in self._pending.items() if wanted[0] != instance_id}
         for view in self._instances.values():
             # What was to come through the lost instance never will.
@@ -304,7 +310,11 @@ class Router:
         return blocks <= kv.num_blocks and num_choices <= view.spec.scheduler.max_batch_size
 
     def _pool(self, *roles: Role) -> list[InstanceView]:
-        return [view for view in self._instances.values() if view.spec.role in roles and not view.is_draining]
+        pool = self._pools.get(roles)
+        if pool is None:
+            pool = [view for view in self._instances.values() if view.spec.role in roles and not view.is_draining]
+            self._pools[roles] = pool
+        return pool
 
     # -- decode instances -------------------------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ class InstanceScheduler(ABC):
         self._last_report = -1.0
         self._prefill_rate = 0.0
         self._reported: tuple[int, ...] = ()
+        self._last_state: tuple[int, ...] = ()
         self._report_timer = 0.0
 
     @abstractmethod
@@ -132,10 +133,10 @@ class InstanceScheduler(ABC):
         """Take one event; see :class:`distserve.core.events.Machine`."""
         self._now = now
         match event:
-            case StepDone():
-                self._on_step_done(event)
             case Received(sender, message):
                 self._on_message(sender, message)
+            case StepDone():
+                self._on_step_done(event)
             case UnseenStepDone(step_id):
                 self._on_unseen_step_done(step_id)
             case Migrated():
@@ -146,7 +147,8 @@ class InstanceScheduler(ABC):
                 self._on_step_failed(event)
             case _:
                 raise AssertionError(f"not an instance's event: {event}")
-        self._launch_steps()
+        if len(self._steps) < self._config.max_in_flight:
+            self._launch_steps()
         self._flush()
         commands, self._commands = self._commands, []
         return commands
@@ -309,17 +311,22 @@ class InstanceScheduler(ABC):
 
     def _flush(self) -> None:
         """Steps were appended first, so that the engine is busy while messages travel; one Tokens message per owner."""
-        for owner_id, outputs in self._tokens.items():
-            self._commands.append(Send(owner_id, Tokens(tuple(outputs))))
-        self._tokens.clear()
-        self._commands.extend(self._sends)
-        self._sends.clear()
+        if self._tokens:
+            for owner_id, outputs in self._tokens.items():
+                self._commands.append(Send(owner_id, Tokens(tuple(outputs))))
+            self._tokens.clear()
+        if self._sends:
+            self._commands += self._sends
+            self._sends.clear()
         self._report()
 
     def _report(self) -> None:
         waiting, waiting_tokens, running = self._load()
         # Blocks that running sequences grow by are no news: the next report names them.
         state = (waiting, waiting_tokens, running, len(self._seen))
+        if state == self._last_state and self._now < self._report_timer:
+            return  # the timer was set for just this
+        self._last_state = state
         # Compared as sums, the way timers are set: a difference may round the other way and the timer fire for ever.
         config, last = self._config, self._last_report
         interval = config.heartbeat if state == self._reported else config.report_interval

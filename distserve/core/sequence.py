@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from distserve.core.commands import Chunk
 from distserve.core.request import FinishReason, Request, TokenLogprobs
 
 
@@ -35,6 +36,18 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
     """Output tokens, kept only where the sequence may be recomputed without its owner."""
+
+    _step: Chunk | None = None
+
+    def chunk(self, num_tokens: int, *, samples: bool) -> Chunk:
+        """Its part in a batch; that of a decode step is made once."""
+        step = self._step
+        if num_tokens == 1 and samples and step is not None and step.seq_id == self.seq_id:
+            return step
+        chunk = Chunk(self.seq_id, num_tokens, samples)
+        if num_tokens == 1 and samples:
+            self._step = chunk
+        return chunk
 
     @property
     def choice(self) -> int:
