@@ -29,10 +29,10 @@ _TABLE = 8192
 class AnalyticStepTime:
     """One instance shape's times: entry ``i`` of a table is that of ``i`` tokens or sequences, the last slope goes on.
 
-    ``token`` is all that depends on the number of tokens alone, ``row`` on the rows whose logits are computed. Attention
-    of prompts takes ``prefill`` by their tokens and ``pair`` of it for each (query, key) pair, that of decodes ``decode``
-    by their number and ``context`` of it for each cached token; ``mixed`` times as long beside prompts. ``serial`` comes
-    on top of the kernels; ``floor_prefill`` and ``floor_decode`` are what the host needs to launch them.
+    ``token`` is all that depends on the number of tokens alone, ``row`` on the rows whose logits are computed. Prompts'
+    attention takes ``prefill`` by their tokens and ``pair`` of it for each (query, key) pair, decodes' attention
+    ``decode`` by their number and ``context`` of it for each cached token, ``mixed`` times as long beside prompts.
+    ``serial`` comes on top of kernels; ``floor_prefill`` and ``floor_decode`` are what the host needs to launch them.
     """
 
     token: list[float]

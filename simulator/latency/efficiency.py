@@ -85,7 +85,8 @@ class Engine:
     graphs that floor is nil. All in seconds.
 
     ``compute``, ``memory``, ``attention``, ``stream`` and ``link`` divide the time of products bound by arithmetic, of
-    those bound by memory, of both attentions, of kernels that only move data, and of collectives'
+    those bound by memory, of prompts' and
+    of decodes' (``paged``) attention, of kernels that only move data, and of collectives'
     bytes; ``link_latency`` is in addition to what a collective takes.
     """
 
@@ -97,6 +98,7 @@ class Engine:
     compute: float = 1.0
     memory: float = 1.0
     attention: float = 1.0
+    paged: float = 1.0
     stream: float = 1.0
     link: float = 1.0
     link_latency: float = 0.0
@@ -108,7 +110,7 @@ class Engine:
             gemm_compute=efficiency.gemm_compute * self.compute,
             gemm_memory=efficiency.gemm_memory * self.memory,
             attention_compute=efficiency.attention_compute * self.attention,
-            decode_memory=efficiency.decode_memory * self.attention,
+            decode_memory=efficiency.decode_memory * self.paged,
             stream_memory=efficiency.stream_memory * self.stream,
             stream_launch=efficiency.stream_launch / self.stream,
             all_reduce_bandwidth=efficiency.all_reduce_bandwidth * self.link,
