@@ -18,6 +18,7 @@ from distserve.bench.lengths import Lengths
 from distserve.core.config import Role
 from distserve.core.latency import StepShape, StepTime
 from distserve.core.mixed import PrefillPolicy
+from distserve.core.topology import PlacedInstance, Placement
 from placement.offered import Offered
 from placement.problem import Problem
 from placement.shapes import Shape
@@ -142,6 +143,36 @@ def _riding_seconds(shape: Shape, step_time: StepTime, prompts: Lengths, outputs
     alone = step_time.seconds(StepShape(budget, pairs, num_prefills=1))
     ridden = step_time.seconds(StepShape(budget, pairs, batch, int(batch * context), 1))
     return max(ridden - alone, 0.0) / batch
+
+
+def network_capacity(problem: Problem, offered: Offered, placement: Placement) -> float:
+    """Requests/s whose KV the network cards can move; infinite if some decode instance needs none of them.
+
+    Every pull moves at least the share of layers that is apart in the best pair of instances. What all cards of the
+    nodes with prefill instances send, and those with decode instances receive, bounds the rate.
+    """
+    sources, targets = placement.of(Role.PREFILL), placement.of(Role.DECODE)
+    if not sources:
+        return float("inf")
+    apart = min(_apart(source, target, problem.model.num_layers) for source in sources for target in targets)
+    prompts, outputs = offered.sample
+    moved = float(np.where(outputs > 1, prompts, 0).mean()) * problem.model.kv.bytes_per_token * apart
+    if moved <= 0:
+        return float("inf")
+    nodes = min(len({gpu.node for instance in pool for gpu in instance.gpus}) for pool in (sources, targets))
+    return nodes * problem.cluster.nics_per_node * problem.cluster.inter_node_bandwidth / moved
+
+
+def _apart(source: PlacedInstance, target: PlacedInstance, num_layers: int) -> float:
+    """Share of the layers that two instances hold on different nodes."""
+    pairs = (
+        (
+            source.stage(layer * source.spec.parallel.pp // num_layers)[0].node,
+            target.stage(layer * target.spec.parallel.pp // num_layers)[0].node,
+        )
+        for layer in range(num_layers)
+    )
+    return sum(here != there for here, there in pairs) / num_layers
 
 
 def _interpolated(lengths: Lengths, seconds: Callable[[int], float]) -> Floats:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from distserve.bench.workload import Workload
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.latency import StepShape
 from distserve.core.mixed import PrefillPolicy
@@ -80,7 +81,7 @@ def phase_model(problem: Problem, shape: Shape, count: int) -> ClusterModel:
 def joint_run(problem: Problem, offered: Offered, placement: Placement, policy: PrefillPolicy) -> Run:
     """Runs of the whole deployment."""
     model = joint_model(problem, placement, policy)
-    return lambda rate, run, num_requests: simulate(model, offered.at(rate, run, num_requests))
+    return lambda rate, run, num_requests: _until_missed(problem, model, offered.at(rate, run, num_requests))
 
 
 def phase_run(problem: Problem, offered: Offered, shape: Shape, count: int) -> Run:
@@ -91,6 +92,13 @@ def phase_run(problem: Problem, offered: Offered, shape: Shape, count: int) -> R
         workload = offered.at(rate, number, num_requests)
         if shape.role is Role.PREFILL:
             workload = replace(workload, output_lens=np.ones_like(workload.output_lens))
-        return simulate(model, workload)
+        return _until_missed(problem, model, workload)
 
     return run
+
+
+def _until_missed(problem: Problem, model: ClusterModel, workload: Workload) -> Simulation:
+    """Simulate until whatever is still under way has missed the objective: an overloaded run ends soon."""
+    assert workload.arrivals is not None, "offered load is open"
+    longest = problem.slo.ttft + problem.slo.tpot * int(workload.output_lens.max())
+    return simulate(model, workload, until=float(workload.arrivals[-1]) + longest)

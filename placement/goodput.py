@@ -15,6 +15,7 @@ from placement.plan import Interval
 _FLOOR = 0.01
 """Below this share of the ceiling a placement counts as serving nothing."""
 _STEP = 1.12
+_BELOW_SERVED = 0.93
 _MAX_PROBES = 16
 
 
@@ -50,11 +51,13 @@ def find_goodput(
     *,
     tolerance: float,
     start: float | None = None,
+    floor: float = 0.0,
     with_interval: bool = False,
 ) -> Goodput:
     """Bracket the goodput below ``ceiling`` (requests/s) to within ``tolerance`` of itself.
 
-    ``start`` is a guess. ``with_interval`` looks on until rates that surely hold and surely fail are known close by.
+    ``start`` is a guess. A goodput below ``floor`` is of no interest: one probe there may end the search (``low`` 0).
+    ``with_interval`` looks on until rates that surely hold and surely fail are known close by.
     """
     measured: dict[float, Measurement] = {}
     low, high = 0.0, ceiling
@@ -69,7 +72,10 @@ def find_goodput(
             high = min(high, rate)
         return holds
 
-    rate = min(start, ceiling) if start is not None else 0.75 * ceiling
+    rate = min(start if start is not None else ceiling, (1 - tolerance / 2) * ceiling)
+    if 0 < floor < ceiling and not probe(floor):
+        return Goodput(Interval(0.0, 0.0, floor), 0.0, floor, tuple(measured.values()))
+    rate = max(rate, min(low * _STEP, high))
     while len(measured) < _MAX_PROBES:
         probe(rate)
         if high - low <= tolerance * high or high < _FLOOR * ceiling:
@@ -97,11 +103,18 @@ def find_goodput(
 
 
 def _next(measured: dict[float, Measurement], low: float, high: float, target: float) -> float:
-    """Where to look next: halves while nothing held, small steps up while nothing failed, then between the two."""
+    """Where to look next.
+
+    While nothing held, below what an overloaded run served, or half; while nothing failed, a step up; then between.
+    """
     if low == 0:
-        return high / 2
+        served = measured[high].throughput
+        return _BELOW_SERVED * served if 0.1 * high < served < high else high / 2
     if high not in measured:
         return min(low * _STEP, (low + high) / 2)
+    served = _BELOW_SERVED * measured[high].throughput
+    if low * _STEP < served < high:
+        return served
     above = measured[low].point.attainment.estimate - target
     below = target - measured[high].point.attainment.estimate
     share = above / (above + below) if above + below > 0 and below > 0 else 0.5

@@ -6,7 +6,7 @@ together are not independent; it is never narrower than Wilson's, which independ
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,8 @@ class Measurement:
     point: RatePoint
     last: Simulation
     num_simulated: int
-    windows: tuple[Window, ...] = field(repr=False, default=())
+    throughput: float
+    """Requests/s answered within the windows: an overloaded deployment's capacity."""
 
 
 def measure(run: Run, rate: float, slo: SLO, cv: float, effort: Effort) -> Measurement:
@@ -64,7 +65,8 @@ def measure(run: Run, rate: float, slo: SLO, cv: float, effort: Effort) -> Measu
             half = (interval.high - interval.low) / 2
             decided = point.surely_holds(slo.attainment) or point.surely_fails(slo.attainment)
             if half <= effort.half_width or (effort.until_decided and decided) or spent + length > effort.max_requests:
-                return Measurement(point, simulation, spent, tuple(windows))
+                throughput = sum(window.throughput for window in windows) / len(windows)
+                return Measurement(point, simulation, spent, throughput)
         if len(windows) >= 4:
             # Many short runs would share the bias of short runs.
             length = min(length * 2, max(effort.max_requests - spent, effort.num_requests))

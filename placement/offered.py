@@ -16,7 +16,7 @@ from distserve.bench.lengths import Lengths, factor_to_fit, scale_lengths
 from distserve.bench.traces import Trace
 from distserve.bench.workload import Workload, WorkloadSpec
 
-_SAMPLE = 4000
+_SAMPLE = 20_000
 _GOLDEN = 0.6180339887498949
 """Multiples of it, modulo one, spread starting points evenly over a trace however many there are."""
 

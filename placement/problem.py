@@ -51,10 +51,10 @@ class SearchLimits:
     policies: tuple[PrefillPolicy, ...] = (PrefillPolicy.SPLITFUSE,)
     max_pp: int = 8
     max_instances: int = 64
-    num_finalists: int = 3
+    num_finalists: int = 2
     tolerance: float = 0.03
     num_requests: int = 300
-    max_requests: int = 8000
+    max_requests: int = 4000
     seed: int = 0
     num_workers: int | None = None
 

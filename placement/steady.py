@@ -20,12 +20,16 @@ _MIN_REQUESTS = 20
 
 @dataclass(frozen=True)
 class Window:
-    """The measured requests of one run, in order of arrival. Times in seconds; NaN: not answered."""
+    """The measured requests of one run, in order of arrival. Times in seconds; NaN: not answered.
+
+    ``throughput``: requests answered per second of the window, whenever they arrived.
+    """
 
     ttft: Floats
     tpot: Floats
     met: NDArray[np.bool_]
     instability: str
+    throughput: float
     begin: float
     end: float
 
@@ -43,8 +47,16 @@ def measure_window(timelines: Timelines, slo: SLO, cv: float = 1.0) -> Window:
     begin = float(arrival[0]) + max(0.1 * span, min(2 * residence, 0.3 * span))
     end = float(arrival[0]) + span - min(residence, 0.15 * span)
     inside = (arrival >= begin) & (arrival <= end)
-    reason = _growth(timelines, inside, begin, end, slo, cv)
-    return Window(timelines.ttft[inside], timelines.tpot[inside], timelines.meets(slo)[inside], reason, begin, end)
+    finish = timelines.finish
+    return Window(
+        ttft=timelines.ttft[inside],
+        tpot=timelines.tpot[inside],
+        met=timelines.meets(slo)[inside],
+        instability=_growth(timelines, inside, begin, end, slo, cv),
+        throughput=float(((finish >= begin) & (finish < end)).sum()) / (end - begin) if end > begin else 0.0,
+        begin=begin,
+        end=end,
+    )
 
 
 def _growth(timelines: Timelines, inside: NDArray[np.bool_], begin: float, end: float, slo: SLO, cv: float) -> str:

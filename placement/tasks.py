@@ -25,6 +25,8 @@ from placement.shapes import Shape
 
 _RESIDENCES = 5.0
 """Runs last so many times as long as a request stays: shorter ones end before the system has filled."""
+_PATIENCES = 12.0
+"""And so many times the TTFT allowed: in shorter ones a queue that grows is not yet too long."""
 _COARSE_TOLERANCE = 0.08
 
 
@@ -35,16 +37,19 @@ class Setting:
     problem: Problem
     offered: Offered
 
-    def effort(self, kinds: Iterable[tuple[Role, ParallelConfig]], rate: float, *, fine: bool) -> Effort:
+    def effort(
+        self, kinds: Iterable[tuple[Role, ParallelConfig]], rate: float, *, fine: bool, half_width: float = 0.03
+    ) -> Effort:
         """How much to simulate at ``rate``: by Little's law several times as many requests as are present at once."""
         search = self.problem.search
-        num = max(search.num_requests, int(_RESIDENCES * rate * self._residence(kinds)))
+        span = _RESIDENCES * self._residence(kinds) + _PATIENCES * self.problem.slo.ttft
+        num = max(search.num_requests, int(rate * span))
         if fine:
-            return Effort(2 * num, max(search.max_requests, 8 * num), min_runs=2, half_width=0.01)
-        return Effort(num, 2 * num, half_width=0.03)
+            return Effort(3 * num // 2, max(search.max_requests, 6 * num), min_runs=2, half_width=half_width)
+        return Effort(num, num, half_width=0.03)
 
     def _residence(self, kinds: Iterable[tuple[Role, ParallelConfig]]) -> float:
-        """About how many seconds a request stays: half the TTFT, then its tokens at twice the lone TPOT at most."""
+        """About how many seconds a request decodes: its tokens, each at twice the lone TPOT at most."""
         prompts, outputs = self.offered.sample
         slo = self.problem.slo
         context = int(prompts.mean() + outputs.mean() / 2)
@@ -53,7 +58,7 @@ class Setting:
             for role, parallel in set(kinds)
             if role is not Role.PREFILL
         ]
-        return slo.ttft / 2 + float(outputs.mean()) * max(gaps, default=0.0)
+        return float(outputs.mean()) * max(gaps, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class JointGoodput:
     policy: PrefillPolicy
     ceiling: float
     start: float | None = None
+    floor: float = 0.0
     fine: bool = False
 
     def __call__(self, setting: Setting) -> Goodput:
@@ -117,6 +123,7 @@ class JointGoodput:
             lambda rate: setting.effort(_kinds(self.placement), rate, fine=self.fine),
             tolerance=setting.problem.search.tolerance if self.fine else _COARSE_TOLERANCE,
             start=self.start,
+            floor=self.floor,
             with_interval=self.fine,
         )
 

@@ -1,0 +1,136 @@
+"""The fewest GPUs that hold the objective at a given rate: best first, from below.
+
+Every pair of shapes starts from the instance counts that capacity asks for at least. The candidate with the fewest
+GPUs is looked at first: its phases alone at the rate, then the whole. A phase that surely fails alone gets one instance
+more; a whole that does not surely hold is replaced by its two neighbours with one instance more. So no placement with
+fewer GPUs than the answer is left that could have held, and none with more is simulated.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from distserve.core.topology import Placement
+from placement.bounds import network_capacity
+from placement.candidates import Candidate
+from placement.measure import Measurement
+from placement.race import Bounds, Note
+from placement.shapes import Shape
+from placement.tasks import JointPoint, PhasePoint, Setting, Workers
+
+_WAVE = 4
+_SLACK = 1.02
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A candidate that holds the objective at the rate with its whole interval."""
+
+    candidate: Candidate
+    placement: Placement
+    measurement: Measurement
+
+
+@dataclass(frozen=True)
+class Fewest:
+    """``holding``: fewest GPUs first. ``best_failing``: the closest any placement came, if none holds."""
+
+    holding: list[Holding]
+    best_failing: Holding | None
+    num_seen: int
+    num_simulated: int
+    num_requests: int
+
+
+def fewest_gpus(
+    setting: Setting,
+    workers: Workers,
+    bounds: Bounds,
+    pairs: Iterable[Candidate],
+    rate: float,
+    num_wanted: int,
+    note: Note,
+) -> Fewest:
+    """Up to ``num_wanted`` candidates that hold at ``rate``, made from ``pairs`` by adding instances."""
+    problem = setting.problem
+    target = problem.slo.attainment
+    open_: dict[Candidate, Placement] = {}
+    seen: set[Candidate] = set()
+    alone: dict[tuple[Shape, int], Measurement] = {}
+    holding: list[Holding] = []
+    best: Holding | None = None
+    num_simulated = num_requests = 0
+
+    def add(candidate: Candidate) -> None:
+        counts = tuple(_enough(alone, pool, target) for pool in candidate.pools)
+        candidate = candidate.with_counts(*counts)
+        if candidate in seen or max(counts) > problem.search.max_instances:
+            return
+        seen.add(candidate)
+        if candidate.num_gpus <= problem.cluster.num_gpus:
+            placement = candidate.placement(problem)
+            if placement is not None:
+                if network_capacity(problem, setting.offered, placement) * _SLACK < rate:
+                    widen(candidate)
+                else:
+                    open_[candidate] = placement
+
+    def widen(candidate: Candidate) -> None:
+        counts = [count for _, count in candidate.pools]
+        for index in range(len(counts)):
+            add(candidate.with_counts(*(count + (place == index) for place, count in enumerate(counts))))
+
+    for pair in pairs:
+        if all(bounds.can_serve(shape) for shape, _ in pair.pools):
+            add(
+                pair.with_counts(
+                    *(max(int(-(-rate // (bounds.of_shape(shape).capacity * _SLACK))), 1) for shape, _ in pair.pools)
+                )
+            )
+    while open_ and len(holding) < num_wanted:
+        ranked = sorted(open_, key=lambda c: (c.num_gpus, open_[c].num_nodes, str(c)))
+        phases: dict[tuple[Shape, int], PhasePoint] = {}
+        joint: dict[Candidate, JointPoint] = {}
+        for candidate in ranked:
+            unknown = [pool for pool in candidate.pools if pool not in alone and not candidate.is_colocated]
+            if unknown:
+                phases.setdefault(unknown[0], PhasePoint(*unknown[0], rate))
+            else:
+                joint[candidate] = JointPoint(open_[candidate], candidate.pools[0][0].policy, rate, fine=True)
+            if len(phases) + len(joint) >= _WAVE:
+                break
+        note(f"{ranked[0].num_gpus} GPUs: {ranked[0]}", len(seen) - len(open_), len(seen))
+        tasks: list[Callable[[Setting], Measurement]] = [*phases.values(), *joint.values()]
+        results = workers.run(tasks)
+        num_simulated += len(results)
+        num_requests += sum(result.num_simulated for result in results)
+        alone.update(zip(phases, results, strict=False))
+        for candidate, measurement in zip(joint, results[len(phases) :], strict=True):
+            entry = Holding(candidate, open_.pop(candidate), measurement)
+            if measurement.point.surely_holds(target):
+                holding.append(entry)
+                continue
+            if best is None or _closer(measurement, best.measurement):
+                best = entry
+            widen(candidate)
+        for candidate in list(open_):
+            if any(_enough(alone, pool, target) > pool[1] for pool in candidate.pools):
+                del open_[candidate]
+                add(candidate)
+    holding.sort(key=lambda h: (h.candidate.num_gpus, h.placement.num_nodes, -h.measurement.point.attainment.estimate))
+    return Fewest(holding, best, len(seen), num_simulated, num_requests)
+
+
+def _enough(alone: dict[tuple[Shape, int], Measurement], pool: tuple[Shape, int], target: float) -> int:
+    """The pool's count, or the next that does not surely fail as far as is known."""
+    shape, count = pool
+    while (shape, count) in alone and alone[shape, count].point.surely_fails(target):
+        count += 1
+    return count
+
+
+def _closer(one: Measurement, other: Measurement) -> bool:
+    """More stable, then more attained."""
+    return (one.point.is_stable, one.point.attainment.estimate) > (
+        other.point.is_stable,
+        other.point.attainment.estimate,
+    )

@@ -1,0 +1,234 @@
+"""The planner: from a problem to a plan.
+
+Without a rate the answer is the unit with the best goodput per GPU, to be replicated. With one it is the placement with
+the fewest GPUs that holds the objective at that rate with its whole interval; then the fewest nodes. Both kinds,
+disaggregated and colocated, are searched for themselves, so that a plan can say what the other would have cost.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distserve.core.config import Role
+from placement.candidates import Candidate, colocated, pairs, replications
+from placement.evaluation import evaluate
+from placement.fewest import Fewest, Holding, fewest_gpus
+from placement.goodput import Goodput
+from placement.measure import Measurement
+from placement.offered import Offered
+from placement.plan import Evaluation, Plan, SearchStats
+from placement.problem import Problem
+from placement.race import Bounds, Note, Ranked, race
+from placement.shapes import Shape, find_shapes
+from placement.tasks import JointGoodput, JointPoint, Setting, Workers
+from placement.unreachable import explain_unreachable
+
+_SHORT_RUNS_FLATTER = 0.95
+"""Where the goodput of long runs is looked for, as a share of what short ones showed."""
+_MAX_ROUNDS = 3
+_TIE = 0.01
+"""Goodputs per GPU closer than this are equal: fewer GPUs and nodes decide."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress nobody looks at."""
+
+
+@dataclass
+class _Count:
+    """How much was looked at."""
+
+    candidates: int = 0
+    pruned: int = 0
+    simulated: int = 0
+    requests: int = 0
+
+
+def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None = None) -> Plan:
+    """The plan for ``problem``. ``paper`` is a placement to be measured beside, and to be beaten.
+
+    ``progress`` hears what is going on and how many candidates are settled of how many. Raises UnreachableError if no
+    placement on the cluster reaches the objective; ConfigError and WorkloadError for a problem that is wrong itself.
+    """
+    began = time.perf_counter()
+    setting = Setting(problem, Offered(problem.workload, problem.search.seed))
+    shapes, refused = find_shapes(problem, setting.offered)
+    bounds = Bounds(setting)
+    usable = [shape for shape in shapes if bounds.can_serve(shape)]
+    with Workers(setting, problem.search.num_workers) as workers:
+        searcher = _Searcher(setting, workers, bounds, progress)
+        if problem.rate is None:
+            evaluations = searcher.best_units(usable, paper)
+        else:
+            evaluations = searcher.fewest(usable, problem.rate, paper)
+        if not evaluations:
+            raise explain_unreachable(setting, bounds, shapes, refused, searcher.closest)
+        measured_paper = searcher.evaluate_candidate(paper) if paper is not None else None
+    count = searcher.count
+    if measured_paper is not None:
+        evaluations.append(measured_paper)
+    key = _by_size if problem.rate is not None else _by_goodput
+    ordered = sorted(evaluations, key=key)
+    chosen = _chosen(problem, ordered)
+    others = [evaluation for evaluation in ordered if evaluation.placement != chosen.placement]
+    stats = SearchStats(
+        num_candidates=count.candidates,
+        num_pruned=count.pruned,
+        num_simulated=count.simulated,
+        num_requests=count.requests,
+        seconds=time.perf_counter() - began,
+    )
+    return Plan(
+        problem=problem,
+        chosen=chosen,
+        runner_up=others[0] if others else None,
+        finalists=(chosen, *others),
+        disaggregated=next((e for e in [chosen, *others] if not e.is_colocated), None),
+        colocated=next((e for e in [chosen, *others] if e.is_colocated), None),
+        paper=measured_paper,
+        stats=stats,
+        notes=(f"step times: {problem.latency.source}",),
+    )
+
+
+def _by_goodput(evaluation: Evaluation) -> tuple[float, int, int]:
+    return -evaluation.goodput_per_gpu, evaluation.num_gpus, evaluation.placement.num_nodes
+
+
+def _by_size(evaluation: Evaluation) -> tuple[int, int, float]:
+    return evaluation.num_gpus, evaluation.placement.num_nodes, -evaluation.goodput.estimate
+
+
+def _chosen(problem: Problem, ordered: Sequence[Evaluation]) -> Evaluation:
+    """The first that keeps its promise; without a rate, the smallest of those as good per GPU as the best."""
+    if problem.rate is not None:
+        return next((e for e in ordered if e.point.surely_holds(problem.slo.attainment)), ordered[0])
+    equal = [e for e in ordered if e.goodput_per_gpu >= (1 - _TIE) * ordered[0].goodput_per_gpu]
+    return min(equal, key=lambda e: (e.num_gpus, e.placement.num_nodes, -e.goodput_per_gpu))
+
+
+class _Searcher:
+    def __init__(self, setting: Setting, workers: Workers, bounds: Bounds, progress: Note) -> None:
+        self._setting = setting
+        self._workers = workers
+        self._bounds = bounds
+        self._progress = progress
+        self.count = _Count()
+        self.closest: Holding | None = None
+
+    # -- the best goodput per GPU -------------------------------------------------------------------------------------
+
+    def best_units(self, shapes: list[Shape], paper: Candidate | None) -> list[Evaluation]:
+        """Finalists of both kinds, measured with intervals."""
+        problem = self._setting.problem
+        num_wanted = problem.search.num_finalists
+        races: list[tuple[list[Ranked], int]] = []
+        for kind, wanted in self._kinds(shapes, num_wanted):
+            units = [unit for single in kind for unit in replications(problem, single) if unit != paper]
+            self.count.candidates += len(units)
+            found = race(self._setting, self._workers, self._bounds, units, wanted, self._progress)
+            self.count.simulated += len(found)
+            self.count.requests += sum(entry.goodput.num_simulated for entry in found)
+            races.append((found, wanted))
+        return self._refine(races)
+
+    def _refine(self, races: Sequence[tuple[list[Ranked], int]]) -> list[Evaluation]:
+        """Measure each race's leaders with intervals, until none of the rest looked better than the best of them is."""
+        best = [0.0] * len(races)
+        waiting = [list(found) for found, _ in races]
+        measured: list[Evaluation] = []
+        for _ in range(_MAX_ROUNDS):
+            leaders: list[tuple[int, Ranked]] = []
+            for index, (_, wanted) in enumerate(races):
+                hopeful = [entry for entry in waiting[index][:wanted] if entry.per_gpu > best[index]]
+                leaders += [(index, entry) for entry in hopeful]
+                waiting[index] = waiting[index][wanted:]
+            if not leaders:
+                break
+            self._progress("measuring the leaders with intervals", len(measured), len(measured) + len(leaders))
+            for (index, _), evaluation in zip(leaders, self._measure([entry for _, entry in leaders]), strict=True):
+                if evaluation.goodput.estimate > 0:
+                    measured.append(evaluation)
+                    best[index] = max(best[index], evaluation.goodput_per_gpu)
+        return measured
+
+    def _measure(self, leaders: Sequence[Ranked]) -> list[Evaluation]:
+        problem = self._setting.problem
+        tasks = [
+            JointGoodput(
+                entry.placement,
+                entry.candidate.pools[0][0].policy,
+                self._bounds.of_candidate(entry.candidate),
+                _SHORT_RUNS_FLATTER * entry.goodput.interval.estimate,
+                fine=True,
+            )
+            for entry in leaders
+        ]
+        goodputs: list[Goodput] = self._workers.run(tasks)
+        self.count.requests += sum(goodput.num_simulated for goodput in goodputs)
+        return [
+            evaluate(problem, str(e.candidate), e.placement, task.policy, goodput, None, e.candidate)
+            for e, task, goodput in zip(leaders, tasks, goodputs, strict=True)
+        ]
+
+    # -- the fewest GPUs at a rate ----------------------------------------------------------------------------------
+
+    def fewest(self, shapes: list[Shape], rate: float, paper: Candidate | None) -> list[Evaluation]:
+        """Placements of both kinds that hold at ``rate``, with their goodput."""
+        problem = self._setting.problem
+        holding: list[Holding] = []
+        for kind, wanted in self._kinds(shapes, problem.search.num_finalists):
+            found = fewest_gpus(self._setting, self._workers, self._bounds, kind, rate, wanted, self._progress)
+            self._tally(found)
+            holding += found.holding
+            if self.closest is None or (found.best_failing is not None and not found.holding):
+                self.closest = found.best_failing or self.closest
+        tasks = [
+            JointGoodput(
+                entry.placement,
+                entry.candidate.pools[0][0].policy,
+                max(self._bounds.of_candidate(entry.candidate), rate * 1.01),
+                rate,
+                fine=False,
+            )
+            for entry in holding
+            if entry.candidate != paper
+        ]
+        self._progress("measuring the finalists", 0, len(tasks))
+        goodputs: list[Goodput] = self._workers.run(tasks)
+        kept = [entry for entry in holding if entry.candidate != paper]
+        return [
+            evaluate(problem, str(e.candidate), e.placement, task.policy, goodput, e.measurement, e.candidate)
+            for e, task, goodput in zip(kept, tasks, goodputs, strict=True)
+        ]
+
+    # -- shared -----------------------------------------------------------------------------------------------------
+
+    def evaluate_candidate(self, candidate: Candidate) -> Evaluation | None:
+        """Measure one candidate as the finalists are measured; None: the cluster has no room for it."""
+        problem = self._setting.problem
+        placement = candidate.placement(problem)
+        if placement is None:
+            return None
+        policy = candidate.pools[0][0].policy
+        ceiling = self._bounds.of_candidate(candidate)
+        at: Measurement | None = None
+        if ceiling <= 0:
+            ceiling = sum(self._bounds.of_shape(shape).capacity * count for shape, count in candidate.pools)
+        if problem.rate is not None:
+            (at,) = self._workers.run([JointPoint(placement, policy, problem.rate, fine=True)])
+        (goodput,) = self._workers.run([JointGoodput(placement, policy, ceiling, None, fine=True)])
+        return evaluate(problem, str(candidate), placement, policy, goodput, at, candidate)
+
+    def _kinds(self, shapes: list[Shape], num_wanted: int) -> list[tuple[list[Candidate], int]]:
+        """Disaggregated candidates, then the colocated ones of each policy; how many finalists each may have."""
+        kinds = [(list(pairs(self._setting.problem, shapes)), num_wanted)]
+        for policy in self._setting.problem.search.policies:
+            mixed = [shape for shape in shapes if shape.role is Role.MIXED and shape.policy is policy]
+            kinds.append((list(colocated(mixed)), 1))
+        return kinds
+
+    def _tally(self, found: Fewest) -> None:
+        self.count.candidates += found.num_seen
+        self.count.simulated += found.num_simulated
+        self.count.requests += found.num_requests
