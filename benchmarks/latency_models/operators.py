@@ -6,6 +6,7 @@ Looks for the files where ``SOURCES.md`` of the data folder says they come from;
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def _mixed_attention(
 # 16 bits, heads are 128 wide, links are the card's own.
 _FORMULAS: dict[str, Callable[..., Cost]] = {
     "gemm": lambda gpu, eff, m, n, k: kernels.gemm(gpu, eff, m, n, k, 2),
-    "prefill": lambda gpu, eff, *work: kernels.prefill_attention(gpu, eff, *work, 128, 2),
-    "decode": lambda gpu, eff, *work: kernels.decode_attention(gpu, eff, *work, 128, 2),
+    "prefill": partial(kernels.prefill_attention, dim=128, item=2),
+    "decode": partial(kernels.decode_attention, dim=128, item=2),
     "mixed": _mixed_attention,
     "stream": kernels.stream,
     "all_reduce": lambda gpu, eff, size, ranks: kernels.all_reduce(gpu.link_bandwidth, eff, size, ranks),
@@ -111,7 +112,9 @@ def _aiconfigurator(card: str, gpu: GpuSpec) -> Iterator[Table]:
     }
 
     def rows(file: str) -> list[dict[str, Any]]:
-        return pq.read_table(folder / f"{file}_perf.parquet", filters=filters.get(file)).to_pylist()
+        found: list[dict[str, Any]]
+        found = pq.read_table(folder / f"{file}_perf.parquet", filters=filters.get(file)).to_pylist()
+        return found
 
     # Small matrices would stay in the L2 cache from one repetition to the next, which no serving engine sees.
     yield table(

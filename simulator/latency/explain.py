@@ -23,8 +23,8 @@ def explain(model: AnalyticModel, parallel: ParallelConfig, steps: Sequence[Step
         console.print(step_table(model, parallel, step))
     console.print(f"Source: {model.source}.")
     console.print(
-        "bound: what the data sheet says limits the operation; 'latency' is launches, waves that are not full and shapes "
-        "too small to saturate the GPU; peak: share of the data sheet's rate of whichever limits it."
+        "bound: what the data sheet says limits the operation; 'latency' is launches, waves that are not full, and "
+        "shapes too small to saturate the GPU. peak: the share it reaches of the data sheet's rate of what limits it."
     )
 
 
