@@ -5,6 +5,7 @@ list, exactly once, or referenced or held, so the numbers of both kinds add up t
 """
 
 from collections.abc import Collection, Iterable
+from itertools import takewhile
 
 
 class BlockManager:
@@ -17,6 +18,8 @@ class BlockManager:
         self._holds: dict[int, int] = {}
         self._waiting: set[int] = set()
         """Held blocks that nobody references any more."""
+        self._left: dict[int, int] = {}
+        """Free blocks that nobody has written since they were left, and by whom."""
         # A stack: the block freed last is reused first, while it may still be in a cache.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._fewest_free = num_blocks
@@ -41,6 +44,9 @@ class BlockManager:
         taken.reverse()
         del free[-count:]
         self._fewest_free = min(self._fewest_free, len(free))
+        if self._left:
+            for block in taken:
+                self._left.pop(block, None)
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -81,6 +87,27 @@ class BlockManager:
             return
         self._free += blocks
         assert len(self._free) <= self.num_blocks, "blocks released twice"
+
+    def leave(self, blocks: Collection[int], whose: int) -> None:
+        """Release blocks whose content ``whose`` may want back; see :meth:`reclaim`."""
+        for block in blocks:
+            if block not in self._shares and block not in self._holds:
+                self._left[block] = whose
+        self.release(blocks)
+
+    def reclaim(self, blocks: Iterable[int], whose: int) -> list[int]:
+        """Take back blocks that were left, up to the first that was not or has been handed out since.
+
+        Their content is as it was. The answer has one reference to each.
+        """
+        kept = list(takewhile(lambda block: self._left.get(block) == whose, blocks))
+        for block in kept:
+            del self._left[block]
+        if kept:
+            taken = set(kept)
+            self._free = [block for block in self._free if block not in taken]
+            self._fewest_free = min(self._fewest_free, len(self._free))
+        return kept
 
     def _release(self, block: int) -> None:
         others = self._shares.pop(block, 0)

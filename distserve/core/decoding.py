@@ -67,6 +67,10 @@ class DecodingScheduler(InstanceScheduler):
         """The latest arrival that holds blocks and may lose them."""
         return self._running[-1]
 
+    def _may_preempt(self, victim: Sequence) -> bool:
+        """Whether its blocks can be another's at once."""
+        return victim.num_in_flight == 0
+
     @abstractmethod
     def _preempt(self, victim: Sequence) -> None:
         """Take the sequence's blocks and remove it from the running ones."""
@@ -239,7 +243,7 @@ class DecodingScheduler(InstanceScheduler):
                     seq.num_published = min(seq.num_published, index)
                 return True
             victim = self._youngest()
-            if victim.num_in_flight > 0:
+            if not self._may_preempt(victim):
                 return False
             self.num_preempted += 1
             self._preempt(victim)

@@ -10,7 +10,7 @@ alone), which go before any decoding, or one token for every running sequence.
 
 A prompt's blocks are all taken when it starts, so two half-done prompts cannot block each other. When a
 running sequence needs a block and none is free, the youngest sequence is evicted; it waits in order of
-arrival and is recomputed here.
+arrival and is recomputed here, from the first of its blocks that somebody else has had meanwhile.
 """
 
 from bisect import insort
@@ -107,7 +107,7 @@ class MixedScheduler(DecodingScheduler):
         for seq in self._waiting:
             if budget == 0:
                 break
-            if seq.num_in_flight > 0:
+            if seq.is_open and seq.num_in_flight > 0 and not self._config.lookahead:
                 continue
             if not self._start(seq):
                 break
@@ -123,8 +123,9 @@ class MixedScheduler(DecodingScheduler):
         for seq in self._waiting:
             if (chosen and seq.num_tokens > budget) or not self._start(seq):
                 break
-            budget -= seq.num_tokens
-            chosen.append((seq, seq.num_tokens, True))
+            count = seq.num_tokens - seq.num_computed
+            budget -= count
+            chosen.append((seq, count, True))
         self._move_launched(chosen)
         return chosen
 
@@ -135,9 +136,14 @@ class MixedScheduler(DecodingScheduler):
                 self._join(seq)
 
     def _start(self, seq: Sequence) -> bool:
-        """Take all blocks of a prompt that has not started; False: no room, and nobody may overtake it."""
+        """Take all blocks of a prompt that has not started; False: no room, and nobody may overtake it.
+
+        Nor may anybody overtake a preempted sequence whose last token is still being sampled.
+        """
         if seq.is_open:
             return True
+        if seq.num_in_flight > 0:
+            return False
         kv, config = self.spec.kv, self._config
         num_started = sum(len(waiting.choices) for waiting in takewhile(lambda other: other.is_open, self._waiting))
         is_idle = not self._running and num_started == 0
@@ -146,7 +152,11 @@ class MixedScheduler(DecodingScheduler):
         has_slot = len(self._running) + num_started + len(seq.choices) <= config.max_batch_size
         if needed + headroom > self.blocks.num_free or not (has_slot or is_idle):
             return False
-        seq.blocks = self.blocks.allocate(kv.blocks_for(seq.num_tokens))
+        seq.blocks = self.blocks.reclaim(seq.left_blocks, seq.seq_id)
+        seq.left_blocks = []
+        # The last token is computed in any case: its logits are wanted.
+        seq.num_computed = min(len(seq.blocks) * kv.block_size, seq.num_tokens - 1)
+        seq.blocks += self.blocks.allocate(kv.blocks_for(seq.num_tokens) - len(seq.blocks))
         seq.marks = (*seq.marks, ("prefill_start", self._now)) if seq.num_output == 0 else seq.marks
         self._open(seq, tuple(seq.output_token_ids))
         return True
@@ -156,16 +166,30 @@ class MixedScheduler(DecodingScheduler):
         started = takewhile(lambda seq: seq.is_open, self._waiting)
         return max([self._running[-1], *started], key=age)
 
+    def _may_preempt(self, victim: Sequence) -> bool:
+        """See the base class.
+
+        Under lookahead an engine runs its steps in order: whoever has the blocks next writes them after the victim's
+        steps in flight. The token those sample still counts, unless it comes with what a recomputation would repeat.
+        """
+        is_plain = len(victim.choices) == 1 and victim.request.sampling.prompt_logprobs is None
+        return victim.num_in_flight == 0 or (self._config.lookahead and is_plain)
+
     def _preempt(self, victim: Sequence) -> None:
-        """Give its blocks back and queue it to be recomputed from its tokens."""
-        self.blocks.release(victim.blocks)
+        """Give its blocks back and queue it to be recomputed from its tokens, or from the first block that is lost."""
         self._commands.append(CloseSequence(victim.seq_id))
         if victim in self._waiting:
             self._waiting.remove(victim)
         else:
             self._leave(victim)
-        victim.blocks, victim.num_published, victim.num_computed, victim.is_open = [], 0, 0, False
         victim.seq_id = self._new_seq_id()
+        # Log-probabilities of a prompt come from computing all of it.
+        is_reusable = victim.request.sampling.prompt_logprobs is None
+        num_full = victim.num_computed // self.spec.kv.block_size if is_reusable else 0
+        victim.left_blocks = victim.blocks[:num_full]
+        self.blocks.release(victim.blocks[num_full:])
+        self.blocks.leave(victim.left_blocks, victim.seq_id)
+        victim.blocks, victim.num_published, victim.num_computed, victim.is_open = [], 0, 0, False
         # A recomputed prompt's log-probabilities would be reported twice.
         victim.prompt_logprobs.clear()
         self._enqueue(victim)

@@ -33,6 +33,8 @@ class Sequence:
     num_published: int = 0
     """Entries of ``blocks`` that the engine's block table has."""
     marks: tuple[tuple[str, float], ...] = ()
+    left_blocks: list[int] = field(default_factory=list)
+    """Full blocks it had when it was preempted, to be reclaimed where they are still as they were."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
     """Output tokens, kept only where the sequence may be recomputed without its owner."""

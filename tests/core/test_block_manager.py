@@ -15,11 +15,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
         super().__init__()
         self.manager = BlockManager(12)
         self.held: list[list[int]] = []
+        self.num_left = 0
+        self.left: dict[int, list[int]] = {}
+        self.rewritten: set[tuple[int, int]] = set()
         self.kept: list[int] = []
 
     @rule(target=tables, count=st.integers(0, 5))
     def allocate(self, count: int) -> list[int]:
         table = self.manager.allocate(min(count, self.manager.num_free))
+        self.rewritten |= {(whose, block) for whose in self.left for block in table}
         self.held.append(table)
         return table
 
@@ -35,6 +39,24 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def release(self, table: list[int]) -> None:
         self.manager.release(table)
         self.held = [other for other in self.held if other is not table]
+
+    @rule(table=consumes(tables))
+    def leave(self, table: list[int]) -> None:
+        self.num_left += 1
+        self.manager.leave(table, self.num_left)
+        self.held = [other for other in self.held if other is not table]
+        self.left[self.num_left] = table
+
+    @precondition(lambda self: self.left)
+    @rule(target=tables, data=st.data())
+    def reclaim(self, data: st.DataObject) -> list[int]:
+        whose = data.draw(st.sampled_from(sorted(self.left)))
+        blocks = self.left.pop(whose)
+        kept = self.manager.reclaim(blocks, whose)
+        assert kept == blocks[: len(kept)]
+        assert not self.rewritten.intersection((whose, block) for block in kept), "somebody wrote it meanwhile"
+        self.held.append(kept)
+        return kept
 
     @precondition(lambda self: any(self.held))
     @rule()

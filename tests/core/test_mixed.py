@@ -1,5 +1,7 @@
 """Dynamic SplitFuse as stated, and whole prompts for comparison."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,8 +19,11 @@ def bench(
     blocks: int = 400,
     size: int = 16,
     in_flight: int = 1,
+    lookahead: bool = False,
 ) -> Bench:
-    config = SchedulerConfig(max_batch_tokens=budget, max_batch_size=size, max_in_flight=in_flight, headroom=0.0)
+    config = SchedulerConfig(
+        max_batch_tokens=budget, max_batch_size=size, max_in_flight=in_flight, lookahead=lookahead, headroom=0.0
+    )
     return Bench(MixedScheduler(InstanceSpec("mixed-0", Role.MIXED, KvConfig(blocks, 4), config), policy))
 
 
@@ -98,6 +103,53 @@ def test_eviction_keeps_the_output() -> None:
     for request in requests:
         tokens = [output.token_id for output in node.outputs() if output.request_id == request.request_id]
         assert tokens == expected_tokens(request, 0)
+
+
+def test_a_preempted_sequence_goes_on_from_the_blocks_that_are_as_it_left_them() -> None:
+    # "b" gives 4 full blocks of 4 tokens back; "a" grows by one of them and ends.
+    node = bench(blocks=9)
+    requests = [make_request("a", 15, seed=20, max_tokens=9), make_request("b", 15, seed=20, max_tokens=9, arrival=1.0)]
+    for request in requests:
+        node.submit(request)
+    run_out(node)
+    assert node.scheduler.num_preempted == 1
+    assert [named for step in node.steps for named in node.named(step) if named[1] > 1][2:] == [("b", 17 - 12, True)]
+    for request in requests:
+        tokens = [output.token_id for output in node.outputs() if output.request_id == request.request_id]
+        assert tokens == expected_tokens(request, 0)
+    assert node.scheduler.blocks.num_free == 9
+
+
+def test_a_prompt_that_owes_its_log_probabilities_is_recomputed_whole() -> None:
+    node = bench(blocks=9)
+    sampling = replace(make_request("b", 15, seed=20, max_tokens=9).sampling, prompt_logprobs=0)
+    node.submit(make_request("a", 15, seed=20, max_tokens=9))
+    node.submit(replace(make_request("b", 15, arrival=1.0), sampling=sampling))
+    run_out(node)
+    assert node.scheduler.num_preempted == 1
+    assert not node.forked
+
+
+def test_lookahead_computes_a_prompt_in_consecutive_steps() -> None:
+    node = bench(budget=24, in_flight=2, lookahead=True)
+    node.submit(make_request("a", 40, seed=20))
+    assert [node.named(step) for step, _ in node.launched] == [[("a", 24, False)], [("a", 16, True)]]
+
+
+def test_lookahead_takes_memory_from_the_youngest_though_it_is_in_flight() -> None:
+    node = bench(blocks=9, in_flight=2, lookahead=True)
+    requests = [make_request(name, 15, seed=20, max_tokens=9, arrival=at) for name, at in (("a", 0.0), ("b", 1.0))]
+    for request in requests:
+        node.submit(request)
+    while node.scheduler.num_preempted == 0:
+        node.finish_step()
+    assert ("b", 1, True) in node.named(node.launched[0][0]), "its step in flight goes on"
+    assert node.named(node.launched[1][0]) == [("a", 1, True)], "and nobody waits for it"
+    run_out(node)
+    for request in requests:
+        tokens = [output.token_id for output in node.outputs() if output.request_id == request.request_id]
+        assert tokens == expected_tokens(request, 0)
+    assert node.scheduler.blocks.num_free == 9
 
 
 def test_whole_prompts_are_never_split_nor_mixed_with_decodes() -> None:
