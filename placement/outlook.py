@@ -80,9 +80,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Everything beside the search's own answer. ``phases``: at the planned rate, then above the goodput."""
+    """Everything beside the search's own answer.
+
+    ``above`` is the chosen placement above its goodput, ``breaks`` what fails there first, in words, and ``phases``
+    where requests' time goes at the planned rate and there.
+    """
 
     variants: tuple[Variant, ...]
+    above: tuple[RatePoint, ...]
+    breaks: str
     goodput_tolerance: float
     phases: tuple[Phases, ...]
     samples: tuple[Sample, ...]

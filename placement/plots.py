@@ -5,6 +5,7 @@ requests that got one. Every estimate is drawn with its 95% interval where it ha
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ _COLOURS = ("#222222", "#b279a2", "#54a24b", "#9d755d")
 def write_plots(directory: Path, plan: Plan, outlook: Outlook) -> list[Path]:
     """Write all plots of ``plan`` into ``directory``, which is there; returns their paths."""
     figures = {
-        "attainment_over_rate.png": plot_attainment(plan),
+        "attainment_over_rate.png": plot_attainment(plan, outlook),
         "gpus_over_goodput.png": plot_front(plan, outlook),
         "cluster.png": draw_cluster(plan.chosen.placement, outlook.flows, _title(plan)),
     }
@@ -62,11 +63,11 @@ def rivals(plan: Plan) -> list[tuple[str, Evaluation]]:
     return found
 
 
-def plot_attainment(plan: Plan) -> Figure:
+def plot_attainment(plan: Plan, outlook: Outlook) -> Figure:
     """Attainment over the rate per GPU, a panel per candidate: both bounds with the interval, and each bound alone."""
     slo = plan.problem.slo
     # The best of the other kind belongs in the picture even if three finalists of one kind lead.
-    shown = rivals(plan)[:_MAX_PANELS]
+    shown = [(name, _with_points(found, plan, outlook)) for name, found in rivals(plan)[:_MAX_PANELS]]
     shown = [(name, found) for name, found in shown if found.curve] or shown[:1]
     columns = min(len(shown), 2)
     rows = -(-len(shown) // columns)
@@ -92,6 +93,15 @@ def plot_attainment(plan: Plan) -> Figure:
     return figure
 
 
+def _with_points(found: Evaluation, plan: Plan, outlook: Outlook) -> Evaluation:
+    """The chosen placement was also measured at the rates of the outlook."""
+    if found is not plan.chosen:
+        return found
+    points = [*found.curve, *outlook.above, *(v.point for v in outlook.of(Change.LOAD) if v.point is not None)]
+    by_rate = {point.rate: point for point in points}
+    return replace(found, curve=tuple(by_rate[rate] for rate in sorted(by_rate)))
+
+
 def _draw_curve(axis: Axes, name: str, found: Evaluation, slo: SLO) -> None:
     rates = np.array([point.rate for point in found.curve]) / found.num_gpus
     both = np.array([point.attainment.estimate for point in found.curve])
@@ -106,11 +116,12 @@ def _draw_curve(axis: Axes, name: str, found: Evaluation, slo: SLO) -> None:
         alpha=0.15,
         linewidth=0,
     )
-    for values, colour, style, label in (
-        ([point.ttft_attainment for point in found.curve], _TTFT, "--", "TTFT met (prefill)"),
-        ([point.tpot_attainment for point in found.curve], _TPOT, ":", "TPOT met (decode)"),
+    # Wide and beneath: where one phase alone decides, its curve is the joint one.
+    for values, colour, label in (
+        ([point.ttft_attainment for point in found.curve], _TTFT, "TTFT met (prefill)"),
+        ([point.tpot_attainment for point in found.curve], _TPOT, "TPOT met (decode)"),
     ):
-        axis.plot(rates, values, linestyle=style, marker=".", markersize=4, color=colour, linewidth=1.6, label=label)
+        axis.plot(rates, values, color=colour, linewidth=4.5, alpha=0.55, solid_capstyle="butt", label=label)
     axis.fill_between(rates, below, above, color=_BOTH, alpha=0.15, linewidth=0)
     axis.plot(rates, both, "-o", markersize=3.5, color=_BOTH, linewidth=1.2, label="both met, 95% interval")
     unstable = [not point.is_stable for point in found.curve]

@@ -15,7 +15,8 @@ figures null::
                      placement[] (instance_id, role, tp, pp, gpus as [node, index] in rank order),
                      point, curve[] (rate, attainment, ttft_attainment, tpot_attainment, ttft and tpot percentiles,
                      num_requests, num_runs, instability), instances[] (plan.InstanceUse), links[] (plan.LinkUse)
-    outlook          variants[] (change, label, num_gpus, point, goodput, reason), goodput_tolerance,
+    outlook          variants[] (change, label, num_gpus, point, goodput, reason), goodput_tolerance, breaks (what
+                     fails first above the goodput), above[] (points there),
                      phases[] (outlook.Phases), flows[] (source, target: positions in placement; rate in bytes/s);
                      or null
     stats, notes     what the search did; what a reader must know
@@ -70,6 +71,8 @@ def to_document(plan: Plan, outlook: Outlook | None) -> dict[str, Any]:
         else {
             "variants": [asdict(variant) for variant in outlook.variants],
             "goodput_tolerance": outlook.goodput_tolerance,
+            "breaks": outlook.breaks,
+            "above": [asdict(point) for point in outlook.above],
             "phases": [asdict(phases) for phases in outlook.phases],
             "flows": [asdict(flow) for flow in outlook.flows],
         },
@@ -134,7 +137,7 @@ def print_report(console: Console, plan: Plan, outlook: Outlook | None) -> None:
             ],
         ),
         ("Prediction", [_prediction(plan)]),
-        ("What breaks first", [escape(chosen.binding), *_phases(outlook)]),
+        ("What breaks first", [escape(outlook.breaks if outlook is not None else chosen.binding), *_phases(outlook)]),
     ]
     if any(link.load for link in chosen.links):
         sections.append(("Links", [_links_table(chosen)]))
@@ -145,6 +148,8 @@ def print_report(console: Console, plan: Plan, outlook: Outlook | None) -> None:
         console.print(f"\n[bold]{escape(title)}[/bold]")
         console.print(Group(*parts))
     for note in plan.notes:
+        if problem.latency.source in note:
+            continue  # said above
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     stats = plan.stats
     console.print(
@@ -164,7 +169,7 @@ def _seats(plan: Plan) -> str:
 def _instances_table(chosen: Evaluation) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for heading in ("instance", "shape", "node: GPUs"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading != "node: GPUs")
     for heading in ("busy", "batch", "KV memory", "peak", "preempted"):
         table.add_column(heading, justify="right")
     for use in chosen.instances:

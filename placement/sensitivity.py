@@ -17,12 +17,14 @@ from distserve.core.config import Role
 from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import PlacedInstance, Placement
 from placement.deployment import joint_run
+from placement.evaluation import binding_constraint
 from placement.goodput import Goodput
 from placement.layout import Seat, lay_out
 from placement.measure import Measurement, measure
 from placement.offered import Offered
 from placement.outlook import Change, KvFlow, Outlook, Phases, Sample, Variant
 from placement.plan import Evaluation, Plan
+from placement.steady import measure_window
 from placement.tasks import JointGoodput, Setting, Workers
 from simulator.results import Simulation
 
@@ -32,8 +34,8 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 _STEP = 0.2
-_ABOVE = 1.15
-"""How far above its goodput a placement is watched breaking: far enough to see it, near enough to see what is first."""
+_ABOVE = (1.15, 1.5)
+"""How far above its goodput a placement is watched breaking: as near as it is seen, for the sake of what is first."""
 _CEILING = 1.6
 """Goodput of a placement with an instance more or less is looked for up to so many times what its GPUs suggest."""
 _MAX_SAMPLES = 3
@@ -106,7 +108,10 @@ def look_around(plan: Plan, progress: Progress | None = None) -> Outlook:
     rivals = _rivals(plan)
     points = [
         ScaledPoint(chosen.placement, chosen.policy, rate),
-        ScaledPoint(chosen.placement, chosen.policy, _ABOVE * chosen.goodput.estimate or rate),
+        *(
+            ScaledPoint(chosen.placement, chosen.policy, factor * (chosen.goodput.estimate or rate))
+            for factor in _ABOVE
+        ),
         *(ScaledPoint(rival.placement, rival.policy, rate) for _, rival in rivals),
     ]
     built = [variant for variant in planned if variant.placement is not None]
@@ -127,8 +132,10 @@ def look_around(plan: Plan, progress: Progress | None = None) -> Outlook:
         for lots in _lots(searches):
             goodputs += workers.run(lots)
             _tell(progress, len(measured) + len(goodputs), total)
-    base, above = measured[:2]
-    rivals_found, variants_found = measured[2 : 2 + len(rivals)], measured[2 + len(rivals) :]
+    base, above = measured[0], measured[1 : 1 + len(_ABOVE)]
+    rest = measured[1 + len(_ABOVE) :]
+    rivals_found, variants_found = rest[: len(rivals)], rest[len(rivals) :]
+    failing = next((found for found in above if not found.point.holds(problem.slo.attainment)), above[-1])
     answers = {id(variant): found for variant, found in zip(built, variants_found, strict=True)}
     limits = {id(variant): found.interval.estimate for variant, found in zip(resized, goodputs, strict=True)}
     return Outlook(
@@ -144,11 +151,15 @@ def look_around(plan: Plan, progress: Progress | None = None) -> Outlook:
             for variant in planned
         ),
         goodput_tolerance=max(((found.high - found.low) / found.high for found in goodputs), default=0.0),
-        phases=(_phases(base), _phases(above)),
+        above=tuple(found.point for found in above),
+        breaks=binding_constraint(
+            problem, chosen.placement, Goodput(chosen.goodput, 0.0, failing.point.rate, (failing,))
+        ),
+        phases=(_phases(base), _phases(failing)),
         samples=(
-            _sample("chosen: " + chosen.label, base),
+            _sample("chosen: " + chosen.label, base, setting),
             *(
-                _sample(f"{name}: {rival.label}", found)
+                _sample(f"{name}: {rival.label}", found, setting)
                 for (name, rival), found in zip(rivals, rivals_found, strict=True)
             ),
         ),
@@ -240,13 +251,10 @@ def _span(pool: Sequence[PlacedInstance]) -> int:
 # -- reading runs ----------------------------------------------------------------------------------------------------
 
 
-def _sample(label: str, found: Measurement) -> Sample:
-    return Sample(
-        label,
-        found.point.rate,
-        np.concatenate([window.ttft for window in found.windows]),
-        np.concatenate([window.tpot for window in found.windows]),
-    )
+def _sample(label: str, found: Measurement, setting: Setting) -> Sample:
+    """Of the last run, its warm-up and drain cut as for the plan."""
+    window = measure_window(found.last.timelines, setting.problem.slo, setting.offered.cv)
+    return Sample(label, found.point.rate, window.ttft, window.tpot)
 
 
 def _phases(found: Measurement) -> Phases:

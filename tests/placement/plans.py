@@ -150,6 +150,8 @@ def outlook() -> Outlook:
             Variant(Change.LOSS, "one decode lost", 4, None, None, "no decode instance is left"),
             Variant(Change.SIZE, "one prefill more", 8, point(12, 0.985, 0.99, 0.985), 14.9),
         ),
+        above=(point(14.4, 0.71, 0.72, 0.93), point(18.7, 0.2, 0.22, 0.9, "the backlog grows")),
+        breaks="TTFT (72% within): prompts queue at prefill instances, 93% busy",
         goodput_tolerance=0.05,
         phases=(
             Phases(12.0, 0.03, 0.08, 0.02, 0.001, 9.1, 0.06, 0.015),

@@ -57,4 +57,6 @@ def test_the_front_has_no_placement_that_another_beats(rate: float | None) -> No
 def test_a_candidate_that_was_measured_at_no_rate_does_not_spoil_the_picture() -> None:
     plan = plans.plan()
     bare = replace(plan.chosen, curve=())
-    assert plot_attainment(replace(plan, chosen=bare, runner_up=None, colocated=None, finalists=())).axes
+    assert plot_attainment(
+        replace(plan, chosen=bare, runner_up=None, colocated=None, finalists=()), plans.outlook()
+    ).axes

@@ -36,7 +36,7 @@ def test_every_figure_is_there() -> None:
         "TPOT, ms 50 48 60 90 100 98.5%",
         "attainment 93.1% (95% interval 91.9% to 94.3%) over 3,000 requests in 5 runs; holds",
         "goodput 12.5 requests/s (12.25 to 12.75), 2.08 requests/s per GPU",
-        "TTFT: above 12.5 requests/s prompts wait",
+        "TTFT (72% within): prompts queue at prefill instances, 93% busy",
         "13.8 210 ms 80 ms 20 ms 1 ms 9.6 s 31% 5.0%",
         "node 0 NIC 0 out 3.12 GB/s 1.9 GB/s 61% 70%",
         "The runner-up lost by 2 GPUs: 4 mixed TP2 needs 8 where 6 are enough.",
