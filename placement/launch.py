@@ -49,6 +49,7 @@ _SHORTEST_WINDOW, _LONGEST_WINDOW = 60.0, 3600.0
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests/s to plan for.  [default: the file's]")
 @click.option("--profile", type=click.Path(path_type=Path), help="What `distserve profile` measured on this hardware.")
+@click.option("--quick", is_flag=True, help="Plan with shorter runs and fewer finalists.")
 @click.option("--ray-address", help="Join this Ray cluster (host:port, or auto) in place of a local one.")
 @click.option(
     "--wait-for-nodes",
@@ -57,6 +58,7 @@ _SHORTEST_WINDOW, _LONGEST_WINDOW = 60.0, 3600.0
 )
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on; 0 picks a free one.  [default: 8000]")
+@click.option("--api-key", envvar="DISTSERVE_API_KEY", help="Key that clients must send.  [default: none]")
 @click.option(
     "--bench/--no-bench", default=True, help="Send the planned load once, and report it beside the prediction."
 )
@@ -68,12 +70,6 @@ _SHORTEST_WINDOW, _LONGEST_WINDOW = 60.0, 3600.0
     help="Requests of that load.",
 )
 @click.option("--exit-after-bench", is_flag=True, help="Stop once the report is printed.")
-@click.option(
-    "--observed",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path(),
-    help="Directory for what was observed when the plan no longer holds.  [default: the current one]",
-)
 def launch(config: Path, **options: Any) -> None:
     """Plan for CONFIG, start the plan on Ray, and report what is measured beside what was predicted.
 
@@ -125,7 +121,13 @@ class _Launcher:
             if self.options["bench"]:
                 self.messages.print("no trial: CONFIG has no workload with a rate to send and to compare with")
         elif self.options["bench"]:
-            await self._try(endpoint, problem, rate)
+            try:
+                await self._try(endpoint, problem, rate)
+            except DistserveError as error:
+                if self.options["exit_after_bench"]:
+                    raise
+                # A service that runs is not taken down because its trial did not work.
+                self.messages.print(f"no trial: {error}", highlight=False, soft_wrap=True)
         if self.options["exit_after_bench"]:
             return
         if problem is not None and rate is not None:
@@ -165,21 +167,27 @@ class _Launcher:
                 continue
             self.messages.print(describe(findings, window), highlight=False, soft_wrap=True)
             if findings:
-                command = write_replan(self.file, self.options["observed"], watch, cluster_time())
-                self.messages.print(f"Plan again from what was observed: {command}", highlight=False, soft_wrap=True)
+                try:
+                    advice = write_replan(self.file, watch, cluster_time(), self.options["profile"])
+                except OSError as error:
+                    advice = f"nothing can be written beside {self.file} ({error.strerror}): collect a trace elsewhere"
+                self.messages.print(f"To plan again from what was observed: {advice}", highlight=False, soft_wrap=True)
 
 
 def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "Console") -> _Launcher:
     """Check everything, plan if it is asked for, and show what will be started."""
     from distserve.cluster.config import load_config
+    from distserve.cluster.yaml_file import read_yaml
     from distserve.demo import model_dir
     from placement.config import Overrides, load_problem
-    from placement.replan import read_yaml
+    from placement.offered import Offered
 
-    data = read_yaml(file)
+    data, _ = read_yaml(file)
     problem: Problem | None = None
     if {"slo", "workload", "cluster"} <= data.keys():
-        problem = load_problem(file, Overrides(rate=options["rate"], profile=options["profile"]))
+        problem = load_problem(
+            file, Overrides(rate=options["rate"], profile=options["profile"], quick=options["quick"])
+        )
     planned: list[_Planned] = []
 
     def planner(config: Path, model: Path) -> Placement:  # noqa: ARG001 -- the hook's
@@ -192,6 +200,7 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
     flags = {
         "serving.host": options["host"],
         "serving.port": options["port"],
+        "serving.api_key": options["api_key"],
         "serving.ray_address": options["ray_address"],
         "serving.node_patience": options["wait_for_nodes"],
         "placement": "auto" if data.get("placement") is None else None,
@@ -200,8 +209,9 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
     if planned:
         rate: float | None = planned[0].rate
     else:
-        rate = options["rate"] or (problem.rate if problem is not None else None)
-        rate = rate or (data.get("prediction") or {}).get("rate")
+        rate = None
+        if problem is not None:
+            rate = problem.rate or (data.get("prediction") or {}).get("rate") or Offered(problem.workload).natural_rate
         _show(config, report)
     return _Launcher(file, config, problem, rate, options, report, messages)
 

@@ -140,20 +140,16 @@ def _read_result(path: Path, said: str) -> Figures:
 def table(trial: Trial, slo: SLO) -> Table:
     """Predicted beside measured."""
     shown = Table(
-        title=f"{trial.measured.num_requests} requests at {trial.rate:.3g}/s, predicted and measured",
+        title=f"{trial.measured.num_requests} requests at {trial.rate:.3g}/s, TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s",
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    for heading in ("", "predicted", "measured", "apart"):
-        shown.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    shown.add_column("")
+    for heading in ("predicted", "measured", "apart"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     one, other = trial.predicted, trial.measured
     points = 100 * (other.attainment.estimate - one.attainment.estimate)
-    shown.add_row(
-        f"attainment of TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s",
-        _share(one.attainment),
-        _share(other.attainment),
-        f"{points:+.1f} points",
-    )
+    shown.add_row("attainment", _share(one.attainment), _share(other.attainment), f"{points:+.1f} points")
     for name, mine, theirs in (("TTFT", one.ttft, other.ttft), ("TPOT", one.tpot, other.tpot)):
         for label in ("p50", "p90", "p99"):
             a, b = getattr(mine, label), getattr(theirs, label)
@@ -169,13 +165,13 @@ def verdict(trial: Trial) -> str:
         return "measured attainment agrees with the prediction, as far as so many requests can tell"
     better = "above" if other.estimate > one.estimate else "below"
     return (
-        f"measured attainment is {better} the prediction by more than chance: is the profile of this machine, and was "
-        "it idle when the profile was taken, and now?"
+        f"measured attainment is {better} the prediction by more than chance: was the profile taken on this machine, "
+        "with nothing else running on it, as nothing else runs now?"
     )
 
 
 def _share(interval: Interval) -> str:
-    return f"{interval.estimate:.1%} ({interval.low:.1%} to {interval.high:.1%})"
+    return f"{interval.estimate:.1%} ({interval.low:.0%} to {interval.high:.0%})"
 
 
 def _measured(summary: dict[str, Any]) -> Figures:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,9 @@ def test_ranks_sit_on_the_nodes_they_were_planned_for(tmp_path: Path) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_enable_metrics_collection": "0",
+        # As `ray start` does it; whether this user has a token of their own must not matter.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "plan.yaml")]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import Fixed
-from distserve.bench.traces import read_trace
 from distserve.bench.workload import WorkloadSpec
 from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
@@ -17,6 +16,7 @@ from distserve.core.topology import ClusterSpec, Gpu
 from placement.drift import Expected
 from placement.plan import Interval, Percentiles
 from placement.replan import write_replan
+from placement.sections import WorkloadSection
 from placement.trial import Figures, Trial, as_started, predict, table, verdict
 from placement.watch import LoadWatch
 from tests.placement.plans import CLUSTER, instance, problem
@@ -83,13 +83,16 @@ def test_an_observation_becomes_a_configuration_to_plan_from(tmp_path: Path) -> 
     for number, time in enumerate(np.arange(100, 140, 0.05)):
         watch.arrived(str(number), time, 400)
         watch.ended(str(number), 80, complete=True)
-    command = write_replan(file, tmp_path / "seen", watch, 140.0)
-    written = tmp_path / "seen" / "my service.observed.yaml"
-    assert command == f"distserve plan '{written}' --rate 20"
+    command = write_replan(file, watch, 140.0, Path("profile.json"))
+    written = tmp_path / "my service.observed.yaml"
+    assert command == f"distserve plan '{written}' --profile profile.json"
     data = yaml.safe_load(written.read_text())
     assert data["slo"] == {"ttft": 1, "tpot": 0.1}
     assert data["placement"] == "auto"
     assert "prediction" not in data
-    trace = read_trace(Path(data["workload"]["trace"]))
+    workload = WorkloadSection.model_validate(data["workload"])
+    assert workload.arrivals.rate == 20
+    trace = workload.spec(tmp_path).trace
+    assert trace is not None
     assert len(trace) == 800
     assert set(trace.prompt_lens) == {400}
