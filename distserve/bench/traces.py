@@ -7,6 +7,7 @@ skipped silently, apart from ShareGPT conversations without a human turn followe
 import csv
 import json
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,9 @@ MOONCAKE_BLOCK_TOKENS = 512
 
 CHARS_PER_TOKEN = 4.0
 """Rule of thumb for ShareGPT texts when no tokenizer is given."""
+
+_MOST_TOKENS = 10**9
+"""No request is longer; what claims to be is a damaged file."""
 
 _ASKERS = ("human", "user")
 _ANSWERERS = ("gpt", "chatgpt", "assistant", "bing", "bard")
@@ -123,7 +127,7 @@ def _read_azure(path: Path, file: TextIO) -> Trace:
     if any(column not in names for column in columns):
         raise WorkloadError(f"{path}:1: the header must name {', '.join(columns)}; it is {','.join(header)!r}")
     time_at, prompt_at, output_at = (names.index(column) for column in columns)
-    times, prompts, outputs = [], [], []
+    times, prompts, outputs = _columns()
     for row in rows:
         if not row:
             continue
@@ -134,6 +138,11 @@ def _read_azure(path: Path, file: TextIO) -> Trace:
         prompts.append(_csv_count(where, "ContextTokens", row[prompt_at]))
         outputs.append(_csv_count(where, "GeneratedTokens", row[output_at]))
     return _in_order(times, prompts, outputs)
+
+
+def _columns() -> "tuple[array[float], array[int], array[int]]":
+    """Arrivals, prompt and output lengths, eight bytes each: a trace of millions is read line by line into these."""
+    return array("d"), array("q"), array("q")
 
 
 def _azure_seconds(where: str, text: str) -> float:
@@ -153,14 +162,15 @@ def _csv_count(where: str, name: str, text: str) -> int:
 
 
 def _count(where: str, name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST_TOKENS:
         raise WorkloadError(f"{where}: {name} must be a whole number, 0 or more, not {value!r}")
     # A request with nothing in it cannot be sent: the shortest is one token.
     return max(value, 1)
 
 
 def _read_mooncake(path: Path, file: TextIO) -> Trace:
-    times, prompts, outputs, blocks = [], [], [], []
+    times, prompts, outputs = _columns()
+    blocks: list[tuple[int, ...]] = []
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -230,7 +240,10 @@ def _first_exchange(where: str, entry: Any) -> tuple[str, str] | None:
 
 
 def _in_order(
-    times: list[float], prompts: list[int], outputs: list[int], blocks: list[tuple[int, ...]] | None = None
+    times: "array[float]",
+    prompts: "array[int]",
+    outputs: "array[int]",
+    blocks: list[tuple[int, ...]] | None = None,
 ) -> Trace:
     stamps = np.array(times, np.float64)
     order = np.argsort(stamps, kind="stable")

@@ -60,7 +60,10 @@ def find_gpu(name: str) -> GpuSpec:
     wanted = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
     if wanted in _BY_NAME:
         return _BY_NAME[wanted]
-    parts = [gpu for gpu in _BY_NAME if gpu.startswith(wanted) or wanted.startswith(gpu)] if wanted else []
-    near = parts or difflib.get_close_matches(wanted, _BY_NAME, n=2, cutoff=0.4)
+    # Another variant of the same card is nearer than a name that happens to be spelt alike.
+    card = wanted.split("-")[0]
+    variants = [gpu for gpu in _BY_NAME if gpu.split("-")[0] == card and any(c.isdigit() for c in card)]
+    near = [gpu for gpu in _BY_NAME if wanted and gpu.startswith(wanted)]
+    near = near or difflib.get_close_matches(wanted, variants or _BY_NAME, n=2, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(f"unknown GPU {name!r}.{hint} Known: {', '.join(_BY_NAME)}")
