@@ -6,7 +6,7 @@ sequences, and a step adds up four table entries.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,74 +20,7 @@ from simulator.latency.kernels import Array
 from simulator.latency.operations import Operation
 from simulator.latency.shape import ModelShape
 from simulator.latency.step_kernels import Launches, StepKernels
-
-# Steps of more tokens or sequences than this are extrapolated: kernels of that size run at a steady rate.
-_TABLE = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class AnalyticStepTime:
-    """One instance shape's times: entry ``i`` of a table is that of ``i`` tokens or sequences, the last slope goes on.
-
-    ``token`` is all that depends on the number of tokens alone, ``row`` on the rows whose logits are computed. Prompts'
-    attention takes ``prefill`` by their tokens and ``pair`` of it for each (query, key) pair, decodes' attention
-    ``decode`` by their number and ``context`` of it for each cached token, ``mixed`` times as long beside prompts.
-    ``serial`` comes on top of kernels; ``floor_prefill`` and ``floor_decode`` are what the host needs to launch them.
-    """
-
-    token: list[float]
-    row: list[float]
-    prefill: list[float]
-    pair: list[float]
-    decode: list[float]
-    context: list[float]
-    mixed: float
-    serial: float
-    floor_prefill: float
-    floor_decode: float
-    send_latency: float
-    send_per_token: float
-
-    def seconds(self, shape: StepShape) -> float:
-        """See :class:`distserve.core.latency.StepTime`."""
-        num_prefill_tokens = shape.num_prefill_tokens
-        num_decodes = shape.num_decodes
-        num_tokens = num_prefill_tokens + num_decodes
-        if num_tokens > _TABLE:
-            return self._beyond(shape)
-        time = self.token[num_tokens] + self.row[shape.num_prefills + num_decodes]
-        floor = self.floor_decode
-        if num_prefill_tokens:
-            time += self.prefill[num_prefill_tokens] + shape.prefill_pairs * self.pair[num_prefill_tokens]
-            floor = self.floor_prefill
-        if num_decodes:
-            attention = self.decode[num_decodes] + shape.decode_context * self.context[num_decodes]
-            time += attention * self.mixed if num_prefill_tokens else attention
-        return self.serial + (time if time > floor else floor)  # noqa: FURB136 -- half the time of max()
-
-    def _beyond(self, shape: StepShape) -> float:
-        num_prefill_tokens, num_decodes = shape.num_prefill_tokens, shape.num_decodes
-        time = _extended(self.token, num_prefill_tokens + num_decodes)
-        time += _extended(self.row, shape.num_prefills + num_decodes)
-        if num_prefill_tokens:
-            time += _extended(self.prefill, num_prefill_tokens)
-            time += shape.prefill_pairs * self.pair[min(num_prefill_tokens, _TABLE)]
-        if num_decodes:
-            attention = _extended(self.decode, num_decodes)
-            attention += shape.decode_context * self.context[min(num_decodes, _TABLE)]
-            time += attention * self.mixed if num_prefill_tokens else attention
-        return self.serial + max(time, self.floor_prefill if num_prefill_tokens else self.floor_decode)
-
-    def handover(self, shape: StepShape) -> float:
-        """See :class:`distserve.core.latency.StepTime`."""
-        return self.send_latency + self.send_per_token * (shape.num_prefill_tokens + shape.num_decodes)
-
-
-def _extended(table: list[float], index: int) -> float:
-    if index <= _TABLE:
-        return table[index]
-    half = _TABLE // 2
-    return table[_TABLE] + (table[_TABLE] - table[half]) / (_TABLE - half) * (index - _TABLE)
+from simulator.latency.tables import LARGEST, TabulatedStepTime
 
 
 class AnalyticModel:
@@ -118,10 +51,10 @@ class AnalyticModel:
         fitted = "the nearest fitted card" if self.gpu.kernels == "default" else f"coefficients of {self.gpu.kernels}"
         return f"analytic roofline of {self.shape.name} on {self.gpu.name} ({fitted}, engine {self._engine_name})"
 
-    def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> AnalyticStepTime:
+    def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> TabulatedStepTime:
         """See :class:`simulator.latency.interface.LatencyModel`."""
         parts = self._kernels(parallel)
-        counts = np.arange(_TABLE + 1, dtype=np.float64)
+        counts = np.arange(LARGEST + 1, dtype=np.float64)
         counts[0] = 1.0  # no step is empty; the entry only has to be a number
         ones, zeros = np.ones_like(counts), np.zeros_like(counts)
         layers = parts.layers
@@ -129,7 +62,7 @@ class AnalyticModel:
         row = _total(parts.of_rows(counts)) + self.engine.sequence * counts
         prefill, decode = _total([parts.prefill(counts, zeros)]), _total([parts.decode(counts, zeros)])
         send = parts.send(np.array([0.0, 1.0]), stages_share_node=stages_share_node).seconds
-        return AnalyticStepTime(
+        return TabulatedStepTime(
             token=token.tolist(),
             row=row.tolist(),
             prefill=prefill.tolist(),

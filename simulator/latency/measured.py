@@ -8,7 +8,7 @@ from distserve.core.errors import ConfigError
 from distserve.core.latency import StepTime
 from distserve.core.profile import ClusterCosts, Profile
 from distserve.core.scheduler import ROUTER
-from simulator.model import Delays
+from simulator.model import Delays, HostModel
 from simulator.simulation import CLIENT
 
 
@@ -64,3 +64,13 @@ class ProfileLatencyModel:
                 f"the profile of {self.profile.model} is of the engine alone: take one without --engine-only"
             )
         return self.profile.cluster
+
+    def host(self) -> HostModel:
+        """The machine's cores and what surrounds the instances on them; raises ConfigError as :meth:`delays` does."""
+        costs = self.costs
+        return HostModel(
+            num_cores=float(self.profile.machine["cores"]) / self.profile.num_threads,
+            cpu_per_request=costs.cpu_per_request / self.profile.num_threads,
+            cpu_per_prompt_token=costs.cpu_per_prompt_token / self.profile.num_threads,
+            cpu_per_token=costs.cpu_per_token / self.profile.num_threads,
+        )
