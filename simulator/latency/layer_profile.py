@@ -31,13 +31,16 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class EngineCosts:
-    """What the engine adds to its kernels, in seconds and tokens.
+    """What serving adds to kernels measured one by one.
 
-    ``per_step`` is the GPU's idle time from one step to the next. ``graph_sizes`` are the batch sizes of the captured
-    CUDA graphs, ascending: a step of fewer tokens than the largest is padded to the next of them.
+    ``per_step`` is the seconds a GPU idles from one step to the next. Decode attention was measured over contexts of
+    equal lengths; over unequal ones its last blocks run alone: it takes longer by the share ``unequal_contexts``.
+    ``graph_sizes`` are the batch sizes of the captured CUDA graphs, ascending: a step of fewer tokens than the largest
+    is padded to the next of them.
     """
 
     per_step: float = 0.0
+    unequal_contexts: float = 0.0
     graph_sizes: tuple[int, ...] = ()
 
 
@@ -152,7 +155,7 @@ class LayerProfileStepTime:
         """
         context = shape.decode_context / shape.num_decodes if shape.num_decodes else 0.0
         if shape.num_prefill_tokens == 0:
-            return self._decode_attention.at((shape.num_decodes, context))
+            return (1 + self._costs.unequal_contexts) * self._decode_attention.at((shape.num_decodes, context))
         num = shape.num_prefills
         chunk = shape.num_prefill_tokens / num
         cached = max(0.0, shape.prefill_pairs / shape.num_prefill_tokens - (chunk + 1) / 2)
