@@ -6,6 +6,7 @@ the session's directory. Its core processes die with the launcher by themselves;
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +26,8 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 _LOOPBACK = "127.0.0.1"
 _GPU_TYPE = "accelerator_type:"
 _NODE_POLL = 2.0
+_ANSWER = 10.0
+"""Seconds within which a cluster's head has to take a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,20 @@ def joined_cluster(address: str) -> AbstractContextManager[RayCluster]:
     Raises:
         ConfigError: there is nothing to join.
     """
+    _check_reachable(address)
     return _cluster(f"join the Ray cluster at {address}", address=address, namespace="distserve")
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigError if ``address`` is a host and port where nothing answers: Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not port.isdigit():
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot join the Ray cluster at {address}: {error.strerror or error}") from error
 
 
 @contextmanager
