@@ -2,6 +2,9 @@
 
 Everything else about the package is in pyproject.toml. The libraries are plain C loaded through ctypes, not Python
 modules; building them as optional extensions puts them where their loaders look.
+
+With DISTSERVE_COMPILE=1 in the environment (`make fast`) mypyc compiles, besides, the modules that a simulation spends
+its time in: they run about two and a half times as fast, and are the same sources.
 """
 
 import importlib.util
@@ -20,8 +23,26 @@ ZIG = importlib.util.find_spec("ziglang")
 if ZIG is not None and ZIG.origin is not None and not has_compiler():
     os.environ["CC"] = f"{Path(ZIG.origin).with_name('zig')} cc"
 
+# What travels between processes stays interpreted: its classes are taken apart and put together by other libraries.
+SCHEDULING = "block_manager decode decoding handoff intake latency mixed prefill router scheduler sequence".split()
+COMPILED = [
+    *(f"distserve/core/{name}.py" for name in SCHEDULING),
+    *(f"simulator/{name}.py" for name in ("client", "engine", "host", "loop", "network", "pulls", "routes", "worker")),
+]
+
+
+def compiled() -> list[Extension]:
+    """mypyc's extensions, where they are asked for."""
+    if not os.environ.get("DISTSERVE_COMPILE"):
+        return []
+    from mypyc.build import mypycify
+
+    return mypycify(["--config-file=", "--ignore-missing-imports", "--follow-imports=silent", *COMPILED])
+
+
 setup(
     ext_modules=[
+        *compiled(),
         Extension(
             "distserve_kernels._native",
             sources=sorted(str(path) for path in Path(KERNELS).glob("*.c")),

@@ -54,6 +54,14 @@ class PullNetwork:
         """(route, bytes for each token) between two instances."""
         return self._routes.per_token(self._instances[source_id], self._instances[puller_id])
 
+    def seconds_alone(self, per_token: tuple[tuple[Route, int], ...], num_tokens: int) -> float:
+        """Seconds that ``num_tokens`` tokens take to flow if nothing else does."""
+        capacities = self.links.capacities
+        return num_tokens * max(
+            (num_bytes / min(capacities[link] for link in route) for route, num_bytes in per_token if route),
+            default=0.0,
+        )
+
     def block_size(self, instance_id: str) -> int:
         """Tokens per KV block of an instance."""
         return self._instances[instance_id].spec.kv.block_size
@@ -103,10 +111,14 @@ class Pulls:
         else:
             step_start = source.step_starts[command.ready_step]
             groups = [(begin, float(num_ready * block_size))] if num_ready else []
-            share = (num_blocks - num_ready) * block_size / NUM_LAYER_GROUPS
-            for group in range(1, NUM_LAYER_GROUPS + 1):
-                ready = step_end - (step_end - step_start) * (1 - group / NUM_LAYER_GROUPS)
-                groups.append((max(ready, begin), share))
+            num_late = (num_blocks - num_ready) * block_size
+            seconds = step_end - step_start
+            # Where even the groups before the last flow in no time, one by one would be no sooner than together.
+            together = network.seconds_alone(per_token, num_late) <= seconds / NUM_LAYER_GROUPS
+            for group in range(NUM_LAYER_GROUPS - 1 if together else 1, NUM_LAYER_GROUPS + 1):
+                ready = step_end - seconds * (1 - group / NUM_LAYER_GROUPS)
+                is_first = together and group < NUM_LAYER_GROUPS
+                groups.append((max(ready, begin), num_late / NUM_LAYER_GROUPS * (group if is_first else 1)))
         num_bytes = num_blocks * block_size * sum(num for _, num in per_token)
         self._pulls[key] = _Pull(key, command.source_id, request_id, per_token, groups, now, num_bytes)
         self._wake(groups[0][0], key)

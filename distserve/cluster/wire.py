@@ -71,7 +71,7 @@ class Codec:
             if outer.tag not in self._accepted:
                 raise WireError(f"unexpected kind of value {outer.tag!r}")
             return self._fields(outer)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter for a tag that is no text
             raise WireError(str(error)) from error
 
     def _tagged(self, value: object) -> tuple[str, object]:
