@@ -1,5 +1,7 @@
 """From measurements to what a plan says of a placement: the use of its parts, and what binds it."""
 
+from dataclasses import replace
+
 from distserve.core.config import Role
 from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import Placement
@@ -28,11 +30,14 @@ def evaluate(
     shown = at if at is not None else goodput.nearest(goodput.low or goodput.interval.estimate)
     points = {measurement.point.rate: measurement.point for measurement in goodput.measured}
     points[shown.point.rate] = shown.point
+    interval = goodput.interval
+    if shown.point.surely_holds(problem.slo.attainment) and interval.low < shown.point.rate <= interval.estimate:
+        interval = replace(interval, low=shown.point.rate)
     return Evaluation(
         label=label,
         placement=placement,
         policy=policy,
-        goodput=goodput.interval,
+        goodput=interval,
         point=shown.point,
         curve=tuple(points[rate] for rate in sorted(points)),
         instances=instance_uses(problem, placement, shown.last),

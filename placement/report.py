@@ -36,7 +36,7 @@ from rich.table import Table
 from distserve.core.config import SLO
 from placement.outlook import Change, Outlook, Variant
 from placement.plan import Evaluation, Interval, Percentiles, Plan, RatePoint
-from placement.words import gigabytes, milliseconds, per_gpu, seconds, share
+from placement.words import gigabytes, milliseconds, per_gpu, seconds, share, size
 
 SCHEMA = "distserve-plan/1"
 _MAX_LINKS = 6
@@ -183,7 +183,7 @@ def _instances_table(chosen: Evaluation) -> Table:
             seats,
             share(use.busy),
             f"{use.mean_batch:.1f}",
-            f"{use.kv_bytes / 1e9:.3g} GB",
+            size(use.kv_bytes),
             share(use.kv_share),
             str(use.num_preempted),
         )
@@ -305,7 +305,7 @@ def _lost_by(plan: Plan) -> str:
     if plan.problem.rate is not None and more_gpus > 0:
         return (
             f"The runner-up lost by {more_gpus} GPU{'s' if more_gpus > 1 else ''}: {loser.label} needs "
-            f"{loser.num_gpus} where {winner.num_gpus} are enough."
+            f"{loser.num_gpus} where {winner.num_gpus} {'is' if winner.num_gpus == 1 else 'are'} enough."
         )
     if math.isinf(apart):
         return f"The runner-up, {loser.label}, reaches the objective at no rate that was tried."

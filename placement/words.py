@@ -25,12 +25,17 @@ def seconds(value: float) -> str:
     return f"{value * 1000:.3g} ms" if value >= 1e-4 or value == 0 else f"{value * 1e6:.3g} us"
 
 
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that fits."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes:.3g} B"
+
+
 def gigabytes(rate: float) -> str:
     """Bytes/s in the unit that fits."""
-    for factor, unit in ((1e9, "GB/s"), (1e6, "MB/s"), (1e3, "kB/s")):
-        if rate >= factor:
-            return f"{rate / factor:.3g} {unit}"
-    return f"{rate:.3g} B/s"
+    return f"{size(rate)}/s"
 
 
 def per_gpu(value: float) -> str:
