@@ -1,0 +1,145 @@
+"""A measured run of vLLM, and its replay on a simulated mixed instance with that engine's settings.
+
+The files are those of LLMServingSim's examples: ``vllm/requests.jsonl`` (when each request arrived and when the engine
+had its first and last token), ``vllm/meta.json`` (the engine's settings), ``profile/tp1`` (times of the same card's
+layers, one by one) and ``validation/summary.txt`` (how far that simulator's replay was off).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distserve.bench.workload import Workload
+from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
+from distserve.core.router import RouterConfig
+from simulator.latency.gpus import find_gpu
+from simulator.latency.layer_profile import EngineCosts, LayerProfile
+from simulator.latency.memory import kv_config
+from simulator.latency.shape import ModelShape
+from simulator.model import ClusterModel, Delays, InstanceModel
+from simulator.results import Counts, Floats, Simulation
+from simulator.simulation import simulate
+
+LLAMA_8B = ModelShape(
+    name="Llama-3.1-8B",
+    num_layers=32,
+    hidden=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate=14336,
+    vocab=128256,
+)
+
+COSTS = EngineCosts(
+    per_step=0.25e-3,
+    unequal_contexts=0.045,
+    graph_sizes=(1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)),
+)
+"""For every card alike. The sizes are vLLM's (``cudagraph_capture_sizes``); the other two are fitted, see README.md."""
+
+KERNELS_ALONE = EngineCosts(graph_sizes=COSTS.graph_sizes)
+"""Nothing but what was measured of the kernels."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A measured run. Times in seconds, one entry per request in order of arrival, on the engine's clock."""
+
+    card: str
+    directory: Path
+    prompt_lens: Counts
+    output_lens: Counts
+    arrival: Floats
+    first_token: Floats
+    finish: Floats
+    max_num_seqs: int
+    max_batch_tokens: int
+    kv: KvConfig
+
+    @property
+    def ttft(self) -> Floats:
+        """Seconds from arrival to first token."""
+        return self.first_token - self.arrival
+
+    @property
+    def tpot(self) -> Floats:
+        """Seconds per token after the first."""
+        return (self.finish - self.first_token) / (self.output_lens - 1)
+
+    @property
+    def latency(self) -> Floats:
+        """Seconds from arrival to last token."""
+        return self.finish - self.arrival
+
+
+def read_run(directory: Path, card: str, gpu: str) -> Run:
+    """Read a run of Llama-3.1-8B on one ``gpu`` (a name of the GPU table), called ``card`` in reports.
+
+    Arrivals were stamped by the wall clock, tokens by the engine's own. The offset between the two is taken from the
+    request that the engine took up soonest after its arrival.
+    """
+    lines = (directory / "vllm" / "requests.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    arrival, queued, first, last = (
+        np.array([row[name] for row in rows])
+        for name in ("arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
+    )
+    arrival += (queued - arrival).min()
+    start = arrival[0]
+    meta = json.loads((directory / "vllm" / "meta.json").read_text(encoding="utf-8"))
+    settings = meta["engine_kwargs"]
+    return Run(
+        card=card,
+        directory=directory,
+        prompt_lens=np.array([row["input_toks"] for row in rows]),
+        output_lens=np.array([row["output_toks"] for row in rows]),
+        arrival=arrival - start,
+        first_token=first - start,
+        finish=last - start,
+        max_num_seqs=settings["max_num_seqs"],
+        max_batch_tokens=settings["max_num_batched_tokens"],
+        kv=_memory(meta, gpu, settings["max_num_batched_tokens"]),
+    )
+
+
+def _memory(meta: dict[str, dict[str, int]], gpu: str, max_batch_tokens: int) -> KvConfig:
+    """The blocks vLLM says it has, but for the one it never hands out; where it says nothing, those of the card."""
+    said = meta.get("kv_cache")
+    if said is not None:
+        return KvConfig(said["num_gpu_blocks"] - 1, said["block_size"])
+    memory = kv_config(LLAMA_8B, find_gpu(gpu), ParallelConfig(), max_batch_tokens=max_batch_tokens)
+    assert memory is not None, "the run shows that the model fits"
+    return memory
+
+
+def deployment(run: Run, costs: EngineCosts = COSTS) -> ClusterModel:
+    """One mixed instance as vLLM was set up.
+
+    vLLM starts a step before the tokens of the one before it are known (``async_scheduling``): lookahead. It admits a
+    prompt when all of it fits (``scheduler_reserve_full_isl``) and keeps no memory free beside: no headroom.
+    """
+    config = SchedulerConfig(
+        max_batch_tokens=run.max_batch_tokens,
+        max_batch_size=run.max_num_seqs,
+        max_in_flight=2,
+        lookahead=True,
+        headroom=0.0,
+        max_model_len=32768,
+    )
+    profile = LayerProfile(run.directory / "profile" / "tp1", run.card, LLAMA_8B.num_layers, costs)
+    spec = InstanceSpec("vllm", Role.MIXED, run.kv, config)
+    return ClusterModel(
+        (InstanceModel(spec, profile.step_time(spec.parallel)),),
+        # Times are taken at the engine. It sheds nothing, however long the queue.
+        delays=Delays(message=0.0),
+        router=RouterConfig(max_wait=float("inf")),
+    )
+
+
+def replay(run: Run, costs: EngineCosts = COSTS) -> Simulation:
+    """Offer the run's requests, at their times, to the simulated instance."""
+    workload = Workload(run.prompt_lens, run.output_lens, run.arrival)
+    return simulate(deployment(run, costs), workload)
