@@ -1,10 +1,10 @@
 """How wrong the analytic latency model is, on measurements that its coefficients were not fitted to.
 
-    python -m benchmarks.latency_models.evaluate            # rewrites results/ beside this file; about 3 minutes
+    python -m benchmarks.latency_models.evaluate            # rewrites results/ beside this file; about a minute
 
 Whole steps are held out by groups (one model, card and tensor-parallel degree under one engine), by models and by
 cards, each time with everything fitted anew on the rest; never single rows. Operators are reported apart. Needs the
-measurements in ``../shared/data``.
+measurements in ``../shared/data`` and, for the cards of its tables, ``pip install aiconfigurator-core``.
 """
 
 import argparse
@@ -58,15 +58,11 @@ class HeldOut:
 
     def __init__(self, tables: list[Table], groups: list[Group]) -> None:
         self.tables, self.groups = tables, groups
-        self._sets: dict[tuple[str, ...], dict[str, Efficiency]] = {}
+        self._known: dict[tuple[str, ...], Efficiency] = {}
 
     def kernels(self, keep: Callable[[Table], bool]) -> dict[str, Efficiency]:
         """Kernels' coefficients from the tables to keep."""
-        kept = [table for table in self.tables if table.fitted and keep(table)]
-        names = tuple(table.name for table in kept)
-        if names not in self._sets:
-            self._sets[names] = kernel_sets(kept)
-        return self._sets[names]
+        return kernel_sets([table for table in self.tables if keep(table)], self._known)
 
     def kernels_of_others(self, card: str) -> dict[str, Efficiency]:
         """Kernels' coefficients without any table of the card."""
@@ -189,7 +185,7 @@ _OPERATORS = """\
 
 Whether a fit sees the table; then errors with the card's own coefficients, and with those of other cards alone. The
 coefficients of an all-reduce are those of vLLM's own in a CUDA graph, so NCCL's are underestimated: what an engine
-loses by calling NCCL is a parameter of the engine. Norms are fitted for what they add up to, not for small ones.
+loses by calling NCCL is a parameter of the engine. Over PCIe they are those of one machine each: machines differ.
 """
 
 

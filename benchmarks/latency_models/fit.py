@@ -2,8 +2,8 @@
 
     python -m benchmarks.latency_models.fit                 # rewrites simulator/latency/coefficients.toml
 
-Needs the measurements in ``../shared/data`` (``SOURCES.md`` there says where each comes from). What is written are our
-own numbers; no measurement is copied.
+Needs the measurements in ``../shared/data`` (``SOURCES.md`` there says where each comes from) and, for the cards of its
+tables, ``pip install aiconfigurator-core``. What is written are our own numbers; no measurement is copied.
 """
 
 import argparse
@@ -15,7 +15,9 @@ from benchmarks.latency_models.operators import Table, load_tables
 from benchmarks.latency_models.steps import Group, load_groups
 from simulator.latency.efficiency import COEFFICIENTS, Efficiency, Engine
 
-CARDS = ("a100", "h100", "rtx4090", "rtx-pro-6000")
+CARDS = ("a100", "h100", "h200", "b200", "l40s", "rtx4090", "rtx-pro-6000")
+# Those of them that talk over PCIe.
+PCIE = ("l40s", "rtx4090", "rtx-pro-6000")
 
 # Where every fit starts, and what it stays near where the data say little.
 START = Efficiency(
@@ -25,6 +27,7 @@ START = Efficiency(
     decode_memory=0.8, decode_ramp=16.0, decode_sequence=1024.0, decode_launch=7e-6, mixed_decode=1.8,
     stream_memory=0.8, stream_launch=2.5e-6,
     all_reduce_bandwidth=0.75, all_reduce_latency=8e-6, all_reduce_hop=1e-6, all_reduce_large=2e-5,
+    all_reduce_sharing=0.1,
     send_bandwidth=0.8, send_latency=1e-5,
 )  # fmt: skip
 
@@ -45,10 +48,10 @@ _HEADER = """\
 #     python -m benchmarks.latency_models.fit
 # and ours: fits to public measurements, none of which is copied here.
 #
-# kernels.a100, kernels.h100: AIConfigurator's tables of vLLM's GEMMs, attention and all-reduce (Apache-2.0).
-# kernels.rtx4090, kernels.rtx-pro-6000: LLMServingSim's layer profiles of Llama-3.1-8B under vLLM 0.19 (MIT).
-# Kernels that only move data on A100 and H100, and sends between GPUs of a DGX A100: vidur's tables (MIT).
-# What was not measured on a card, and kernels.default: the geometric mean of the cards on which it was.
+# kernels.*: AIConfigurator's tables of vLLM's GEMMs, attention and all-reduce (aiconfigurator-core, Apache-2.0). Of the
+# RTX 4090, and beside them of the RTX PRO 6000: LLMServingSim's layer profiles of Llama-3.1-8B (MIT). Kernels that only
+# move data on A100 and H100, and sends between GPUs of a DGX A100: vidur's tables (MIT). What was not measured on a
+# card, and kernels.default: the geometric mean of the cards on which it was. *-pcie: the card with the links of others.
 # engines.distserve, engines.vllm-2023: DistServe's fits for OPT on the A100 (Apache-2.0).
 # engines.vllm-2023-azure-*: Splitwise's measurements of Llama-2-70B and BLOOM-176B (MIT).
 # engines.vllm: assumed, not fitted; CUDA graphs hide the host but for scheduling and sampling of a step.
@@ -56,24 +59,49 @@ _HEADER = """\
 _VLLM = Engine(step=3e-4)
 
 
-def kernel_sets(tables: list[Table]) -> dict[str, Efficiency]:
-    """Coefficients by card, and ``default``, from the tables that may take part in a fit."""
-    usable = [table for table in tables if table.fitted]
-    by_card = {card: [table for table in usable if table.gpu.kernels == card] for card in CARDS}
-    sets = {card: fit_kernels(found, START) for card, found in by_card.items() if found}
+def kernel_sets(tables: list[Table], known: dict[tuple[str, ...], Efficiency] | None = None) -> dict[str, Efficiency]:
+    """Coefficients by card, and ``default``, from the tables that may take part in a fit.
+
+    What was not measured on a card is the geometric mean of the cards on which it was; of links, of those with the same
+    kind. ``known`` keeps the fits of cards by their tables' names, for calls with nearly the same ones.
+    """
+    known = {} if known is None else known
+    by_card = {card: [table for table in tables if table.fitted and table.gpu.kernels == card] for card in CARDS}
+    sets: dict[str, Efficiency] = {}
+    for card, found in by_card.items():
+        names = tuple(table.name for table in found)
+        if found and names not in known:
+            known[names] = fit_kernels(found, START)
+        if found:
+            sets[card] = known[names]
+
+    def measured(kind: str, cards: tuple[str, ...]) -> list[Efficiency]:
+        return [sets[card] for card in cards if any(table.kind == kind for table in by_card[card])]
+
     default = START
-    for kind, prefix in KINDS.items():
-        measured = [card for card, found in by_card.items() if any(table.kind == kind for table in found)]
-        if not measured:
-            continue
-        names = [field.name for field in fields(Efficiency) if field.name.startswith(prefix)]
-        average = mean([sets[card] for card in measured])
-        values = {name: getattr(average, name) for name in names}
-        default = replace(default, **values)
-        for card in set(sets) - set(measured):
-            sets[card] = replace(sets[card], **values)
-    # A card without any table is one that nothing is known of.
-    return {card: sets.get(card, default) for card in CARDS} | {"default": default}
+    for kind in KINDS:
+        default = _with(default, kind, measured(kind, CARDS))
+    over_pcie = default
+    for kind in ("all_reduce", "send"):
+        over_pcie = _with(over_pcie, kind, measured(kind, PCIE))
+    for card in CARDS:
+        for kind in KINDS:
+            own = measured(kind, (card,))
+            shared = over_pcie if card in PCIE and kind in {"all_reduce", "send"} else default
+            sets[card] = _with(sets.get(card, default), kind, own or [shared])
+    for card in ("a100", "h100"):
+        links = _with(sets[card], "all_reduce", [over_pcie])
+        sets[f"{card}-pcie"] = _with(links, "send", [over_pcie])
+    return sets | {"default": over_pcie}
+
+
+def _with(base: Efficiency, kind: str, sources: list[Efficiency]) -> Efficiency:
+    """``base`` with the coefficients of one kind of kernel averaged over ``sources``, if there are any."""
+    if not sources:
+        return base
+    average = mean(sources)
+    names = [field.name for field in fields(Efficiency) if field.name.startswith(KINDS[kind])]
+    return replace(base, **{name: getattr(average, name) for name in names})
 
 
 def engine_of(name: str, groups: list[Group], kernels: dict[str, Efficiency]) -> Engine:
@@ -89,7 +117,7 @@ def main() -> None:
     output: Path = parser.parse_args().output
     kernels = kernel_sets(load_tables())
     groups = load_groups()
-    sections = [_HEADER, *(_section(f"kernels.{card}", asdict(kernels[card])) for card in ("default", *CARDS))]
+    sections = [_HEADER, *(_section(f"kernels.{card}", asdict(kernels[card])) for card in sorted(kernels))]
     sections.append(_section("engines.vllm", _changed(_VLLM)))
     for name, (_, shipped) in ENGINES.items():
         if shipped:

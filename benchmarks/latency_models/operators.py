@@ -4,6 +4,7 @@ Looks for the files where ``SOURCES.md`` of the data folder says they come from;
 """
 
 import csv
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,12 @@ LAYERS = DATA / "groundtruth" / "llmservingsim"
 
 A100, H100, H200 = find_gpu("a100-80g-sxm"), find_gpu("h100-sxm"), find_gpu("h200")
 RTX4090, RTXPRO6000 = find_gpu("rtx4090"), find_gpu("rtx-pro-6000")
+B200, L40S = find_gpu("b200"), find_gpu("l40s")
+# AIConfigurator's names of them.
+_SYSTEMS = {
+    "a100_sxm": A100, "h100_sxm": H100, "h200_sxm": H200, "b200_sxm": B200, "l40s": L40S,
+    "rtx_pro_6000_server": RTXPRO6000,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,8 @@ def table(name: str, kind: str, gpu: GpuSpec, rows: Sequence[tuple[float, ...]],
 
 def load_tables() -> list[Table]:
     """Every table, those that take part in fits first."""
-    return [*_aiconfigurator("a100", A100), *_aiconfigurator("h100", H100), *_layer_tables(), *_vidur(), *_apex()]
+    measured = [table for system, gpu in _SYSTEMS.items() for table in _aiconfigurator(system, gpu)]
+    return [*measured, *_layer_tables(), *_vidur(), *_apex()]
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -101,10 +109,29 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _aiconfigurator(card: str, gpu: GpuSpec) -> Iterator[Table]:
-    """AIConfigurator's measurements of vLLM's and NCCL's kernels (16 bit, whole-window attention of 128-wide heads)."""
-    folder, name = PROFILES / "aiconfigurator" / f"{card}_sxm", f"AIConfigurator {card.upper()}"
+def _aiconfigurator(system: str, gpu: GpuSpec) -> Iterator[Table]:
+    """AIConfigurator's measurements of vLLM's and NCCL's kernels (16 bit, whole-window attention of 128-wide heads).
 
+    From the package ``aiconfigurator-core`` if it is installed, else the copies of two cards in the data folder.
+    """
+    name = f"AIConfigurator {gpu.name}"
+    package = importlib.util.find_spec("aiconfigurator_core")
+    if package is not None and package.origin is not None:
+        folder = Path(package.origin).parent / "systems" / "data" / system
+    else:
+        folder = PROFILES / "aiconfigurator" / system
+
+    def newest(file: str) -> Path | None:
+        found = folder.rglob(f"{file}_perf.parquet")
+        versions = [path for path in found if not {"trtllm", "sglang"} & set(path.parts)]
+        return max(
+            versions,
+            key=lambda path: [int(part) for part in path.parent.name.split(".") if part.isdigit()],
+            default=None,
+        )
+
+    if newest("gemm") is None:
+        return
     filters = {
         "gemm": [("gemm_dtype", "=", "bfloat16"), ("n", ">=", 256), ("k", ">=", 256)],
         "context_attention": [("head_dim", "=", 128), ("kv_cache_dtype", "=", "bfloat16")],
@@ -113,16 +140,18 @@ def _aiconfigurator(card: str, gpu: GpuSpec) -> Iterator[Table]:
 
     def rows(file: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]]
-        found = pq.read_table(folder / f"{file}_perf.parquet", filters=filters.get(file)).to_pylist()
+        path = newest(file)
+        assert path is not None, f"{folder} has GEMMs but no {file}"
+        found = pq.read_table(path, filters=filters.get(file)).to_pylist()
         return found
 
-    # Small matrices would stay in the L2 cache from one repetition to the next, which no serving engine sees.
-    yield table(
-        f"{name} GEMM",
-        "gemm",
-        gpu,
-        [(row["m"], row["n"], row["k"], row["latency"] / 1e3) for row in rows("gemm") if row["n"] * row["k"] >= 4e6],
-    )
+    # A small matrix may stay in the L2 cache from one repetition to the next, which no serving engine sees: rows that
+    # took less than reading it from memory takes are left out.
+    products = [
+        (row["m"], row["n"], row["k"], row["latency"] / 1e3) for row in rows("gemm") if row["n"] * row["k"] >= 4e6
+    ]
+    kept = [(m, n, k, seconds) for m, n, k, seconds in products if seconds * gpu.memory_bandwidth > 2.06 * n * k]
+    yield table(f"{name} GEMM", "gemm", gpu, kept)
     prefill, decode = [], []
     for row in [*rows("context_attention"), *rows("generation_attention")]:
         if row.get("window_size", 0):

@@ -40,10 +40,11 @@ class Efficiency:
         mixed_decode: How many times as long the decodes' attention takes in a step that has prompts too.
         stream_memory: Share of memory bandwidth of kernels that only move data.
         stream_launch: Seconds beside that.
-        all_reduce_bandwidth: Share of a link's bandwidth that an all-reduce reaches.
+        all_reduce_bandwidth: Share of a link's bandwidth that an all-reduce of two ranks reaches.
         all_reduce_latency: Seconds of the smallest all-reduce of two ranks, ``all_reduce_hop`` of each rank more.
         all_reduce_hop: See ``all_reduce_latency``.
         all_reduce_large: Seconds more of a large one: its ring is slower to start than the exchange of small ones.
+        all_reduce_sharing: Exponent by which pairs of ranks share that bandwidth; 0 where each has links of its own.
         send_bandwidth: Share of a link's bandwidth between two GPUs.
         send_latency: Seconds beside that.
     """
@@ -72,6 +73,7 @@ class Efficiency:
     all_reduce_latency: float
     all_reduce_hop: float
     all_reduce_large: float
+    all_reduce_sharing: float
     send_bandwidth: float
     send_latency: float
 

@@ -83,11 +83,15 @@ def decode_attention(
 
 
 def all_reduce(bandwidth: float, eff: Efficiency, size: Array, ranks: Number) -> Cost:
-    """Sum ``size`` bytes over ``ranks`` GPUs: a ring moves 2 (ranks - 1) / ranks of them through each link."""
+    """Sum ``size`` bytes over ``ranks`` GPUs: a ring moves 2 (ranks - 1) / ranks of them through each link.
+
+    Over PCIe the links of a node share switches and sockets, so that more ranks get less each.
+    """
     traffic = 2.0 * (ranks - 1) / ranks * size
     latency = eff.all_reduce_latency + eff.all_reduce_hop * (ranks - 2)
     latency = latency + eff.all_reduce_large * size / (size + _LARGE_MESSAGE)
-    return Cost(traffic / (bandwidth * eff.all_reduce_bandwidth) + latency, np.zeros_like(size), traffic)
+    rate = bandwidth * eff.all_reduce_bandwidth / (ranks / 2.0) ** eff.all_reduce_sharing
+    return Cost(traffic / rate + latency, np.zeros_like(size), traffic)
 
 
 def send(bandwidth: float, eff: Efficiency, size: Array) -> Cost:
