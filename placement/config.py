@@ -7,35 +7,19 @@ The file is the one that ``distserve serve`` and ``launch`` take. The planner re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from distserve.cluster.config import ConfigFile, EngineSection
+from distserve.cluster.config import EngineSection
 from distserve.cluster.placement_section import PlacementSection
-from distserve.cluster.yaml_file import explain, read_yaml
 from distserve.core.config import SLO, ParallelConfig, Role
 from distserve.core.errors import ConfigError
-from distserve.core.topology import ClusterSpec
 from placement.candidates import Candidate
 from placement.offered import Offered
 from placement.problem import EngineLimits, Problem, SearchLimits
-from placement.sections import ClusterSection, WorkloadSection
 from placement.shapes import find_shapes
-from simulator.latency.analytic import AnalyticModel
-from simulator.latency.distserve_profile import DistServeProfile
-from simulator.latency.interface import LatencyModel
+from simulator.inputs import SimulationFile, read_file, read_latency, read_model
 from simulator.latency.measured import ProfileLatencyModel
-from simulator.latency.shape import ModelShape
 from simulator.model import Delays
 
 _QUICK = SearchLimits(num_finalists=2, tolerance=0.06, num_requests=150, max_requests=1500)
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-
-
-class PlanningFile(ConfigFile):
-    """The whole file, with the sections that the planner cannot do without."""
-
-    workload: WorkloadSection  # type: ignore[assignment]
-    cluster: ClusterSection  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +42,8 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
     file = _read(path)
     assert file.slo is not None
     cluster = file.cluster.spec()
-    model = _model(file, path.parent)
-    latency = _latency(file.cluster, overrides, model, cluster, path.parent)
+    model = read_model(file.model, file.engine, path.parent)
+    latency = read_latency(file.cluster, model, cluster, path.parent, kind=overrides.latency, profile=overrides.profile)
     search = replace(
         _QUICK if overrides.quick else SearchLimits(), seed=overrides.seed, num_workers=overrides.num_workers
     )
@@ -102,59 +86,8 @@ def given_candidate(path: Path, problem: Problem) -> Candidate | None:
     return Candidate(tuple(found))
 
 
-def _read(path: Path) -> PlanningFile:
-    data, lines = read_yaml(path)
-    for section in ("slo", "workload", "cluster"):
-        if not isinstance(data.get(section), dict):
-            raise ConfigError(f"{path}: planning needs the section {section}, {_EXAMPLES[section]}")
-    try:
-        return PlanningFile.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(explain(error, path, lines, {}, PlanningFile)) from error
-
-
-_EXAMPLES = {
-    "slo": "such as slo: {ttft: 0.4, tpot: 0.04, attainment: 0.9}",
-    "workload": "such as workload: {trace: azure2023_conv.csv}, or prompt, output and arrivals",
-    "cluster": "such as cluster: {gpu: h100-sxm, nodes: 4, gpus_per_node: 8, intra_node_bandwidth: 450e9, "
-    "inter_node_bandwidth: 50e9}",
-}
-
-
-def _model(file: PlanningFile, base: Path) -> ModelShape:
-    """The model's shape: a directory or config.json as given or relative to the file; the demo model if unsaid."""
-    if file.model is None:
-        from distserve.demo import model_dir
-
-        path = model_dir()
-    else:
-        path = Path(file.model)
-        if not path.exists() and (base / path).exists():
-            path = base / path
-    shape = ModelShape.load(path)
-    if "dtype" in file.engine.model_fields_set:
-        shape = replace(shape, dtype_bytes=_DTYPE_BYTES[file.engine.dtype])
-    return shape
-
-
-def _latency(
-    section: ClusterSection, overrides: Overrides, model: ModelShape, cluster: ClusterSpec, base: Path
-) -> LatencyModel:
-    """The source of step times: a flag wins over the file, and a profile that is named is meant."""
-    path = overrides.profile
-    if path is None and section.profile is not None:
-        path = section.profile if section.profile.exists() else base / section.profile
-    kind = overrides.latency or section.latency or ("profile" if path is not None else "analytic")
-    if kind == "analytic":
-        return AnalyticModel(model, cluster)
-    if path is None:
-        hint = "`distserve profile MODEL --output FILE` makes one" if kind == "profile" else "DistServe's JSON of fits"
-        raise ConfigError(f"step times by {kind} need --profile FILE: {hint}")
-    if kind == "profile":
-        return ProfileLatencyModel.read(path)
-    if cluster.gpu != "a100-80g-sxm":
-        raise ConfigError(f"DistServe's fits are of a100-80g-sxm, the cluster has {cluster.gpu}")
-    return DistServeProfile.load(path, model.name)
+def _read(path: Path) -> SimulationFile:
+    return read_file(path, SimulationFile, sections=("slo", "workload", "cluster"), purpose="planning")
 
 
 def _limits(engine: EngineSection, gpu_memory: float | None) -> EngineLimits:

@@ -16,7 +16,7 @@ from distserve.core.topology import ClusterSpec, Gpu
 from placement.drift import Expected
 from placement.plan import Interval, Percentiles
 from placement.replan import write_replan
-from placement.sections import WorkloadSection
+from simulator.sections import WorkloadSection
 from placement.trial import Figures, Trial, as_started, predict, table, verdict
 from placement.watch import LoadWatch
 from tests.placement.plans import CLUSTER, instance, problem

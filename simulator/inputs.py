@@ -1,0 +1,102 @@
+"""What a configuration file says of a model, a workload, a cluster and the times of steps; mistakes with their place.
+
+The file is the one that ``distserve serve`` and ``launch`` take. The planner and the simulator read it here, each with
+the sections it cannot do without.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from distserve.cluster.config import ConfigFile, EngineSection
+from distserve.cluster.yaml_file import explain, read_yaml
+from distserve.core.errors import ConfigError
+from distserve.core.topology import ClusterSpec
+from simulator.latency.analytic import AnalyticModel
+from simulator.latency.distserve_profile import DistServeProfile
+from simulator.latency.interface import LatencyModel
+from simulator.latency.measured import ProfileLatencyModel
+from simulator.latency.shape import ModelShape
+from simulator.sections import ClusterSection, WorkloadSection
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_EXAMPLES = {
+    "slo": "such as slo: {ttft: 0.4, tpot: 0.04, attainment: 0.9}",
+    "workload": "such as workload: {trace: azure2023_conv.csv}, or prompt, output and arrivals",
+    "cluster": "such as cluster: {gpu: h100-sxm, nodes: 4, gpus_per_node: 8, intra_node_bandwidth: 450e9, "
+    "inter_node_bandwidth: 50e9}",
+}
+
+
+class SimulationFile(ConfigFile):
+    """The whole file, with the sections that a simulation cannot do without."""
+
+    workload: WorkloadSection  # type: ignore[assignment]
+    cluster: ClusterSection  # type: ignore[assignment]
+
+
+File = TypeVar("File", bound=ConfigFile)
+
+
+def read_file(path: Path, kind: type[File], *, sections: tuple[str, ...], purpose: str) -> File:
+    """Read and check the file at ``path``, which must have ``sections``, for ``purpose`` (a word for messages).
+
+    Raises ConfigError with the key and line of a mistake and what would be valid.
+    """
+    data, lines = read_yaml(path)
+    for section in sections:
+        if not isinstance(data.get(section), dict):
+            raise ConfigError(f"{path}: {purpose} needs the section {section}, {_EXAMPLES[section]}")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, path, lines, {}, kind)) from error
+
+
+def read_model(name: str | None, engine: EngineSection, base: Path) -> ModelShape:
+    """The model's shape: a directory or config.json as given or relative to ``base``; the demo model if unsaid."""
+    if name is None:
+        from distserve.demo import model_dir
+
+        path = model_dir()
+    else:
+        path = beside(Path(name), base)
+    shape = ModelShape.load(path)
+    if "dtype" in engine.model_fields_set:
+        shape = replace(shape, dtype_bytes=_DTYPE_BYTES[engine.dtype])
+    return shape
+
+
+def read_latency(
+    section: ClusterSection,
+    model: ModelShape,
+    cluster: ClusterSpec,
+    base: Path,
+    *,
+    kind: str | None = None,
+    profile: Path | None = None,
+) -> LatencyModel:
+    """The source of step times: ``kind`` and ``profile`` (flags) win over the file, and a named profile is meant."""
+    path = profile
+    if path is None and section.profile is not None:
+        path = beside(section.profile, base)
+    chosen = kind or section.latency or ("profile" if path is not None else "analytic")
+    if chosen == "analytic":
+        return AnalyticModel(model, cluster)
+    if path is None:
+        hint = (
+            "`distserve profile MODEL --output FILE` makes one" if chosen == "profile" else "DistServe's JSON of fits"
+        )
+        raise ConfigError(f"step times by {chosen} need --profile FILE: {hint}")
+    if chosen == "profile":
+        return ProfileLatencyModel.read(path)
+    if cluster.gpu != "a100-80g-sxm":
+        raise ConfigError(f"DistServe's fits are of a100-80g-sxm, the cluster has {cluster.gpu}")
+    return DistServeProfile.load(path, model.name)
+
+
+def beside(path: Path, base: Path) -> Path:
+    """``path`` as it is or, if only that is there, relative to ``base``."""
+    return base / path if not path.exists() and (base / path).exists() else path
