@@ -53,7 +53,7 @@ The file has the keys model, slo, workload and cluster; docs/planning.md explain
 )
 @click.option(
     "--latency",
-    type=click.Choice(["analytic", "profile", "distserve-a100"]),
+    type=click.Choice(["analytic", "profile", "distserve-a100", "aiconfigurator"]),
     help="Where the times of steps come from.  [default: the file's; profile with --profile; else analytic]",
 )
 @click.option(

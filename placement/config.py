@@ -43,7 +43,15 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
     assert file.slo is not None
     cluster = file.cluster.spec()
     model = read_model(file.model, file.engine, path.parent)
-    latency = read_latency(file.cluster, model, cluster, path.parent, kind=overrides.latency, profile=overrides.profile)
+    latency = read_latency(
+        file.cluster,
+        model,
+        cluster,
+        path.parent,
+        kind=overrides.latency,
+        profile=overrides.profile,
+        name=file.model,
+    )
     search = replace(
         _QUICK if overrides.quick else SearchLimits(), seed=overrides.seed, num_workers=overrides.num_workers
     )

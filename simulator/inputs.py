@@ -14,6 +14,7 @@ from distserve.cluster.config import ConfigFile, EngineSection
 from distserve.cluster.yaml_file import explain, read_yaml
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec
+from simulator.latency.aiconfigurator import AiconfiguratorModel
 from simulator.latency.analytic import AnalyticModel
 from simulator.latency.distserve_profile import DistServeProfile
 from simulator.latency.interface import LatencyModel
@@ -77,14 +78,20 @@ def read_latency(
     *,
     kind: str | None = None,
     profile: Path | None = None,
+    name: str | None = None,
 ) -> LatencyModel:
-    """The source of step times: ``kind`` and ``profile`` (flags) win over the file, and a named profile is meant."""
+    """The source of step times: ``kind`` and ``profile`` (flags) win over the file, and a named profile is meant.
+
+    ``name`` is what the file calls the model: tables that come with their models' configurations know it by that.
+    """
     path = profile
     if path is None and section.profile is not None:
         path = beside(section.profile, base)
     chosen = kind or section.latency or ("profile" if path is not None else "analytic")
     if chosen == "analytic":
         return AnalyticModel(model, cluster)
+    if chosen == "aiconfigurator":
+        return AiconfiguratorModel(beside(Path(name), base) if name is not None else model.name, model, cluster)
     if path is None:
         hint = (
             "`distserve profile MODEL --output FILE` makes one" if chosen == "profile" else "DistServe's JSON of fits"

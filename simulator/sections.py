@@ -148,7 +148,7 @@ class ClusterSection(_Section):
     inter_node_bandwidth: Positive
     nics_per_node: Annotated[int, Field(ge=1, le=1024)] = 1
     gpu_memory: Positive | None = None
-    latency: Literal["analytic", "profile", "distserve-a100"] | None = None
+    latency: Literal["analytic", "profile", "distserve-a100", "aiconfigurator"] | None = None
     profile: Path | None = None
 
     def spec(self) -> ClusterSpec:
