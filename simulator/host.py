@@ -45,10 +45,15 @@ class Host:
         self._loop = loop
         self._jobs: list[_Job] = []
         self._now = 0.0
+        self._wake_at = float("inf")
+        """The earliest timer pending; later ones that it superseded are ignored when they come."""
 
     def handle(self, now: float, event: Event) -> Sequence[Command]:
         """A job may have ended."""
         assert isinstance(event, Timer)
+        if now < self._wake_at:
+            return ()
+        self._wake_at = float("inf")
         return self._go_on(now)
 
     def run_step(self, now: float, name: str, seconds: float, event: Event, num_tokens: int) -> Sequence[Command]:
@@ -93,7 +98,11 @@ class Host:
                     self._jobs.append(_Job(job.aftermath))
         if not self._jobs:
             return ()
-        return (WakeAt(now + min(job.work for job in self._jobs) / self._pace()),)
+        wake_at = now + min(job.work for job in self._jobs) / self._pace()
+        if wake_at >= self._wake_at:
+            return ()
+        self._wake_at = wake_at
+        return (WakeAt(wake_at),)
 
 
 class HostLoop(Loop):
