@@ -23,7 +23,9 @@ from simulator.results import Simulation
 from simulator.simulation import simulate
 
 _PLENTY = 1 << 26
-"""Blocks, tokens and sequences of an instance that is never short of them."""
+"""Tokens of a step and sequences of an instance that is never short of them."""
+_PLENTY_OF_BLOCKS = 1 << 17
+"""Blocks of such an instance; more would only take time to set up."""
 _PATIENT = RouterConfig(max_wait=float("inf"))
 
 
@@ -70,7 +72,7 @@ def phase_model(problem: Problem, shape: Shape, count: int) -> ClusterModel:
     scheduler = SchedulerConfig(
         max_batch_tokens=_PLENTY, max_batch_size=_PLENTY, max_model_len=problem.limits.max_model_len, lease=1e9
     )
-    ideal = InstanceSpec(f"ideal-{other}", other, KvConfig(_PLENTY // block_size, block_size), scheduler)
+    ideal = InstanceSpec(f"ideal-{other}", other, KvConfig(_PLENTY_OF_BLOCKS, block_size), scheduler)
     return ClusterModel(
         instances=(*instances, InstanceModel(ideal, Instant())),
         delays=Delays(message=problem.delays.message, pull_latency=0.0, seconds_per_block=0.0),

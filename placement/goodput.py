@@ -5,6 +5,7 @@ bounds all above it. The interval of a goodput comes from the intervals of attai
 rate whose whole interval is at the target, and up to the smallest of which no part is.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,13 +106,14 @@ def find_goodput(
 def _next(measured: dict[float, Measurement], low: float, high: float, target: float) -> float:
     """Where to look next.
 
-    While nothing held, below what an overloaded run served, or half; while nothing failed, a step up; then between.
+    While nothing held: below what an overloaded run served, or half. While nothing failed: ever larger steps up. Then
+    between the two.
     """
     if low == 0:
         served = measured[high].throughput
         return _BELOW_SERVED * served if 0.1 * high < served < high else high / 2
     if high not in measured:
-        return min(low * _STEP, (low + high) / 2)
+        return min(low * math.pow(_STEP, 1 << (len(measured) - 1)), (low + high) / 2)
     served = _BELOW_SERVED * measured[high].throughput
     if low * _STEP < served < high:
         return served

@@ -28,20 +28,29 @@ class Seat:
 
 
 def lay_out(cluster: ClusterSpec, pools: Sequence[Seat]) -> tuple[tuple[tuple[Gpu, ...], ...], ...] | None:
-    """GPUs in rank order for every instance of every pool, on as few nodes as found; None: they do not fit.
+    """GPUs in rank order for every instance of every pool; None: they do not fit.
 
-    Pools are spread evenly over the nodes in use, so that every prefill instance has decode instances beside it.
+    Pools are spread evenly over as few nodes as give every instance of the first pool one of the second beside it; if
+    no number of nodes does, over as few as hold them.
     """
     span = max(seat.span for seat in pools)
     if any(seat.span not in {1, span} for seat in pools):
         return None
     total = sum(seat.count * seat.parallel.num_ranks for seat in pools)
     fewest = -(-total // cluster.gpus_per_node)
+    smallest = None
     for num_nodes in range(max(fewest, span), cluster.num_nodes + 1):
         seated = _seat(cluster.gpus_per_node, num_nodes, span, pools)
-        if seated is not None:
+        if seated is not None and _has_company(seated):
             return seated
-    return None
+        smallest = smallest or seated
+    return smallest
+
+
+def _has_company(seated: tuple[tuple[tuple[Gpu, ...], ...], ...]) -> bool:
+    """Whether each instance of the first pool shares its nodes with one of every other pool."""
+    nodes = [[{gpu.node for gpu in gpus} for gpus in pool] for pool in seated]
+    return all(any(first <= other or other <= first for other in pool) for first in nodes[0] for pool in nodes[1:])
 
 
 def _seat(

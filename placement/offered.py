@@ -48,7 +48,7 @@ class Offered:
     def natural_rate(self) -> float | None:
         """Requests/s of a trace's own times; None for a random process."""
         arrivals = self.spec.arrivals
-        return arrivals.factor_for_rate(1.0) ** -1 if isinstance(arrivals, TraceTimes) else None
+        return arrivals.factor_for_rate(1.0) if isinstance(arrivals, TraceTimes) else None
 
     def at(self, rate: float, run: int, num_requests: int) -> Workload:
         """The ``run``-th workload at ``rate`` requests/s: ``num_requests`` of them (a trace's stretch may be shorter).

@@ -1,0 +1,151 @@
+"""Measuring attainment and bracketing goodput, on deployments whose answer is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distserve.core.config import SLO
+from placement.goodput import find_goodput
+from placement.measure import Effort, measure
+from placement.steady import measure_window
+from simulator.results import Simulation, Timelines
+
+SLO_1S = SLO(1.0, 0.1)
+
+
+def timelines(arrival, ttft, tpot, num_output=11):
+    num = len(arrival)
+    nothing = np.full(num, np.nan)
+    first = arrival + ttft
+    return Timelines(
+        arrival=arrival,
+        prompt_tokens=np.full(num, 100),
+        output_tokens=np.full(num, num_output),
+        prefill_start=nothing,
+        prefill_end=nothing,
+        first_token=first,
+        migration_start=nothing,
+        migration_end=nothing,
+        decode_start=nothing,
+        finish=first + tpot * (num_output - 1),
+        status=np.full(num, 200),
+        num_attempts=np.ones(num, np.int64),
+        prefill_id=np.zeros(num, np.int64),
+        decode_id=np.zeros(num, np.int64),
+    )
+
+
+def simulation(lines):
+    return Simulation(lines, (), (), float(lines.arrival[-1]), 0)
+
+
+def coin(threshold, softness=0.3):
+    """A deployment whose requests meet the objective independently, 90% of them at ``threshold`` requests/s."""
+
+    def run(rate, number, num_requests):
+        rng = np.random.default_rng((number, num_requests))
+        draws = rng.random(num_requests)
+        share = 1 / (1 + np.exp(min((rate / threshold - 1) / softness * 3, 100)) / 9)
+        arrival = np.cumsum(rng.exponential(1 / rate, num_requests))
+        return simulation(timelines(arrival, np.where(draws < share, 0.5, 1.5), np.full(num_requests, 0.01)))
+
+    return run
+
+
+def queue(service):
+    """One server, first come first served, constant service: M/D/1."""
+
+    def run(rate, number, num_requests):
+        rng = np.random.default_rng((number, 1))
+        arrival = np.cumsum(rng.exponential(1.0, num_requests)) / rate
+        done = np.empty(num_requests)
+        free = 0.0
+        for index, at in enumerate(arrival):
+            free = max(free, at) + service
+            done[index] = free
+        return simulation(timelines(arrival, done - arrival, np.full(num_requests, 0.0)))
+
+    return run
+
+
+@given(st.floats(0.5, 200), st.floats(0.05, 0.95))
+@settings(max_examples=25, deadline=None)
+def test_bisection_finds_the_rate_where_attainment_crosses(threshold, share):
+    found = find_goodput(
+        coin(threshold), SLO_1S, 1.0, threshold / share, lambda rate: Effort(3000, 12000), tolerance=0.02
+    )
+    assert found.interval.estimate == pytest.approx(threshold, rel=0.06)
+    assert found.low <= found.interval.estimate <= found.high
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    covered = 0
+    for seed in range(20):
+        run = coin(10.0)
+        found = find_goodput(
+            lambda rate, number, num, seed=seed, run=run: run(rate, number + 100 * seed, num),
+            SLO_1S,
+            1.0,
+            20.0,
+            lambda rate: Effort(400, 3200, min_runs=2, half_width=0.02),
+            tolerance=0.03,
+            with_interval=True,
+        )
+        covered += found.interval.low <= 10.0 <= found.interval.high
+        assert found.interval.high - found.interval.low < 4.0
+    assert covered >= 17
+
+
+def test_a_queue_is_followed_to_what_long_runs_attain():
+    # M/D/1 with service D: P(wait <= 0.9 s) with D = 0.1 crosses 90% close below capacity, computed by a long run.
+    long = queue(0.1)
+    for rate in np.arange(9.0, 10.0, 0.05):
+        lines = long(rate, 77, 200_000).timelines
+        if measure_window(lines, SLO_1S).met.mean() < 0.9:
+            break
+    found = find_goodput(
+        queue(0.1), SLO_1S, 1.0, 10.0, lambda rate: Effort(4000, 40_000, 3, 0.02), tolerance=0.01, with_interval=True
+    )
+    assert found.interval.low <= rate + 0.15
+    assert found.interval.high >= rate - 0.15
+    assert found.interval.estimate == pytest.approx(rate, rel=0.04)
+
+
+def test_a_growing_queue_fails_although_its_requests_are_in_time():
+    patient = SLO(1e6, 0.1)
+    overloaded = measure(queue(0.1), 11.5, patient, 1.0, Effort(2000, 4000))
+    assert overloaded.point.attainment.estimate == 1.0
+    assert "grows" in overloaded.point.instability
+    assert not overloaded.point.holds(0.9)
+    assert overloaded.throughput == pytest.approx(10.0, rel=0.05)
+    assert measure(queue(0.1), 8.0, patient, 1.0, Effort(2000, 4000)).point.is_stable
+
+
+def test_runs_are_added_until_the_interval_decides():
+    clear = measure(coin(10.0), 5.0, SLO_1S, 1.0, Effort(300, 30_000, half_width=0.005))
+    close = measure(coin(10.0), 10.1, SLO_1S, 1.0, Effort(300, 30_000, half_width=0.005))
+    assert clear.num_simulated < close.num_simulated
+    assert clear.point.surely_holds(0.9)
+    assert close.num_simulated <= 30_000
+
+
+def test_a_floor_that_fails_ends_the_search_at_once():
+    found = find_goodput(coin(10.0), SLO_1S, 1.0, 100.0, lambda rate: Effort(1000, 1000), tolerance=0.05, floor=30.0)
+    assert found.low == 0.0
+    assert found.high == 30.0
+    assert len(found.measured) == 1
+
+
+def test_what_serves_nothing_has_no_goodput():
+    found = find_goodput(coin(1e-6), SLO_1S, 1.0, 100.0, lambda rate: Effort(300, 300), tolerance=0.05)
+    assert found.low == found.interval.estimate == 0.0
+
+
+def test_the_window_leaves_out_filling_and_draining():
+    arrival = np.arange(0.0, 100.0, 0.1)
+    ttft = np.where((arrival < 9.5) | (arrival > 97), 5.0, 0.5)
+    window = measure_window(timelines(arrival, ttft, np.full(len(arrival), 0.3)), SLO(1.0, 0.5))
+    assert window.met.all()
+    assert 9.5 <= window.begin < 15
+    assert 85 <= window.end < 97

@@ -1,0 +1,147 @@
+"""The planner's answers against exhaustive search, and its promises."""
+
+from dataclasses import replace
+
+import pytest
+
+from distserve.core.config import SLO, Role
+from placement.bounds import bound_shape, network_capacity
+from placement.candidates import colocated, pairs, replications
+from placement.offered import Offered
+from placement.plan import UnreachableError
+from placement.search import find_plan
+from placement.shapes import find_shapes
+from placement.tasks import JointGoodput, JointPoint, PhaseGoodput, PhasePoint, Setting
+from tests.placement.problems import ToyLatency, toy_problem
+
+
+def every_candidate(problem):
+    """All counts of all shapes that the cluster has room for."""
+    offered = Offered(problem.workload, problem.search.seed)
+    shapes, _ = find_shapes(problem, offered)
+    found = []
+    for single in [*pairs(problem, shapes), *colocated(shapes)]:
+        for candidate in replications(problem, single):
+            placement = candidate.placement(problem)
+            if placement is not None:
+                found.append((candidate, placement))
+    return Setting(problem, offered), found
+
+
+@pytest.mark.parametrize(
+    ("slo", "latency"),
+    [
+        (SLO(0.06, 0.006), ToyLatency()),
+        (SLO(0.3, 0.008), ToyLatency(base=0.003, per_context=1e-5)),
+    ],
+)
+def test_on_a_small_cluster_the_answer_is_that_of_exhaustive_search(slo, latency):
+    problem = toy_problem(slo=slo, latency=latency, max_pp=1)
+    plan = find_plan(problem)
+    setting, candidates = every_candidate(problem)
+    assert len(candidates) > 8
+    best = 0.0
+    for candidate, placement in candidates:
+        ceiling = sum(bound_shape(problem, setting.offered, shape).capacity * count for shape, count in candidate.pools)
+        goodput = JointGoodput(placement, candidate.pools[0][0].policy, ceiling, fine=True)(setting)
+        best = max(best, goodput.interval.estimate / candidate.num_gpus)
+    assert plan.chosen.goodput_per_gpu >= 0.96 * best
+
+
+def test_at_a_rate_no_smaller_placement_holds():
+    rate = 60.0
+    problem = toy_problem(rate, gpus_per_node=4, max_pp=1)
+    plan = find_plan(problem)
+    assert plan.holds
+    assert plan.chosen.point.rate == rate
+    setting, candidates = every_candidate(problem)
+    for candidate, placement in candidates:
+        if candidate.num_gpus < plan.chosen.num_gpus:
+            point = JointPoint(placement, candidate.pools[0][0].policy, rate, fine=True)(setting).point
+            assert not point.surely_holds(problem.slo.attainment), candidate
+
+
+def test_never_more_than_a_known_feasible_plan():
+    problem = toy_problem(20.0, gpus_per_node=3, max_pp=1)
+    setting, candidates = every_candidate(problem)
+    for candidate, placement in sorted(candidates, key=lambda item: item[0].num_gpus):
+        if JointPoint(placement, candidate.pools[0][0].policy, 20.0, fine=True)(setting).point.surely_holds(0.9):
+            break
+    plan = find_plan(problem, paper=candidate)
+    assert plan.chosen.num_gpus <= candidate.num_gpus
+    assert plan.paper is not None
+    assert plan.paper.placement == placement
+
+
+def test_the_answer_does_not_depend_on_the_number_of_workers():
+    problem = toy_problem(gpus_per_node=2, num_requests=100, max_requests=400, max_pp=1)
+    alone = find_plan(problem)
+    together = find_plan(replace(problem, search=replace(problem.search, num_workers=2)))
+    assert together.chosen == alone.chosen
+    assert together.finalists == alone.finalists
+
+
+def test_bounds_are_above_what_is_simulated():
+    problem = toy_problem(gpus_per_node=2, num_requests=1500)
+    offered = Offered(problem.workload)
+    shapes, _ = find_shapes(problem, offered)
+    for shape in shapes:
+        if shape.role is not Role.MIXED:
+            bound = bound_shape(problem, offered, shape)
+            found = PhaseGoodput(shape, 1, 1.4 * bound.capacity)(Setting(problem, offered))
+            assert 0 < found.low <= 1.03 * bound.capacity
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_lone_requests_take_what_the_bounds_say(role):
+    problem = toy_problem(slo=SLO(0.0435, 0.0048), num_requests=400)
+    offered = Offered(problem.workload)
+    shapes, _ = find_shapes(problem, offered)
+    shape = next(s for s in shapes if s.role is role and s.num_gpus == 1)
+    bound = bound_shape(problem, offered, shape)
+    point = PhasePoint(shape, 1, 0.5)(Setting(problem, offered)).point
+    assert 0.2 < bound.attainment < 1.0
+    assert bound.attainment - 0.1 < point.attainment.estimate <= bound.attainment + 0.04
+
+
+def test_kv_that_must_cross_nodes_is_bounded_by_the_cards():
+    problem = toy_problem(gpus_per_node=1, num_nodes=2, bandwidth=2e6)
+    setting, candidates = every_candidate(problem)
+    candidate, placement = next(item for item in candidates if not item[0].is_colocated)
+    bound = network_capacity(problem, setting.offered, placement)
+    prompts, _ = setting.offered.sample
+    assert bound == pytest.approx(2e6 / (prompts.mean() * problem.model.kv.bytes_per_token), rel=0.01)
+    goodput = JointGoodput(placement, candidate.pools[0][0].policy, 4 * bound)(setting)
+    assert goodput.interval.estimate <= 1.05 * bound
+
+
+def test_ties_go_to_fewer_gpus():
+    # So light a load that one GPU does, colocated: nothing with two can be the answer.
+    plan = find_plan(toy_problem(0.5))
+    assert plan.chosen.num_gpus == 1
+    assert plan.chosen.is_colocated
+    assert plan.disaggregated is not None
+    assert plan.disaggregated.num_gpus == 2
+
+
+@pytest.mark.parametrize(
+    ("problem", "constraint", "words"),
+    [
+        (toy_problem(slo=SLO(1e-4, 0.02)), "ttft", "lone prompt"),
+        (toy_problem(slo=SLO(0.1, 1e-5)), "tpot", "per token"),
+        (toy_problem(1e5), "rate", "GPUs"),
+        (toy_problem(kv_tokens=64), "memory", "KV memory"),
+    ],
+)
+def test_what_is_out_of_reach_says_why(problem, constraint, words):
+    with pytest.raises(UnreachableError, match=words) as caught:
+        find_plan(problem)
+    assert caught.value.constraint == constraint
+    assert caught.value.advice
+
+
+def test_a_model_that_fits_no_shape_says_so():
+    problem = toy_problem()
+    limits = replace(problem.limits, kv_tokens=None, memory_bytes=500_000_000)
+    with pytest.raises(UnreachableError, match="fits no shape"):
+        find_plan(replace(problem, limits=limits))
