@@ -186,7 +186,7 @@ class UnreachableError(ConfigError):
     """
 
     def __init__(self, constraint: str, best: str, advice: str) -> None:
-        super().__init__(f"no placement reaches the objective ({constraint}): {best}. {advice}")
+        super().__init__(f"no placement reaches the objective ({constraint}): {best}. {advice[0].upper() + advice[1:]}.")
         self.constraint = constraint
         self.best = best
         self.advice = advice

@@ -41,12 +41,12 @@ def refused(config: Path, *arguments: str) -> str:
     ("changes", "expected"),
     [
         # An objective that no placement reaches: the constraint, the best reachable value, what would help.
-        ({"slo": {"ttft": 0.001}}, ["(ttft)", "even a lone prompt takes 0.", "a TTFT of at least 0.", "faster GPUs"]),
-        ({"slo": {"tpot": 0.0001}}, ["(tpot)", "s per token", "a TPOT of at least 0.0", "memory bandwidth"]),
+        ({"slo": {"ttft": 0.001}}, ["(ttft)", "even a lone prompt takes 0.", "A TTFT of at least 0.", "faster GPUs"]),
+        ({"slo": {"tpot": 0.0001}}, ["(tpot)", "s per token", "A TPOT of at least 0.0", "memory bandwidth"]),
         # More than the cluster can compute.
         (
             {"workload": {"arrivals": {"rate": 100_000}}},
-            ["(rate)", "100000 requests/s exceed what 2 GPUs can compute", "more GPUs or a lower rate"],
+            ["(rate)", "100000 requests/s exceed what 2 GPUs can compute", "More GPUs or a lower rate would help."],
         ),
         # A model that fits on no shape.
         (
