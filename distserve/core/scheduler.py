@@ -332,7 +332,7 @@ class InstanceScheduler(ABC):
         interval = config.heartbeat if state == self._reported else config.report_interval
         due = last < 0 or self._now >= last + interval
         if due:
-            self._reported = (*state[:-1], 0)
+            self._reported = self._last_state = (*state[:-1], 0)
             self._last_report = self._now
             pulls, pulled_bytes, pull_seconds = self._pull_totals()
             report = Report(

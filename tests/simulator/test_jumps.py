@@ -1,0 +1,91 @@
+"""Jumping over steps that nothing can change leaves every timeline as it is, to the last bit."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distserve.bench.workload import Workload
+from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
+from distserve.core.latency import LinearStepTime
+from distserve.core.mixed import PrefillPolicy
+from distserve.core.topology import ClusterSpec, Gpu
+from simulator.model import ClusterModel, InstanceModel, KvGeometry
+from simulator.results import Simulation
+from simulator.simulation import Fault, FaultKind, simulate
+
+STEP_TIME = LinearStepTime(base=0.01, per_token=0.0005, per_pair=1e-7, per_context=1e-6)
+
+
+def deployment(prefill: int, decode: int, mixed: int, num_blocks: int, policy: PrefillPolicy) -> ClusterModel:
+    roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode + [Role.MIXED] * mixed
+    scheduler = SchedulerConfig(max_batch_tokens=32, max_batch_size=6, headroom=0.0)
+    instances = tuple(
+        InstanceModel(
+            InstanceSpec(f"{role}-{index}", role, KvConfig(num_blocks, 4), scheduler),
+            STEP_TIME,
+            (Gpu(0, index),),
+            policy,
+        )
+        for index, role in enumerate(roles)
+    )
+    # A token takes 0.4 ms of a link that two flows halve: pulls overlap with the steps that make their layers.
+    cluster = ClusterSpec("cpu", 1, len(roles), intra_node_bandwidth=1e6, inter_node_bandwidth=1e6)
+    return ClusterModel(instances, cluster, KvGeometry(num_layers=2, num_kv_heads=2, token_bytes=100))
+
+
+def offered(requests: list[tuple[int, int, float]]) -> Workload:
+    prompts, outputs, gaps = zip(*requests, strict=True)
+    return Workload(np.array(prompts), np.array(outputs), np.cumsum(gaps))
+
+
+def same(one: Simulation, other: Simulation) -> None:
+    for name in one.timelines.__dataclass_fields__:
+        left, right = getattr(one.timelines, name), getattr(other.timelines, name)
+        assert left.tobytes() == right.tobytes(), name
+
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(1, 60), st.floats(0, 0.3, exclude_min=True)), min_size=1, max_size=14
+)
+
+
+@settings(max_examples=60)
+@given(
+    requests=REQUESTS,
+    pools=st.sampled_from([(1, 1, 0), (2, 2, 0), (0, 0, 1), (0, 0, 2)]),
+    num_blocks=st.integers(31, 50),
+    policy=st.sampled_from(list(PrefillPolicy)),
+    loss=st.none() | st.floats(0.05, 1.5),
+)
+def test_timelines_are_the_same_with_and_without_jumping(
+    requests: list[tuple[int, int, float]],
+    pools: tuple[int, int, int],
+    num_blocks: int,
+    policy: PrefillPolicy,
+    loss: float | None,
+) -> None:
+    """Under preemption, refusals, backpressure and the loss of an instance."""
+    model = deployment(*pools, num_blocks, policy)
+    victim = model.instances[-1].spec.instance_id
+    faults = [Fault(loss, FaultKind.LOSS, victim)] if loss is not None and max(pools) > 1 else []
+    jumping, stepping = (
+        simulate(model, offered(requests), faults=faults, jump=jump, until=60.0) for jump in (True, False)
+    )
+    same(jumping, stepping)
+    assert (jumping.timelines.status == 200).all()
+    for one, other in zip(jumping.instances, stepping.instances, strict=True):
+        assert one.num_preempted == other.num_preempted
+        assert one.peak_kv_blocks == other.peak_kv_blocks
+        if not faults:
+            assert (one.num_steps, one.num_sequences) == (other.num_steps, other.num_sequences)
+            assert one.busy == pytest.approx(other.busy)
+
+
+def test_a_lone_long_output_costs_few_events() -> None:
+    model = deployment(1, 1, 0, 600, PrefillPolicy.SPLITFUSE)
+    jumping, stepping = (simulate(model, offered([(20, 2000, 0.1)]), jump=jump) for jump in (True, False))
+    same(jumping, stepping)
+    assert jumping.instances[1].num_steps == stepping.instances[1].num_steps == 1999
+    # What is left are the heartbeats of two instances over the 20 seconds and more.
+    assert jumping.num_events < 0.1 * stepping.num_events
