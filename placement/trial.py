@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from placement.plan import Interval, Percentiles
 from placement.problem import Problem
 from placement.trace_file import write_trace
 from placement.words import milliseconds
+from simulator.latency.measured import ProfileLatencyModel
 from simulator.results import Timelines
 from simulator.simulation import simulate
 
@@ -76,9 +77,12 @@ def as_started(gpus: tuple[tuple[Gpu, ...], ...], specs: tuple[InstanceSpec, ...
 
 def predict(problem: Problem, placement: Placement, workload: Workload) -> Figures:
     """Simulate ``workload`` on ``placement``."""
-    return figures_of(
-        simulate(joint_model(problem, placement, PrefillPolicy.SPLITFUSE), workload).timelines, problem.slo
-    )
+    model = joint_model(problem, placement, PrefillPolicy.SPLITFUSE)
+    latency = problem.latency
+    if isinstance(latency, ProfileLatencyModel) and latency.profile.cluster is not None and placement.num_nodes == 1:
+        # Instances on one host's CPUs share them with client, API and router, and KV moves by a copy within it.
+        model = replace(model, cluster=None, kv=None, host=latency.host())
+    return figures_of(simulate(model, workload).timelines, problem.slo)
 
 
 def figures_of(timelines: Timelines, slo: SLO) -> Figures:

@@ -1,5 +1,6 @@
 """Predicted against measured: the same requests, counted alike; and the way back from an observation to a plan."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,15 @@ from distserve.bench.lengths import Fixed
 from distserve.bench.workload import WorkloadSpec
 from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
-from distserve.core.topology import ClusterSpec, Gpu
+from distserve.core.profile import FORMAT, ClusterCosts, Profile, StepFit, Surface, Table
+from distserve.core.topology import ClusterSpec, Gpu, Placement
 from placement.drift import Expected
 from placement.plan import Interval, Percentiles
 from placement.replan import write_replan
-from simulator.sections import WorkloadSection
 from placement.trial import Figures, Trial, as_started, predict, table, verdict
 from placement.watch import LoadWatch
+from simulator.latency.measured import ProfileLatencyModel
+from simulator.sections import WorkloadSection
 from tests.placement.plans import CLUSTER, instance, problem
 
 SPEED = Percentiles(0.1, 0.1, 0.2, 0.4)
@@ -64,6 +67,21 @@ def test_a_prediction_of_a_placement_as_it_was_started_counts_every_request() ->
     assert found.attainment.low <= found.attainment.estimate <= found.attainment.high
     assert 0 < found.ttft.p50 <= found.ttft.p99 < 10
     assert found.tpot.p50 > 0
+
+
+def test_a_profiled_machine_is_shared_with_what_surrounds_the_instances() -> None:
+    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.01), (0.01, 0.01))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0)
+    nothing = ClusterCosts(*(0.0,) * 11)
+    placed = [instance("prefill-0", Role.PREFILL, 1, [(0, 0)]), instance("decode-0", Role.DECODE, 1, [(0, 1)])]
+    workload = WorkloadSpec(Gamma(), Fixed(64), Fixed(20), num_requests=40).at(2.0)
+
+    def tpot(costs: ClusterCosts | None) -> float:
+        profile = Profile(FORMAT, "", {"cores": 1}, "toy", "", "float32", 1, 16, 128, {}, (), fit, {}, costs)
+        asked = replace(problem(), cluster=CPUS, latency=ProfileLatencyModel(profile))
+        return predict(asked, Placement(CPUS, tuple(placed)), workload).tpot.p50
+
+    # Of a single core a token's 10 ms of streaming take as much as the decode step before it.
+    assert tpot(replace(nothing, cpu_per_token=0.01)) > 1.5 * tpot(None)
 
 
 def test_instances_without_gpus_take_the_clusters_in_order() -> None:
