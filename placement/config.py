@@ -11,7 +11,7 @@ from distserve.cluster.config import EngineSection
 from distserve.cluster.placement_section import PlacementSection
 from distserve.core.config import SLO, ParallelConfig, Role
 from distserve.core.errors import ConfigError
-from placement.candidates import Candidate
+from placement.candidates import Candidate, spans
 from placement.offered import Offered
 from placement.problem import EngineLimits, Problem, SearchLimits
 from placement.shapes import find_shapes
@@ -91,7 +91,9 @@ def given_candidate(path: Path, problem: Problem) -> Candidate | None:
             reason = reasons[0] if reasons else "it is wider than a node or the cluster"
             raise ConfigError(f"placement.{role}: tp {pool.tp} x pp {pool.pp} cannot be: {reason}")
         found.append((shape, pool.instances))
-    return Candidate(tuple(found))
+    # Side by side on the same nodes where that is possible, as DistServe's Algorithm 2 seats such pairs.
+    span = spans(problem.cluster, found[0][0], found[1][0])[-1] if len(found) == 2 else 1
+    return Candidate(tuple(found), span)
 
 
 def _read(path: Path) -> SimulationFile:
