@@ -1,0 +1,174 @@
+"""From the placement a file names, by hand or by ``distserve plan``, to instances that can be simulated.
+
+What the placement leaves unsaid is taken as a launch would take it: limits from the section ``engine``, KV memory from
+what the weights leave of a GPU, GPUs in order, a tensor-parallel group never across nodes.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from distserve.cluster.config import ConfigFile, EngineSection
+from distserve.cluster.placement_section import ClusterSection, PlacementSection
+from distserve.cluster.seats import WantedInstance, check_seats
+from distserve.cluster.yaml_file import read_yaml
+from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, SchedulerConfig
+from distserve.core.errors import ConfigError
+from distserve.core.router import RouterConfig
+from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
+from simulator.inputs import read_file
+from simulator.latency.gpus import GpuSpec, find_gpu
+from simulator.latency.interface import LatencyModel
+from simulator.latency.memory import kv_config
+from simulator.latency.shape import ModelShape
+from simulator.model import ClusterModel, Delays, InstanceModel
+
+_ANY_LENGTH = 1 << 20
+"""``max_model_len`` where the file says none: the planner assumes no limit either."""
+
+
+class PlanFile(ConfigFile):
+    """A configuration with a placement, as far as its instances go; a cluster in it must be the one simulated."""
+
+    cluster: ClusterSection | None = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an instance has if its pool does not say: the section ``engine``, and the GPU whose memory it shares."""
+
+    engine: EngineSection
+    gpu: GpuSpec
+    memory_utilisation: float = 0.9
+
+
+def read_placement(path: Path) -> tuple[PlacementSection, ClusterSpec | None]:
+    """The pools of the file at ``path``, and the cluster it says they are for.
+
+    Raises ConfigError if the file is no configuration, or names no pools.
+    """
+    data, _ = read_yaml(path)
+    if not isinstance(data.get("placement"), dict):
+        raise ConfigError(
+            f"{path}: no placement with pools of instances, such as placement: {{prefill: {{instances: 1}}, "
+            "decode: {instances: 1}}; `distserve plan CONFIG --output FILE` finds and writes one"
+        )
+    file = read_file(path, PlanFile, sections=(), purpose="a plan")
+    assert isinstance(file.placement, PlacementSection)
+    return file.placement, None if file.cluster is None else file.cluster.spec()
+
+
+def check_cluster(planned: ClusterSpec | None, cluster: ClusterSpec, path: Path) -> None:
+    """Raise ConfigError if the plan at ``path`` is for another kind of GPU or other nodes than ``cluster``."""
+    if planned is None:
+        return
+    there = (find_gpu(planned.gpu).name, planned.gpus_per_node)
+    if there != (cluster.gpu, cluster.gpus_per_node) or planned.num_nodes > cluster.num_nodes:
+        raise ConfigError(
+            f"{path} is planned for {_describe(planned)}, the configuration has {_describe(cluster)}: plan again, or "
+            "simulate with the configuration the plan was made for"
+        )
+
+
+def place(section: PlacementSection, cluster: ClusterSpec, model: ModelShape, limits: Limits) -> Placement:
+    """The instances of ``section``, named by role and number, on the GPUs of ``cluster``.
+
+    Raises ConfigError for GPUs that are not there or taken twice, shapes the model cannot have, and weights that leave
+    no memory for KV.
+    """
+    wanted = section.instances()
+    gpus = [instance.gpus for instance in wanted]
+    if not all(gpus):
+        gpus = _seat_in_order(wanted, cluster)
+    else:
+        check_seats(wanted, cluster)
+    numbers: Counter[str] = Counter()
+    placed = []
+    for instance, seats in zip(wanted, gpus, strict=True):
+        name = f"{instance.role}-{numbers[instance.role]}"
+        numbers[instance.role] += 1
+        placed.append(PlacedInstance(_spec(name, instance, model, limits), seats))
+    placement = Placement(cluster, tuple(placed))
+    placement.check()
+    return placement
+
+
+def deployment(placement: Placement, latency: LatencyModel, model: ModelShape, delays: Delays) -> ClusterModel:
+    """``placement`` as the simulator runs it, with every link that KV and activations use."""
+    instances = []
+    for placed in placement.instances:
+        shares_node = len({gpu.node for gpu in placed.gpus}) == 1
+        step_time = latency.step_time(placed.spec.parallel, stages_share_node=shares_node)
+        instances.append(InstanceModel(placed.spec, step_time, placed.gpus))
+    return ClusterModel(
+        instances=tuple(instances),
+        cluster=placement.cluster,
+        kv=model.kv,
+        delays=delays,
+        router=RouterConfig(near=placement.near()),
+    )
+
+
+def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) -> InstanceSpec:
+    engine, said = limits.engine, wanted.limits
+    scheduler = SchedulerConfig(
+        max_batch_tokens=said.max_batch_tokens or engine.max_batch_tokens,
+        max_batch_size=said.max_batch_size or engine.max_batch_size,
+        max_in_flight=wanted.parallel.pp,
+        max_model_len=engine.max_model_len or _ANY_LENGTH,
+    )
+    model.check(wanted.parallel)
+    kv_tokens = said.kv_tokens or engine.kv_tokens
+    if kv_tokens is not None:
+        kv = KvConfig(kv_tokens // engine.block_size, engine.block_size)
+    else:
+        kv = _kv_left(name, wanted.parallel, model, limits, scheduler.max_batch_tokens)
+    return InstanceSpec(name, wanted.role, kv, scheduler, wanted.parallel)
+
+
+def _kv_left(name: str, parallel: ParallelConfig, model: ModelShape, limits: Limits, batch_tokens: int) -> KvConfig:
+    kv = kv_config(
+        model,
+        limits.gpu,
+        parallel,
+        block_size=limits.engine.block_size,
+        memory_utilisation=limits.memory_utilisation,
+        max_batch_tokens=batch_tokens,
+    )
+    if kv is None:
+        raise ConfigError(
+            f"{name}: {model.weight_bytes(parallel) / 1e9:.1f} GB of weights per GPU (tp {parallel.tp}, pp "
+            f"{parallel.pp}) leave no room for KV on a {limits.gpu.name} of {limits.gpu.memory_bytes / 1e9:.0f} GB: "
+            "raise tp or pp"
+        )
+    return kv
+
+
+def _seat_in_order(wanted: tuple[WantedInstance, ...], cluster: ClusterSpec) -> list[tuple[Gpu, ...]]:
+    """GPUs in order, instance by instance and stage by stage; a stage that does not fit a node opens the next."""
+    node = used = 0
+    seats = []
+    for instance in wanted:
+        ranks: list[Gpu] = []
+        tp = instance.parallel.tp
+        if tp > cluster.gpus_per_node:
+            raise ConfigError(
+                f"tp {tp} of a {instance.role} instance is more than the {cluster.gpus_per_node} GPUs of a node"
+            )
+        for _ in range(instance.parallel.pp):
+            if used + tp > cluster.gpus_per_node:
+                node, used = node + 1, 0
+            ranks += [Gpu(node, used + shard) for shard in range(tp)]
+            used += tp
+        seats.append(tuple(ranks))
+    if node >= cluster.num_nodes:
+        num_gpus = sum(instance.parallel.num_ranks for instance in wanted)
+        raise ConfigError(
+            f"the placement's {len(wanted)} instances take {num_gpus} GPUs, in whole tensor-parallel groups per node; "
+            f"the cluster has {_describe(cluster)}"
+        )
+    return seats
+
+
+def _describe(cluster: ClusterSpec) -> str:
+    return f"{cluster.num_nodes} node{'s' if cluster.num_nodes > 1 else ''} of {cluster.gpus_per_node} {cluster.gpu}"

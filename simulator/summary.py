@@ -1,0 +1,262 @@
+"""What a simulated run amounts to: figures for people and, the same ones, as JSON.
+
+Latency distributions are over the requests answered; attainment is over all that were offered. Requests that arrive
+before the end of the warm-up are in neither. Use of instances and links is over the whole run.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from distserve.bench.metrics import Attainment, Distribution, wilson_interval
+from distserve.core.config import SLO
+from distserve.core.topology import Placement
+from simulator.results import Simulation
+
+SCHEMA = "distserve-simulate/1"
+_MAX_LINKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceFigures:
+    """``busy``: share of the run its first stage worked. ``peak_kv``: share of its KV blocks in use at the most."""
+
+    instance_id: str
+    role: str
+    tp: int
+    pp: int
+    gpus: tuple[tuple[int, int], ...]
+    busy: float
+    num_steps: int
+    mean_batch: float
+    peak_kv: float
+    num_kv_blocks: int
+    num_preempted: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFigures:
+    """A link that carried anything. ``load``: mean bytes/s over the run; ``busy``: share of it with a flow on it."""
+
+    name: str
+    capacity: float
+    num_bytes: float
+    load: float
+    busy: float
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Figures of one run; rates per second between the first and the last counted arrival, throughputs to the end.
+
+    ``goodput_per_gpu`` is requests/s that met the objective for each GPU. ``unfinished`` were under way at the end.
+    """
+
+    num_offered: int
+    num_answered: int
+    num_shed: int
+    num_failed: int
+    num_unfinished: int
+    num_preempted: int
+    num_resubmitted: int
+    offered_rate: float
+    request_throughput: float
+    output_token_throughput: float
+    duration: float
+    ttft: Distribution
+    tpot: Distribution
+    latency: Distribution
+    migration: Distribution
+    attainment: Attainment | None
+    goodput_per_gpu: float | None
+    instances: tuple[InstanceFigures, ...]
+    links: tuple[LinkFigures, ...]
+
+
+def summarise(simulation: Simulation, placement: Placement, slo: SLO | None, warmup: float = 0.0) -> RunSummary:
+    """The figures of ``simulation``, whose instances are those of ``placement``."""
+    timelines = simulation.timelines
+    counted = timelines.arrival >= warmup
+    status = timelines.status[counted]
+    ok = counted & (timelines.status == 200)
+    num = int(counted.sum())
+    arrivals = timelines.arrival[counted]
+    begin = float(arrivals[0]) if num else 0.0
+    end = float(np.nanmax(timelines.finish[ok])) if ok.any() else simulation.duration
+    seconds = max(end - begin, 1e-9)
+    attainment = None if slo is None or not num else _attainment(simulation, counted, slo)
+    span = float(arrivals[-1]) - begin if num else 0.0
+    moved = timelines.migration_end[ok] - timelines.migration_start[ok]
+    return RunSummary(
+        num_offered=num,
+        num_answered=int((status == 200).sum()),
+        num_shed=int((status == 429).sum()),
+        num_failed=int(((status != 200) & (status != 429) & (status != 0)).sum()),
+        num_unfinished=int((status == 0).sum()),
+        num_preempted=sum(usage.num_preempted for usage in simulation.instances),
+        num_resubmitted=int((timelines.num_attempts[counted] > 1).sum()),
+        offered_rate=(num - 1) / span if span > 0 else 0.0,
+        request_throughput=int(ok.sum()) / seconds,
+        output_token_throughput=int(timelines.output_tokens[ok].sum()) / seconds,
+        duration=simulation.duration,
+        ttft=Distribution.of(timelines.ttft[ok]),
+        tpot=Distribution.of(timelines.tpot[ok & (timelines.output_tokens > 1)]),
+        latency=Distribution.of(timelines.latency[ok]),
+        migration=Distribution.of(moved[np.isfinite(moved)]),
+        attainment=attainment,
+        goodput_per_gpu=None if attainment is None else attainment.both * num / seconds / placement.num_gpus,
+        instances=_instances(simulation, placement),
+        links=_links(simulation),
+    )
+
+
+def _attainment(simulation: Simulation, counted: "np.ndarray[Any, np.dtype[np.bool_]]", slo: SLO) -> Attainment:
+    timelines = simulation.timelines
+    num = int(counted.sum())
+
+    def share(ttft: float, tpot: float) -> float:
+        return float(timelines.meets(SLO(ttft, tpot))[counted].mean())
+
+    both = int(timelines.meets(slo)[counted].sum())
+    low, high = wilson_interval(both, num)
+    return Attainment(both / num, share(slo.ttft, math.inf), share(math.inf, slo.tpot), low, high, num)
+
+
+def _instances(simulation: Simulation, placement: Placement) -> tuple[InstanceFigures, ...]:
+    duration = max(simulation.duration, 1e-9)
+    return tuple(
+        InstanceFigures(
+            instance_id=usage.instance_id,
+            role=usage.role.value,
+            tp=placed.spec.parallel.tp,
+            pp=placed.spec.parallel.pp,
+            gpus=tuple((gpu.node, gpu.index) for gpu in placed.gpus),
+            busy=usage.busy / duration,
+            num_steps=usage.num_steps,
+            mean_batch=usage.mean_batch,
+            peak_kv=usage.peak_kv_blocks / usage.num_kv_blocks,
+            num_kv_blocks=usage.num_kv_blocks,
+            num_preempted=usage.num_preempted,
+        )
+        for usage, placed in zip(simulation.instances, placement.instances, strict=True)
+    )
+
+
+def _links(simulation: Simulation) -> tuple[LinkFigures, ...]:
+    duration = max(simulation.duration, 1e-9)
+    used = (link for link in simulation.links if link.num_bytes > 0)
+    figures = (
+        LinkFigures(link.name, link.capacity, link.num_bytes, link.num_bytes / duration, link.busy / duration)
+        for link in used
+    )
+    return tuple(sorted(figures, key=lambda link: (-link.load / link.capacity, link.name)))
+
+
+def to_document(summary: RunSummary, run: dict[str, Any], slo: SLO | None) -> dict[str, Any]:
+    """The JSON document: ``run`` says what was simulated; absent figures are null, an infinite limit too."""
+    return {
+        "schema": SCHEMA,
+        "run": run,
+        "slo": None if slo is None else asdict(slo),
+        "summary": asdict(summary),
+    }
+
+
+def print_summary(console: Console, summary: RunSummary, run: dict[str, Any], slo: SLO | None) -> None:
+    """Print the figures as tables."""
+    console.print(f"[bold]{escape(run['model'])}[/bold] on {escape(run['cluster'])}: {escape(run['placement'])}")
+    console.print(f"step times: {escape(run['latency_source'])}")
+    console.print(f"workload: {escape(run['workload'])}")
+    for note in run["notes"]:
+        console.print(f"note: {escape(note)}")
+    lost = [
+        f"{num} {what}"
+        for num, what in (
+            (summary.num_shed, "shed"),
+            (summary.num_failed, "failed"),
+            (summary.num_unfinished, "under way at the end"),
+            (summary.num_resubmitted, "resubmitted"),
+            (summary.num_preempted, "preemptions"),
+        )
+        if num
+    ]
+    console.print(
+        f"\n{summary.num_answered:,} of {summary.num_offered:,} requests answered"
+        f"{' (' + ', '.join(lost) + ')' if lost else ''}; offered {summary.offered_rate:.3g}/s, answered "
+        f"{summary.request_throughput:.3g}/s, {summary.output_token_throughput:,.0f} output tokens/s, in "
+        f"{summary.duration:,.1f} s"
+    )
+    if summary.attainment is not None and slo is not None:
+        found = summary.attainment
+        verdict = "met" if found.low >= slo.attainment else ("missed" if found.high < slo.attainment else "undecided")
+        console.print(
+            f"[bold]attainment {found.both:.1%}[/bold] (95% interval {found.low:.1%} to {found.high:.1%}; target "
+            f"{slo.attainment:.0%}: {verdict}); TTFT up to {slo.ttft:g} s {found.ttft:.1%}, TPOT up to {slo.tpot:g} s "
+            f"{found.tpot:.1%}; goodput per GPU {summary.goodput_per_gpu:.3g}/s"
+        )
+    console.print(_latency_table(summary))
+    console.print(_instance_table(summary))
+    if summary.links:
+        console.print(_link_table(summary))
+    elif len(summary.instances) > 1:
+        console.print("No link carried anything.")
+
+
+def _latency_table(summary: RunSummary) -> Table:
+    table = Table("seconds", "mean", "p50", "p90", "p95", "p99", "max", box=SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = (
+        ("TTFT", summary.ttft),
+        ("TPOT", summary.tpot),
+        ("latency", summary.latency),
+        ("KV pull", summary.migration),
+    )
+    for name, found in rows:
+        if found.num:
+            values = (found.mean, found.p50, found.p90, found.p95, found.p99, found.max)
+            table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
+    return table
+
+
+def _instance_table(summary: RunSummary) -> Table:
+    table = Table("instance", "shape", "GPUs (node:index)", box=SIMPLE_HEAD)
+    for name in ("busy", "steps", "mean batch", "KV peak", "KV blocks", "preempted"):
+        table.add_column(name, justify="right")
+    for figures in summary.instances:
+        table.add_row(
+            figures.instance_id,
+            f"TP{figures.tp} PP{figures.pp}",
+            " ".join(f"{node}:{index}" for node, index in figures.gpus),
+            f"{figures.busy:.1%}",
+            f"{figures.num_steps:,}",
+            f"{figures.mean_batch:.1f}",
+            f"{figures.peak_kv:.1%}",
+            f"{figures.num_kv_blocks:,}",
+            str(figures.num_preempted),
+        )
+    return table
+
+
+def _link_table(summary: RunSummary) -> Table:
+    shown = summary.links[:_MAX_LINKS]
+    rest = len(summary.links) - len(shown)
+    table = Table("link", box=SIMPLE_HEAD, caption=f"and {rest} less used" if rest else None, caption_justify="left")
+    for name in ("capacity, GB/s", "mean load, GB/s", "used", "with a flow", "carried, GB"):
+        table.add_column(name, justify="right")
+    for link in shown:
+        table.add_row(
+            link.name,
+            f"{link.capacity / 1e9:.3g}",
+            f"{link.load / 1e9:.3g}",
+            f"{link.load / link.capacity:.1%}",
+            f"{link.busy:.1%}",
+            f"{link.num_bytes / 1e9:.3g}",
+        )
+    return table
