@@ -28,9 +28,11 @@ from distserve.core.events import (
     Timer,
 )
 from distserve.core.messages import (
+    Abort,
     DecodeAssigned,
     DecodeDropped,
     DecodeWanted,
+    Failed,
     Hello,
     InstanceGone,
     Message,
@@ -51,7 +53,8 @@ class RouterConfig:
     """``max_wait`` is the predicted queueing, in seconds, beyond which requests are shed.
 
     Status goes to the owners every ``status_interval`` seconds. A request that was admitted once and comes again
-    while a pool is down waits for a replacement, at most ``patience`` seconds. An instance that has not reported for
+    while a pool is down waits for a replacement, at most ``patience`` seconds; so does one
+    whose prompt is computed when the decode pool goes down. An instance that has not reported for
     ``silence`` seconds, many times its heartbeat, counts as lost even if its process lives. ``near`` names, for a
     prefill instance, the decode instances its KV reaches without leaving a node: they come first while one has room.
     """
@@ -130,6 +133,8 @@ class Router:
         self._commands: list[Command] = []
         self._now = 0.0
         self._next_status = 0.0
+        self._no_decode_since: float | None = None
+        """Since when questions have waited with no decode instance up."""
 
     def handle(self, now: float, event: Event) -> list[Command]:
         """Take one event; see :class:`distserve.core.events.Machine`."""
@@ -153,6 +158,7 @@ class Router:
             self._retry_parked()
         if now >= self._next_status:
             self._lose_silent()
+            self._end_pending()
             self._send_status()
             self._next_status = now + self._config.status_interval
             self._commands.append(WakeAt(self._next_status))
@@ -245,7 +251,7 @@ class Router:
             self._parked.pop(request.key, None)
             self._send(request.owner_id, Rejected(request.key, status, reason))
             return
-        candidates = [view for view in self._pool(Role.PREFILL, Role.MIXED) if self._can_ever_prefill(view, request)]
+        candidates = [view for view in self._takers() if self._can_ever_prefill(view, request)]
         rates = [view.report.prefill_rate for view in candidates if view.report.prefill_rate > 0]
         default_rate = sum(rates) / len(rates) if rates else 0.0
         # Equal waits (an idle pool) go to whoever has the least assigned, then by name: deterministic.
@@ -282,6 +288,7 @@ class Router:
         for name, pool in (("prefill", prefill), ("decode", decode)):
             if not pool:
                 return 503, f"no {name} instance is up"
+        prefill = self._takers()
         for view in prefill + decode:
             limit = view.spec.scheduler.max_model_len
             if request.max_total_tokens > limit:
@@ -297,6 +304,10 @@ class Router:
                 f"of {largest} tokens or the largest batch"
             )
         return None
+
+    def _takers(self) -> list[InstanceView]:
+        """Instances that new prompts may go to: prefill instances only while a decode instance is up."""
+        return self._pool(Role.PREFILL, Role.MIXED) if self._pool(Role.DECODE) else self._pool(Role.MIXED)
 
     @staticmethod
     def _can_ever_prefill(view: InstanceView, request: Request) -> bool:
@@ -329,6 +340,24 @@ class Router:
             blocks = view.spec.kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
             view.assigned[key] = (blocks, sender)
             self._send(sender, DecodeAssigned(key, view.spec.instance_id))
+
+    def _end_pending(self) -> None:
+        """Questions wait for a decode instance to come up no longer than requests wait for a pool.
+
+        Their requests come again if a mixed instance is up, else they fail.
+        """
+        if not self._pending or self._pool(Role.DECODE):
+            self._no_decode_since = None
+            return
+        if self._no_decode_since is None:
+            self._no_decode_since = self._now
+        if self._now < self._no_decode_since + self._config.patience:
+            return
+        status = None if self._pool(Role.MIXED) else 503
+        for key, (sender, wanted, _) in self._pending.items():
+            self._send(wanted.owner_id, Failed(key, "no decode instance is up", status))
+            self._send(sender, Abort(key))
+        self._pending.clear()
 
     def _choose_decode(self, sender: str, wanted: DecodeWanted, refused_by: set[str]) -> InstanceView | None:
         near = self._config.near.get(sender, ())

@@ -6,9 +6,11 @@ from distserve.core.commands import Send
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.events import Event, InstanceDraining, InstanceLost, InstanceUp, Received, Timer
 from distserve.core.messages import (
+    Abort,
     DecodeAssigned,
     DecodeDropped,
     DecodeWanted,
+    Failed,
     Hello,
     InstanceGone,
     Message,
@@ -161,6 +163,48 @@ def test_what_was_admitted_once_waits_for_a_lost_pool_to_come_back() -> None:
     board.now = 81.0
     (refusal,) = [message for _, message in board.feed(Timer()) if isinstance(message, Rejected)]
     assert refusal.status == 503
+
+
+def test_a_computed_prompt_waits_for_a_lost_decode_pool_as_long_as_others_do() -> None:
+    board = Switchboard("prefill-0", "decode-0")
+    board.feed(InstanceLost("decode-0"))
+    assert board.want("a", 8) == []
+    for now in (1.0, 60.0):
+        board.now = now
+        assert board.report("prefill-0") == []
+    board.now = 61.0
+    ended = [("api-0", Failed(("a", 0), "no decode instance is up", 503)), ("prefill-0", Abort(("a", 0)))]
+    assert board.report("prefill-0") == ended
+    board.now = 62.0
+    assert board.feed(Timer()) == []
+
+
+def test_patience_starts_anew_when_a_decode_instance_was_up_meanwhile() -> None:
+    board = Switchboard("prefill-0", "decode-0")
+    board.feed(InstanceLost("decode-0"))
+    board.want("a", 400)
+    board.now = 50.0
+    board.report("prefill-0")
+    board.feed(InstanceUp(InstanceSpec("decode-1", Role.DECODE, KvConfig(32, 4), CONFIG)))
+    board.feed(Timer())
+    board.feed(InstanceLost("decode-1"))
+    board.now = 70.0
+    assert board.report("prefill-0") == []
+
+
+def test_without_decode_instances_prompts_go_to_mixed_ones() -> None:
+    board = Switchboard("prefill-0", "decode-0", "mixed-0")
+    assert target(board.submit("a", 10)) == "mixed-0", "by name, both being idle"
+    assert target(board.submit("b", 10)) == "prefill-0"
+    board.want("b", 10)
+    board.feed(InstanceLost("decode-0"))
+    assert target(board.submit("c", 10)) == "mixed-0"
+    assert target(board.submit("d", 10)) == "mixed-0"
+    board.want("e", 10)
+    for now in (1.0, 25.0, 50.0, 61.0):
+        board.now = now
+        sent = [message for name in ("mixed-0", "prefill-0") for message in board.report(name)]
+    assert ("api-0", Failed(("e", 0), "no decode instance is up", None)) in sent, "it comes again"
 
 
 def test_when_every_wait_is_too_long_requests_are_shed() -> None:
