@@ -20,7 +20,7 @@ from distserve.core.router import RouterConfig
 from distserve.core.topology import ClusterSpec, Gpu
 from simulator.model import ClusterModel, Delays, InstanceModel, KvGeometry
 from simulator.results import Floats, Simulation
-from simulator.simulation import simulate
+from simulator.simulation import Fault, FaultKind, simulate
 
 PROMPT = 100
 INSTANT = Delays(message=0.0, pull_latency=0.0, seconds_per_block=0.0)
@@ -295,6 +295,21 @@ def test_a_link_offered_eighty_times_what_it_carries_sets_the_pace() -> None:
     # As much of the KV as had arrived by any time fits through the link until then.
     done = np.sort(lines.migration_end)
     assert (np.arange(1, num + 1) * per_request <= capacity * done * (1 + 1e-9)).all()
+
+
+def test_a_run_ends_though_the_decode_pool_never_comes_back() -> None:
+    """What waits for it fails when the router's patience is over, computed prompts included."""
+    patience = 20.0
+    model = ClusterModel(
+        (instance(Role.PREFILL, Stages(0.01)), instance(Role.DECODE, Stages(0.01))),
+        router=RouterConfig(patience=patience),
+    )
+    workload = Workload(np.full(60, PROMPT), np.full(60, 40), np.linspace(0.0, 3.0, 60))
+    simulation = simulate(model, workload, faults=[Fault(1.0, FaultKind.LOSS, "decode-0")])
+    status = simulation.timelines.status
+    assert set(status.tolist()) == {200, 503}
+    # Known at 2 s; then the router looks once a second, and what it gives up may have a patience left elsewhere.
+    assert simulation.duration < 2.0 + 2 * patience + 5.0
 
 
 # -- reproducibility ---------------------------------------------------------------------------------------------------
