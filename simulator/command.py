@@ -170,7 +170,9 @@ def _present(replay: "Replay", options: dict[str, Any]) -> None:
         options["plot"].mkdir(exist_ok=True)
         assert replay.batches is not None
         title = f"{replay.facts['model']}, {replay.facts['placement']}, {summary.offered_rate:.3g} requests/s"
-        written += write_plots(options["plot"], replay.simulation, replay.model, replay.batches, replay.slo, title)
+        written += write_plots(
+            options["plot"], replay.simulation, replay.model, replay.batches, replay.slo, title, replay.faults
+        )
     if written:
         click.echo(f"written: {', '.join(map(str, written))}", err=True)
 

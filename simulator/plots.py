@@ -4,6 +4,7 @@ Axes begin at zero, and requests without a latency are not dropped: a distributi
 requests that got one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from distserve.core.config import SLO, Role
 from simulator.load import BatchRecorder, kv_use, stages
 from simulator.model import ClusterModel
 from simulator.results import Floats, Simulation
+from simulator.simulation import Fault
 
 _LIMIT = "tab:red"
 _MAX_LINES = 6
@@ -25,12 +27,18 @@ _COLOURS = {Role.PREFILL: "Blues", Role.DECODE: "Oranges", Role.MIXED: "Greens"}
 
 
 def write_plots(
-    directory: Path, simulation: Simulation, model: ClusterModel, batches: BatchRecorder, slo: SLO | None, title: str
+    directory: Path,
+    simulation: Simulation,
+    model: ClusterModel,
+    batches: BatchRecorder,
+    slo: SLO | None,
+    title: str,
+    faults: Sequence[Fault] = (),
 ) -> list[Path]:
     """Write all plots into ``directory``, which is there; returns their paths."""
     figures = {
         "latency.png": plot_latency(simulation, slo, title),
-        "load.png": plot_load(simulation, model, batches, title),
+        "load.png": plot_load(simulation, model, batches, title, faults),
     }
     written = []
     for name, figure in figures.items():
@@ -86,8 +94,13 @@ def plot_latency(simulation: Simulation, slo: SLO | None, title: str) -> Figure:
     return figure
 
 
-def plot_load(simulation: Simulation, model: ClusterModel, batches: BatchRecorder, title: str) -> Figure:
-    """Over time: requests by stage, sequences per step, and KV memory in use, by instance."""
+def plot_load(
+    simulation: Simulation, model: ClusterModel, batches: BatchRecorder, title: str, faults: Sequence[Fault] = ()
+) -> Figure:
+    """Over time: requests by stage, sequences per step, and KV memory in use, by instance; faults as lines.
+
+    A request that was resubmitted waits until its last attempt is prefilled.
+    """
     end = max(simulation.duration, 1e-9)
     figure = Figure(figsize=(12, 9), layout="constrained")
     requests, sizes, memory = figure.subplots(3, 1, sharex=True)
@@ -117,6 +130,18 @@ def plot_load(simulation: Simulation, model: ClusterModel, batches: BatchRecorde
     memory.set_ylabel("KV memory held by requests")
     memory.yaxis.set_major_formatter(PercentFormatter(1.0))
     memory.set_xlabel("time since the run's start, s")
+    for fault in faults:
+        for axis in (requests, sizes, memory):
+            axis.axvline(fault.time, color="black", linestyle="--", linewidth=1)
+        requests.annotate(
+            f"{fault.kind} of {fault.instance_id}",
+            (fault.time, 0.99),
+            xytext=(3, 0),
+            textcoords="offset points",
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            va="top",
+        )
     for axis in (requests, sizes, memory):
         axis.set_ylim(0, axis.get_ylim()[1] * 1.12)
         axis.grid(alpha=0.3)

@@ -138,7 +138,8 @@ def wilson_interval(successes: int, num: int, z: float = 1.959964) -> tuple[floa
     centre = share + z * z / (2 * num)
     spread = z * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
     scale = 1 + z * z / num
-    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+    # The share lies within, whatever rounding does where all or none succeeded.
+    return min(max((centre - spread) / scale, 0.0), share), max(min((centre + spread) / scale, 1.0), share)
 
 
 def meets_fastgen(record: RequestRecord, tokens_per_second: float) -> bool:

@@ -1,0 +1,257 @@
+"""``distserve simulate`` from files to figures, timelines, plots and traces."""
+
+import csv
+import gzip
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from simulator.command import simulate
+from simulator.summary import SCHEMA
+from simulator.timeline_file import COLUMNS
+
+MODEL: dict[str, Any] = {
+    "model_type": "opt",
+    "hidden_size": 5120,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "ffn_dim": 20480,
+    "vocab_size": 50272,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "float16",
+}
+CONFIG: dict[str, Any] = {
+    "model": "opt-13b.json",
+    "slo": {"ttft": 0.3, "tpot": 0.1, "attainment": 0.9},
+    "workload": {
+        "prompt": {"lognormal": {"mean": 400, "cv": 0.8, "max": 1500}},
+        "output": {"lognormal": {"mean": 40, "cv": 0.5, "max": 200}},
+        "arrivals": {"rate": 4, "cv": 1},
+    },
+    "cluster": {
+        "gpu": "a100-80g-sxm",
+        "nodes": 2,
+        "gpus_per_node": 4,
+        "intra_node_bandwidth": 300e9,
+        "inter_node_bandwidth": 3e9,
+    },
+    "placement": {
+        "prefill": {"instances": 1, "tp": 2, "gpus": [[[0, 0], [0, 1]]]},
+        "decode": {"instances": 2, "pp": 2, "gpus": [[[0, 2], [0, 3]], [[1, 0], [1, 1]]]},
+    },
+    "engine": {"dtype": "bfloat16", "max_batch_tokens": 2048},
+}
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the configuration with sections replaced, None taking one away; returns its path."""
+
+    def write_config(name: str = "service.yaml", **sections: Any) -> Path:
+        (tmp_path / "opt-13b.json").write_text(json.dumps(MODEL))
+        data = {key: value for key, value in {**CONFIG, **sections}.items() if value is not None}
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(data, sort_keys=False))
+        return path
+
+    return write_config
+
+
+def run(config: Path, *arguments: str) -> Result:
+    result = CliRunner().invoke(simulate, [str(config), *arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(config: Path, *arguments: str) -> str:
+    result = CliRunner().invoke(simulate, [str(config), *arguments])
+    assert result.exit_code == 1, result.output
+    return result.output
+
+
+def figures(config: Path, *arguments: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(run(config, "--requests", "120", "--json", *arguments).stdout)
+    assert document["schema"] == SCHEMA
+    return document
+
+
+def test_the_figures_say_what_happened(write: Callable[..., Path]) -> None:
+    document = figures(write())
+    summary = document["summary"]
+    assert summary["num_offered"] == summary["num_answered"] == 120
+    assert summary["offered_rate"] == pytest.approx(4, rel=0.3)
+    assert summary["attainment"]["low"] <= summary["attainment"]["both"] <= summary["attainment"]["high"]
+    names = [instance["instance_id"] for instance in summary["instances"]]
+    assert names == ["prefill-0", "decode-0", "decode-1"]
+    assert all(0 < instance["busy"] < 1 for instance in summary["instances"])
+    assert all(0 < instance["peak_kv"] <= 1 for instance in summary["instances"])
+    assert summary["migration"]["num"] > 100
+    # Algorithm 2's point: with room on its own node, a prefill instance's KV does not cross the network cards.
+    assert {link["name"].split("/")[0] for link in summary["links"]} == {"node0"}
+    assert "a100-80g-sxm" in document["run"]["latency_source"]
+
+
+def test_the_same_options_give_the_same_files(write: Callable[..., Path], tmp_path: Path) -> None:
+    config = write()
+    for name in ("one", "two"):
+        run(config, "--requests", "60", "--timelines", str(tmp_path / f"{name}.csv.gz"))
+    assert (tmp_path / "one.csv.gz").read_bytes() == (tmp_path / "two.csv.gz").read_bytes()
+    run(config, "--requests", "60", "--seed", "1", "--timelines", str(tmp_path / "two.csv.gz"))
+    assert (tmp_path / "one.csv.gz").read_bytes() != (tmp_path / "two.csv.gz").read_bytes()
+
+
+def test_csv_and_parquet_hold_the_timelines_that_the_figures_are_of(write: Callable[..., Path], tmp_path: Path) -> None:
+    config = write()
+    summary = figures(config, "--timelines", str(tmp_path / "r.csv.gz"))["summary"]
+    run(config, "--requests", "120", "--parquet", str(tmp_path / "r.parquet"))
+    with gzip.open(tmp_path / "r.csv.gz", "rt") as file:
+        rows = list(csv.DictReader(file))
+    table = pq.read_table(tmp_path / "r.parquet")
+    assert tuple(rows[0]) == tuple(table.column_names) == COLUMNS
+    assert table.schema.metadata[b"schema"] == b"distserve-timelines/1"
+    for name in COLUMNS:
+        assert [row[name] for row in rows] == ["" if v is None else str(v) for v in table[name].to_pylist()]
+    ttft = np.array([float(row["first_token"]) - float(row["arrival"]) for row in rows])
+    assert np.median(ttft) == pytest.approx(summary["ttft"]["p50"], abs=1e-5)
+    for row in rows:
+        times = [float(row[name]) for name in ("arrival", "prefill_start", "prefill_end", "first_token", "finish")]
+        assert times == sorted(times)
+        if row["migration_end"]:
+            assert float(row["migration_start"]) <= float(row["migration_end"]) <= float(row["decode_start"]) + 1e-6
+            assert row["decode_instance"] in {"decode-0", "decode-1"}
+
+
+def test_the_chrome_trace_has_every_stage_pull_and_link(write: Callable[..., Path], tmp_path: Path) -> None:
+    summary = figures(write(), "--perfetto", str(tmp_path / "trace.json"))["summary"]
+    events = json.loads((tmp_path / "trace.json").read_text())
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    steps: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event["ph"] == "X":
+            steps[processes[event["pid"]].split(" ")[0], event["tid"] - 1].append(event)
+    for instance in summary["instances"]:
+        for stage in range(instance["pp"]):
+            found = sorted(steps[instance["instance_id"], stage], key=lambda event: event["ts"])
+            assert len(found) == instance["num_steps"]
+            ends = [event["ts"] + event["dur"] for event in found]
+            assert all(end <= later["ts"] + 0.01 for end, later in zip(ends, found[1:], strict=False))
+    assert set(steps) == {(i["instance_id"], s) for i in summary["instances"] for s in range(i["pp"])}
+    phases = Counter(event["ph"] for event in events)
+    assert phases["b"] == phases["e"] == summary["migration"]["num"]
+    counters = {event["name"] for event in events if event["ph"] == "C"}
+    assert counters == {link["name"] for link in summary["links"]}
+    # What the counters carry is what the links carried.
+    for link in summary["links"]:
+        points = [(e["ts"], e["args"]["GB/s"]) for e in events if e["ph"] == "C" and e["name"] == link["name"]]
+        carried = sum(
+            level * (until - since) * 1e3 for (since, level), (until, _) in zip(points, points[1:], strict=False)
+        )
+        assert carried == pytest.approx(link["num_bytes"], rel=0.02)
+
+
+def test_plots_are_written(write: Callable[..., Path], tmp_path: Path) -> None:
+    run(write(), "--requests", "60", "--plot", str(tmp_path / "plots"), "--fault", "3:loss:decode-0")
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"latency.png", "load.png"}
+
+
+def test_a_placement_of_another_file_and_of_a_plan_the_file_names(write: Callable[..., Path]) -> None:
+    colocated = {"mixed": {"instances": 3, "max_batch_tokens": 512, "kv_tokens": 20000}}
+    other = write("plan.yaml", placement=colocated)
+    for document in (
+        figures(write(), "--placement", str(other)),
+        figures(write(placement="plan.yaml")),
+    ):
+        instances = document["summary"]["instances"]
+        assert [instance["instance_id"] for instance in instances] == ["mixed-0", "mixed-1", "mixed-2"]
+        assert [instance["gpus"] for instance in instances] == [[[0, 0]], [[0, 1]], [[0, 2]]]
+        assert {instance["num_kv_blocks"] for instance in instances} == {1250}
+
+
+def test_a_lost_instance_shows(write: Callable[..., Path]) -> None:
+    config = write()
+    before, after = figures(config), figures(config, "--fault", "5:loss:decode-1", "--fault", "9:loss:decode-0")
+    assert before["summary"]["num_failed"] == 0
+    assert after["summary"]["num_answered"] < after["summary"]["num_offered"]
+
+
+def test_an_instance_that_starts_late_serves_from_then_on(write: Callable[..., Path], tmp_path: Path) -> None:
+    run(write(), "--requests", "120", "--fault", "9:start:decode-0", "--timelines", str(tmp_path / "r.csv"))
+    with (tmp_path / "r.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["decode_instance"] == "decode-0"]
+    assert rows
+    assert min(float(row["decode_start"]) for row in rows) > 9
+
+
+def test_rate_duration_and_warmup(write: Callable[..., Path]) -> None:
+    config = write()
+    fast = json.loads(run(config, "--rate", "8", "--duration", "20", "--json").stdout)["summary"]
+    assert fast["num_offered"] == pytest.approx(160, rel=0.25)
+    cut = json.loads(run(config, "--rate", "8", "--duration", "20", "--warmup", "10", "--json").stdout)["summary"]
+    assert cut["num_offered"] == pytest.approx(fast["num_offered"] / 2, rel=0.3)
+
+
+def test_a_trace_is_replayed_at_its_own_times(write: Callable[..., Path], tmp_path: Path) -> None:
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    lines += [f"2023-11-16 18:15:{second:02d}.0000000,{100 + second},{second + 1}" for second in range(30)]
+    (tmp_path / "trace.csv").write_text("\n".join(lines))
+    config = write(workload={"trace": "trace.csv"})
+    summary = json.loads(run(config, "--json").stdout)["summary"]
+    assert summary["num_offered"] == 30
+    assert summary["offered_rate"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "arguments", "words"),
+    [
+        ({"placement": None}, (), ["names no instances", "distserve plan"]),
+        ({"placement": "auto"}, (), ["names no instances"]),
+        ({}, ("--fault", "1:boom:decode-0"), ["boom", "start, loss, drain"]),
+        ({}, ("--fault", "1:loss:decode-7"), ["decode-7", "decode-0, decode-1"]),
+        ({}, ("--fault", "later:loss:decode-0"), ["seconds", "later"]),
+        ({}, ("--fault", "loss"), ["TIME:KIND:INSTANCE"]),
+        ({}, ("--timelines", "r.txt"), [".parquet"]),
+        ({"cluster": CONFIG["cluster"] | {"inter_node_bandwidth": -1}}, (), ["inter_node_bandwidth", "greater than 0"]),
+        ({"cluster": CONFIG["cluster"] | {"gpu": "a100-80g-sxn"}}, (), ["a100-80g-sxm"]),
+        ({"cluster": CONFIG["cluster"] | {"gpus": 3}}, (), ["cluster.gpus", "unknown"]),
+        ({"workload": {"trace": "absent.csv"}}, (), ["absent.csv"]),
+        ({"workload": CONFIG["workload"] | {"arrivals": {"cv": 1}}}, (), ["--rate"]),
+        ({"placement": {"prefill": {"tp": 3}, "decode": {}}}, (), ["tp 3"]),
+        ({"placement": {"prefill": {"instances": 9}, "decode": {}}}, (), ["10 GPUs", "2 nodes of 4"]),
+        ({"cluster": CONFIG["cluster"] | {"gpu": "l4"}, "placement": {"mixed": {}}}, (), ["no room for KV"]),
+    ],
+)
+def test_mistakes_are_said_with_what_would_be_right(
+    write: Callable[..., Path], sections: dict[str, Any], arguments: tuple[str, ...], words: list[str]
+) -> None:
+    message = refused(write(**sections), *arguments)
+    for word in words:
+        assert word in message
+
+
+def test_a_malformed_trace_is_refused_with_its_line(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,many,44\n")
+    assert "trace.csv:2" in refused(write(workload={"trace": "trace.csv"}))
+
+
+def test_a_plan_for_another_cluster_is_refused(write: Callable[..., Path]) -> None:
+    plan = write("plan.yaml", cluster=CONFIG["cluster"] | {"gpu": "h100-sxm"})
+    message = refused(write(), "--placement", str(plan))
+    assert "h100-sxm" in message
+    assert "a100-80g-sxm" in message
+
+
+def test_a_failed_run_leaves_no_file(write: Callable[..., Path], tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    before = {path.name for path in tmp_path.iterdir()} | {"service.yaml", "opt-13b.json"}
+    refused(write(), "--perfetto", str(trace), "--timelines", str(tmp_path / "nowhere" / "r.csv"))
+    assert {path.name for path in tmp_path.iterdir()} == before
