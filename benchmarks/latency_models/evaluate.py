@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.latency_models.fit import engine_of, kernel_sets
 from benchmarks.latency_models.operators import Table, load_tables
-from benchmarks.latency_models.steps import Group, load_groups
-from simulator.latency.efficiency import Efficiency
+from benchmarks.latency_models.steps import Group, load_composed, load_groups
+from simulator.latency.efficiency import Efficiency, Engine
 from simulator.latency.kernels import Array
 
 RESULTS = Path(__file__).with_name("results")
@@ -130,17 +130,30 @@ def evaluate(held_out: HeldOut) -> dict[str, Any]:
                 for phase, rows in phases(group)
             },
         }
+    own = held_out.kernels(lambda _: True)
+    composed = {}
+    pairs: dict[str, list[tuple[Group, Array]]] = {"own": [], "card out": []}
+    for group in load_composed():
+        card = group.gpu.kernels
+        choices = {"own": own[card], "card out": held_out.kernels_of_others(card)[card]}
+        times = {way: group.predict(efficiency, Engine()) for way, efficiency in choices.items()}
+        for way, predicted in times.items():
+            pairs[way].append((group, predicted))
+        composed[f"{group.model.name} on {group.gpu.name} tp{group.tp}"] = {
+            phase: {way: asdict(errors(times[way][rows], group.seconds[rows])) for way in times}
+            for phase, rows in phases(group)
+        }
     operators = {}
-    fitted = held_out.kernels(lambda _: True)
+    totals = {way: asdict(pooled(found)) for way, found in pairs.items() if found}
     for table in held_out.tables:
         card = table.gpu.kernels
         without = held_out.kernels_of_others(card)
         operators[table.name] = {
             "fitted": table.fitted,
-            "own": asdict(errors(table.predict(fitted[card]), table.seconds)),
+            "own": asdict(errors(table.predict(own[card]), table.seconds)),
             "card out": asdict(errors(table.predict(without[card]), table.seconds)),
         }
-    return {"steps": steps, "operators": operators}
+    return {"steps": steps, "composed": composed, "composed pooled": totals, "operators": operators}
 
 
 _INTRODUCTION = """\
@@ -180,6 +193,16 @@ launches a layer of decodes in half the time.
 }
 
 
+_COMPOSED = """\
+## Whole steps composed of measured kernels
+
+Against `aiconfigurator-core`, which interpolates and adds up kernels measured on each card (no engine, no host):
+"""
+_COEFFICIENTS = {
+    "own": "with the card's own coefficients, fitted to the same kernels but not to steps",
+    "card out": "with those of other cards alone",
+}
+
 _OPERATORS = """\
 ## Operators
 
@@ -203,15 +226,29 @@ def render(results: dict[str, Any]) -> str:
         ]
         lines += [f"| {name} | {_cells(row)} |" for name, row in found["groups"].items()]
         lines.append("")
+    lines.append(_COMPOSED)
+    for way, total in results["composed pooled"].items():
+        lines.append(f"- {_COEFFICIENTS[way]}: median {total['median']:.1%}, P90 {total['p90']:.1%} of all steps")
     lines += [
+        "",
+        "| step | rows | median | P90 | ratio | card left out: median | P90 | ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, by_phase in results["composed"].items():
+        lines += [f"| {name}, {phase} | {_cells(row['own'])} | {_without(row)} |" for phase, row in by_phase.items()]
+    lines += [
+        "",
         _OPERATORS,
         "| table | fitted | rows | median | P90 | ratio | card left out: median | P90 | ratio |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in results["operators"].items():
-        without = _cells(row["card out"]).split(" | ", 1)[1]
-        lines.append(f"| {name} | {'yes' if row['fitted'] else 'no'} | {_cells(row['own'])} | {without} |")
+        lines.append(f"| {name} | {'yes' if row['fitted'] else 'no'} | {_cells(row['own'])} | {_without(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def _without(row: dict[str, dict[str, float]]) -> str:
+    return _cells(row["card out"]).split(" | ", 1)[1]
 
 
 def _cells(row: dict[str, float]) -> str:

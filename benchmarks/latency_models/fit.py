@@ -23,6 +23,7 @@ PCIE = ("l40s", "rtx4090", "rtx-pro-6000")
 START = Efficiency(
     gemm_compute=0.87, gemm_medium=0.95, gemm_narrow=0.85, gemm_small=0.9, gemm_ramp=150.0, gemm_split=2.0,
     gemm_memory=0.87, gemm_overlap=3.5, gemm_launch=4.5e-6,
+    expert_compute=0.7, expert_memory=0.9, expert_launch=1e-5,
     attention_compute=0.55, attention_ramp=1.0, attention_memory=0.7, attention_launch=6e-6,
     decode_memory=0.8, decode_ramp=16.0, decode_sequence=1024.0, decode_launch=7e-6, mixed_decode=1.8,
     stream_memory=0.8, stream_launch=2.5e-6,
@@ -48,9 +49,9 @@ _HEADER = """\
 #     python -m benchmarks.latency_models.fit
 # and ours: fits to public measurements, none of which is copied here.
 #
-# kernels.*: AIConfigurator's tables of vLLM's GEMMs, attention and all-reduce (aiconfigurator-core, Apache-2.0). Of the
-# RTX 4090, and beside them of the RTX PRO 6000: LLMServingSim's layer profiles of Llama-3.1-8B (MIT). Kernels that only
-# move data on A100 and H100, and sends between GPUs of a DGX A100: vidur's tables (MIT). What was not measured on a
+# kernels.*: AIConfigurator's tables of vLLM's GEMMs, experts, attention and all-reduce (its package, Apache-2.0).
+# The RTX 4090, and beside them the RTX PRO 6000: LLMServingSim's layer profiles of Llama-3.1-8B (MIT). Kernels that
+# only move data on A100 and H100, sends between GPUs of a DGX A100: vidur's tables (MIT). What was not measured on a
 # card, and kernels.default: the geometric mean of the cards on which it was. *-pcie: the card with the links of others.
 # engines.distserve, engines.vllm-2023: DistServe's fits for OPT on the A100 (Apache-2.0).
 # engines.vllm-2023-azure-*: Splitwise's measurements of Llama-2-70B and BLOOM-176B (MIT).

@@ -14,15 +14,18 @@ from simulator.latency.kernels import Array
 # Which coefficients each kind of kernel is described by: those whose names begin so.
 KINDS = {
     "gemm": "gemm_",
+    "expert": "expert_",
     "prefill": "attention_",
     "decode": "decode_",
+    "mixed": "mixed_",
     "stream": "stream_",
     "all_reduce": "all_reduce_",
+    "send": "send_",
 }
-KINDS |= {"mixed": "mixed_", "send": "send_"}
 _ROWS = 1000
 # No more of a peak than there is (a boosted clock may add a tenth), and no tile better than the largest.
 _MOST = {"gemm_compute": 1.1, "gemm_medium": 1.0, "gemm_narrow": 1.0, "gemm_small": 1.0, "gemm_memory": 1.0}
+_MOST |= {"expert_compute": 1.1, "expert_memory": 1.15}
 _MOST |= {"attention_compute": 1.1, "attention_memory": 1.0, "decode_memory": 1.0}
 _MOST |= {"all_reduce_bandwidth": 1.0, "send_bandwidth": 1.0}
 _SOFT = 0.1

@@ -26,6 +26,8 @@ LAYERS = DATA / "groundtruth" / "llmservingsim"
 A100, H100, H200 = find_gpu("a100-80g-sxm"), find_gpu("h100-sxm"), find_gpu("h200")
 RTX4090, RTXPRO6000 = find_gpu("rtx4090"), find_gpu("rtx-pro-6000")
 B200, L40S = find_gpu("b200"), find_gpu("l40s")
+# Layers of experts with a gate: Mixtral 8x7B and 8x22B, Qwen3-30B-A3B, -235B-A22B and -Coder-480B-A35B.
+_EXPERTS = {(4096, 14336, 8), (6144, 16384, 8), (2048, 768, 128), (4096, 1536, 128), (6144, 2560, 160)}
 # AIConfigurator's names of them.
 _SYSTEMS = {
     "a100_sxm": A100, "h100_sxm": H100, "h200_sxm": H200, "b200_sxm": B200, "l40s": L40S,
@@ -78,11 +80,13 @@ def _mixed_attention(
     return Cost(seconds, prefill.flops + decode.flops, prefill.bytes + decode.bytes)
 
 
-# Columns: gemm m, n, k; prefill tokens, pairs, heads, KV heads; decode sequences, cached tokens of all, heads, KV
-# heads; mixed the first two of prefill, then decode's; stream bytes; all_reduce bytes, ranks; send bytes. Numbers have
-# 16 bits, heads are 128 wide, links are the card's own.
+# Columns: gemm m, n, k; expert tokens, hidden and inner columns, experts, experts of a token; prefill tokens, pairs,
+# heads, KV heads; decode sequences, cached tokens of all, heads, KV heads; mixed the first two of prefill and all of
+# decode; stream bytes; all_reduce bytes, ranks; send bytes. Numbers have 16 bits, heads are 128 wide, links are the
+# card's own.
 _FORMULAS: dict[str, Callable[..., Cost]] = {
     "gemm": lambda gpu, eff, m, n, k: kernels.gemm(gpu, eff, m, n, k, 2),
+    "expert": partial(kernels.experts, item=2),
     "prefill": partial(kernels.prefill_attention, dim=128, item=2),
     "decode": partial(kernels.decode_attention, dim=128, item=2),
     "mixed": _mixed_attention,
@@ -133,6 +137,7 @@ def _aiconfigurator(system: str, gpu: GpuSpec) -> Iterator[Table]:
     if newest("gemm") is None:
         return
     filters = {
+        "moe": [("moe_dtype", "=", "bfloat16"), ("moe_ep_size", "=", 1), ("distribution", "=", "power_law_1.01")],
         "gemm": [("gemm_dtype", "=", "bfloat16"), ("n", ">=", 256), ("k", ">=", 256)],
         "context_attention": [("head_dim", "=", 128), ("kv_cache_dtype", "=", "bfloat16")],
         "generation_attention": [("head_dim", "=", 128), ("kv_cache_dtype", "=", "bfloat16")],
@@ -152,6 +157,20 @@ def _aiconfigurator(system: str, gpu: GpuSpec) -> Iterator[Table]:
     ]
     kept = [(m, n, k, seconds) for m, n, k, seconds in products if seconds * gpu.memory_bandwidth > 2.06 * n * k]
     yield table(f"{name} GEMM", "gemm", gpu, kept)
+    if newest("moe") is not None:
+        layers = [
+            (
+                row["num_tokens"],
+                row["hidden_size"],
+                row["inter_size"] / row["moe_tp_size"],
+                row["num_experts"],
+                row["topk"],
+                row["latency"] / 1e3,
+            )
+            for row in rows("moe")
+            if (row["hidden_size"], row["inter_size"], row["num_experts"]) in _EXPERTS and row["num_tokens"] <= 16384
+        ]
+        yield table(f"{name} experts", "expert", gpu, layers)
     prefill, decode = [], []
     for row in [*rows("context_attention"), *rows("generation_attention")]:
         if row.get("window_size", 0):

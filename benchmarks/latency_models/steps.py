@@ -9,6 +9,7 @@ A group is what is held out of a fit, never single rows of it. The sources:
   Llama-3.1-70B on H100 with unfused norms and rotary embedding. Sums of kernels: no host, no collectives.
 """
 
+import importlib.util
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,10 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.latency_models.operators import A100, H100, LAYERS, PROFILES, RTX4090, RTXPRO6000, read_csv
+from benchmarks.latency_models.operators import (
+    A100,
+    B200,
+    H100,
+    H200,
+    L40S,
+    LAYERS,
+    PROFILES,
+    RTX4090,
+    RTXPRO6000,
+    read_csv,
+)
 from distserve.core.config import ParallelConfig
 from distserve.core.latency import StepShape
 from distserve.core.topology import ClusterSpec
+from simulator.latency.aiconfigurator import AiconfiguratorModel
 from simulator.latency.analytic import AnalyticModel
 from simulator.latency.distserve_profile import DistServeProfile
 from simulator.latency.efficiency import Efficiency, Engine
@@ -194,6 +207,31 @@ def _eager_sums() -> Iterator[Group]:
                 steps.append(decodes(count, context))
                 seconds.append(step_seconds(count, count, float(row["time_stats.attn_decode.median"]) * 1e6))
         yield Group("unfused kernels", H100, LLAMA31_70B, tp, tuple(steps), np.array(seconds), collectives=False)
+
+
+def load_composed() -> Iterator[Group]:
+    """Steps that aiconfigurator-core composes of kernels measured on six cards; none without the package."""
+    package = importlib.util.find_spec("aiconfigurator_core")
+    if package is None or package.origin is None:
+        return
+    configs = Path(package.origin).parent / "model_configs"
+    steps = (
+        *(prompts(length) for length in (128, 512, 1024, 2048, 4096, 8192)),
+        *(decodes(count, context) for count in (1, 8, 32, 128) for context in (512, 2048, 4096)),
+    )
+    for name in (
+        "meta-llama/Meta-Llama-3.1-8B",
+        "meta-llama/Meta-Llama-3.1-70B",
+        "Qwen/Qwen3-32B",
+        "Qwen/Qwen3-30B-A3B",
+    ):
+        shape = replace(ModelShape.load(configs / f"{name.replace('/', '--')}_config.json"), name=name.split("/")[1])
+        for gpu in (A100, H100, H200, B200, L40S, RTXPRO6000):
+            source = AiconfiguratorModel(name, shape, ClusterSpec(gpu.name, 1, 8, gpu.link_bandwidth, 25e9))
+            for tp in (1, 4):
+                time = source.step_time(ParallelConfig(tp))
+                seconds = np.array([time.seconds(step) for step in steps])
+                yield Group("composed", gpu, shape, tp, steps, seconds)
 
 
 def _some(rows: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -29,6 +29,9 @@ class Efficiency:
         gemm_memory: Share of memory bandwidth a product reaches that is bound by it.
         gemm_overlap: Exponent of the norm that joins arithmetic and traffic: 1 their sum, infinity the larger.
         gemm_launch: Seconds of a product beside that.
+        expert_compute: Share of ``gemm_compute`` that the grouped products of a layer of experts reach.
+        expert_memory: Share of ``gemm_memory`` that they reach.
+        expert_launch: Seconds of such a layer beside that: sorting tokens by expert, and adding the experts up.
         attention_compute: Share of the arithmetic peak that causal attention reaches.
         attention_ramp: Blocks of 128 queries and one head, per SM, at which it reaches half of that.
         attention_memory: Share of memory bandwidth for its queries, new keys and values and outputs.
@@ -58,6 +61,9 @@ class Efficiency:
     gemm_memory: float
     gemm_overlap: float
     gemm_launch: float
+    expert_compute: float
+    expert_memory: float
+    expert_launch: float
     attention_compute: float
     attention_ramp: float
     attention_memory: float

@@ -3,7 +3,7 @@
 Everything is vectorised over the number of tokens (or sequences), so that a whole table is one call. Knows no model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,40 @@ def gemm(gpu: GpuSpec, eff: Efficiency, m: Array, n: Number, k: Number, item: in
     larger, smaller = np.maximum(compute, memory), np.minimum(compute, memory)
     joined = larger * (1 + (smaller / larger) ** eff.gemm_overlap) ** (1 / eff.gemm_overlap)
     return Cost(joined + eff.gemm_launch, flops, traffic)
+
+
+def experts(
+    gpu: GpuSpec,
+    eff: Efficiency,
+    tokens: Array,
+    hidden: Number,
+    inner: Number,
+    num_experts: Number,
+    per_token: Number,
+    item: int,
+    gates: int = 2,
+) -> Cost:
+    """A layer of experts: ``tokens`` go to ``per_token`` of ``num_experts`` MLPs of ``inner`` columns each.
+
+    Tokens choose evenly and independently of each other, so that few of them leave most experts, and their weights,
+    untouched. Both products are one grouped launch each.
+    """
+    grouped = replace(
+        eff,
+        gemm_compute=eff.gemm_compute * eff.expert_compute,
+        gemm_memory=eff.gemm_memory * eff.expert_memory,
+        gemm_launch=0.0,
+    )
+    touched = -num_experts * np.expm1(tokens * np.log1p(-np.minimum(per_token / num_experts, 1 - 1e-12)))
+    each = tokens * per_token / touched
+    up = gemm(gpu, grouped, each, gates * inner, hidden, item, touched)
+    down = gemm(gpu, grouped, each, hidden, inner, item, touched)
+    inside = stream(gpu, eff, (gates + 1) * inner * item * tokens * per_token)
+    return Cost(
+        up.seconds + inside.seconds + down.seconds + eff.expert_launch,
+        up.flops + down.flops,
+        up.bytes + inside.bytes + down.bytes,
+    )
 
 
 def stream(gpu: GpuSpec, eff: Efficiency, traffic: Array) -> Cost:

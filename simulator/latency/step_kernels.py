@@ -7,14 +7,12 @@ The model's architecture becomes shapes of kernels here; how long a kernel of a 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from distserve.core.config import ParallelConfig
 from distserve.core.topology import ClusterSpec
 from simulator.latency import kernels
 from simulator.latency.efficiency import Efficiency
 from simulator.latency.gpus import GpuSpec
-from simulator.latency.kernels import Array, Cost, Number
+from simulator.latency.kernels import Array, Cost
 from simulator.latency.shape import ModelShape
 
 
@@ -67,15 +65,19 @@ class StepKernels:
             yield Launches("mlp down", dense, self._gemm(tokens, hidden, inner))
         if moe:
             inner = shape.expert_intermediate // tp
-            share = shape.experts_per_token / shape.num_experts
-            touched = shape.num_experts * -np.expm1(tokens * np.log1p(-min(share, 1 - 1e-12)))
             yield Launches("router", moe, self._gemm(tokens, shape.num_experts, hidden))
-            each = tokens * shape.experts_per_token / touched
-            yield Launches("experts up", moe, self._gemm(each, gates * inner, hidden, touched))
-            yield Launches(
-                "activation", moe, self._stream((gates + 1) * inner * item * tokens * shape.experts_per_token)
+            cost = kernels.experts(
+                self.gpu,
+                self.efficiency,
+                tokens,
+                hidden,
+                inner,
+                shape.num_experts,
+                shape.experts_per_token,
+                item,
+                gates,
             )
-            yield Launches("experts down", moe, self._gemm(each, hidden, inner, touched))
+            yield Launches("experts", moe, cost)
             if shape.shared_intermediate:
                 shared = shape.shared_intermediate // tp
                 yield Launches("shared expert up", moe, self._gemm(tokens, gates * shared, hidden))
@@ -120,8 +122,8 @@ class StepKernels:
             self.shape.head_dim,
         )
 
-    def _gemm(self, m: Array, n: int, k: int, groups: Number = 1.0) -> Cost:
-        return kernels.gemm(self.gpu, self.efficiency, m, n, k, self.shape.dtype_bytes, groups)
+    def _gemm(self, m: Array, n: int, k: int) -> Cost:
+        return kernels.gemm(self.gpu, self.efficiency, m, n, k, self.shape.dtype_bytes)
 
     def _stream(self, traffic: Array) -> Cost:
         return kernels.stream(self.gpu, self.efficiency, traffic)
