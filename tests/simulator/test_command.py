@@ -5,6 +5,7 @@ import gzip
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,12 @@ def test_the_figures_say_what_happened(write: Callable[..., Path]) -> None:
     assert summary["attainment"]["low"] <= summary["attainment"]["both"] <= summary["attainment"]["high"]
     names = [instance["instance_id"] for instance in summary["instances"]]
     assert names == ["prefill-0", "decode-0", "decode-1"]
-    assert all(0 < instance["busy"] < 1 for instance in summary["instances"])
-    assert all(0 < instance["peak_kv"] <= 1 for instance in summary["instances"])
+    # With room on its own node, a prefill instance's KV does not cross the network cards: decode-1 is not needed.
+    busy = [instance["busy"] for instance in summary["instances"]]
+    assert 0 < min(busy[:2]) <= max(busy[:2]) < 1
+    assert busy[2] == 0
+    assert all(0 < instance["peak_kv"] <= 1 for instance in summary["instances"][:2])
     assert summary["migration"]["num"] > 100
-    # Algorithm 2's point: with room on its own node, a prefill instance's KV does not cross the network cards.
     assert {link["name"].split("/")[0] for link in summary["links"]} == {"node0"}
     assert "a100-80g-sxm" in document["run"]["latency_source"]
 
@@ -153,9 +156,7 @@ def test_the_chrome_trace_has_every_stage_pull_and_link(write: Callable[..., Pat
     # What the counters carry is what the links carried.
     for link in summary["links"]:
         points = [(e["ts"], e["args"]["GB/s"]) for e in events if e["ph"] == "C" and e["name"] == link["name"]]
-        carried = sum(
-            level * (until - since) * 1e3 for (since, level), (until, _) in zip(points, points[1:], strict=False)
-        )
+        carried = sum(level * (until - since) * 1e3 for (since, level), (until, _) in pairwise(points))
         assert carried == pytest.approx(link["num_bytes"], rel=0.02)
 
 
