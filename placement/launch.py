@@ -162,13 +162,14 @@ class _Launcher:
         endpoint.observe(watch)
         while True:
             await asyncio.sleep(_LOOK_EVERY)
-            findings = watch.look(cluster_time())
+            now = cluster_time()
+            findings = watch.look(now)
             if findings is None:
                 continue
-            self.messages.print(describe(findings, window), highlight=False, soft_wrap=True)
+            self.messages.print(describe(findings, watch.observed(now).span), highlight=False, soft_wrap=True)
             if findings:
                 try:
-                    advice = write_replan(self.file, watch, cluster_time(), self.options["profile"])
+                    advice = write_replan(self.file, watch, now, self.options["profile"])
                 except OSError as error:
                     advice = f"nothing can be written beside {self.file} ({error.strerror}): collect a trace elsewhere"
                 self.messages.print(f"To plan again from what was observed: {advice}", highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from placement.drift import Expected, Finding, Observed, judge
 from placement.trace_file import write_trace
+from placement.words import seconds
 
 _MOST_KEPT = 200_000
 """Requests kept for a trace; older ones are forgotten."""
@@ -93,10 +94,10 @@ class LoadWatch:
         )
 
 
-def describe(findings: tuple[Finding, ...], window: float) -> str:
-    """A sentence for people: what differs, and whether it threatens the objective or only wastes GPUs."""
+def describe(findings: tuple[Finding, ...], span: float) -> str:
+    """A sentence for people: what differs over ``span`` seconds, and whether it only wastes GPUs or breaks the plan."""
     if not findings:
         return "The load is what was planned for again."
     spare = all(not finding.is_more for finding in findings)
     head = "The plan serves more than comes in" if spare else "The plan no longer holds"
-    return f"{head}: over the last {window / 60:.3g} minutes {'; '.join(finding.text for finding in findings)}."
+    return f"{head}: over the last {seconds(span)} {'; '.join(finding.text for finding in findings)}."
