@@ -107,11 +107,14 @@ async def test_tokens_are_those_of_generate(
             assert live == again, (name, event)
 
 
-async def test_preempted_sequences_still_give_the_same_tokens(expected: list[list[int]]) -> None:
+@pytest.mark.parametrize(("prefill", "decode", "mixed"), [(1, 1, 0), (0, 0, 1)])
+async def test_preempted_sequences_still_give_the_same_tokens(
+    expected: list[list[int]], prefill: int, decode: int, mixed: int
+) -> None:
     # Too few blocks for all sequences to grow to their ends.
     kv = KvConfig(num_blocks=16)
     scheduler = SchedulerConfig(headroom=0.0, report_interval=0.0)
-    async with LocalCluster(model_dir(), kv=kv, scheduler=scheduler) as backend:
+    async with LocalCluster(model_dir(), prefill, decode, mixed=mixed, kv=kv, scheduler=scheduler) as backend:
         answers = await asyncio.gather(
             *(collect(backend, greedy(f"r{number}", prompt, NUM_LONG)) for number, prompt in enumerate(PROMPTS))
         )
