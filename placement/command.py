@@ -103,7 +103,7 @@ def plan(config: Path, **options: Any) -> None:
 
             print_explanation(_wide(Console()), problem, options["shape"])
             return
-        found, outlook = _find(problem, config, Console(stderr=True))
+        found, outlook = _find(problem, config, Console(stderr=True), with_curves=directory is not None)
         _present(found, outlook, config, _wide(Console()), options)
 
 
@@ -130,7 +130,7 @@ def _problem(config: Path, options: dict[str, Any]) -> "Problem":
     )
 
 
-def _find(problem: "Problem", config: Path, console: "Console") -> tuple["Plan", "Outlook"]:
+def _find(problem: "Problem", config: Path, console: "Console", *, with_curves: bool) -> tuple["Plan", "Outlook"]:
     """Search and look around, with a progress bar on ``console``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -152,7 +152,9 @@ def _find(problem: "Problem", config: Path, console: "Console") -> tuple["Plan",
             bar.update(task, description=what, completed=done, total=total or None)
 
         found = find_plan(problem, show, given_candidate(config, problem))
-        outlook = look_around(found, lambda done, total: show("looking around the plan", done, total))
+        outlook = look_around(
+            found, lambda done, total: show("looking around the plan", done, total), with_curves=with_curves
+        )
     return found, outlook
 
 

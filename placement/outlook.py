@@ -9,7 +9,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.plan import RatePoint
+from placement.plan import Evaluation, Plan, RatePoint
 
 
 class Change(StrEnum):
@@ -78,12 +78,21 @@ class Sample:
     tpot: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Points of one candidate over a range of rates, ascending, each from as many runs of the same requests."""
+
+    name: str
+    evaluation: Evaluation
+    points: tuple[RatePoint, ...]
+
+
 @dataclass(frozen=True)
 class Outlook:
     """Everything beside the search's own answer.
 
     ``above`` is the chosen placement above its goodput, ``breaks`` what fails there first, in words, and ``phases``
-    where requests' time goes at the planned rate and there.
+    where requests' time goes at the planned rate and there. ``curves`` are of the leading candidates, if asked for.
     """
 
     variants: tuple[Variant, ...]
@@ -93,7 +102,25 @@ class Outlook:
     phases: tuple[Phases, ...]
     samples: tuple[Sample, ...]
     flows: tuple[KvFlow, ...]
+    curves: tuple[Curve, ...] = ()
 
     def of(self, change: Change) -> tuple[Variant, ...]:
         """The variants of one kind."""
         return tuple(variant for variant in self.variants if variant.change is change)
+
+
+def rivals(plan: Plan) -> list[tuple[str, Evaluation]]:
+    """The chosen placement and its rivals, each once, with the name of its part in the plan."""
+    named = [
+        ("chosen", plan.chosen),
+        ("runner-up", plan.runner_up),
+        ("best disaggregated", plan.disaggregated),
+        ("best colocated", plan.colocated),
+        ("as given", plan.paper),
+        *(("finalist", found) for found in plan.finalists),
+    ]
+    found: list[tuple[str, Evaluation]] = []
+    for name, evaluation in named:
+        if evaluation is not None and all(evaluation.placement != other.placement for _, other in found):
+            found.append((name, evaluation))
+    return found

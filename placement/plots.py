@@ -5,7 +5,6 @@ requests that got one. Every estimate is drawn with its 95% interval where it ha
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from distserve.bench.report import write_atomically
 from distserve.core.config import SLO
 from placement.drawing import draw_cluster
-from placement.outlook import Change, Outlook, Sample
-from placement.plan import Evaluation, Plan
+from placement.outlook import Change, Curve, Outlook, Sample, rivals
+from placement.plan import Plan
 
-_MAX_PANELS = 4
 _LIMIT = "#c51b3b"
 _BOTH, _TTFT, _TPOT = "#222222", "#4c78a8", "#f58518"
 _COLOURS = ("#222222", "#b279a2", "#54a24b", "#9d755d")
@@ -28,10 +26,11 @@ _COLOURS = ("#222222", "#b279a2", "#54a24b", "#9d755d")
 def write_plots(directory: Path, plan: Plan, outlook: Outlook) -> list[Path]:
     """Write all plots of ``plan`` into ``directory``, which is there; returns their paths."""
     figures = {
-        "attainment_over_rate.png": plot_attainment(plan, outlook),
         "gpus_over_goodput.png": plot_front(plan, outlook),
         "cluster.png": draw_cluster(plan.chosen.placement, outlook.flows, _title(plan)),
     }
+    if any(curve.points for curve in outlook.curves):
+        figures["attainment_over_rate.png"] = plot_attainment(plan, outlook)
     if outlook.samples:
         figures["latency.png"] = plot_latency(outlook.samples, plan.problem.slo, plan)
     written = []
@@ -46,36 +45,17 @@ def _title(plan: Plan) -> str:
     return f"{plan.problem.model.name}: {plan.chosen.label}"
 
 
-def rivals(plan: Plan) -> list[tuple[str, Evaluation]]:
-    """The chosen placement and its rivals, each once, with the name of its part in the plan."""
-    named = [
-        ("chosen", plan.chosen),
-        ("runner-up", plan.runner_up),
-        ("best disaggregated", plan.disaggregated),
-        ("best colocated", plan.colocated),
-        ("as given", plan.paper),
-        *(("finalist", found) for found in plan.finalists),
-    ]
-    found: list[tuple[str, Evaluation]] = []
-    for name, evaluation in named:
-        if evaluation is not None and all(evaluation is not other for _, other in found):
-            found.append((name, evaluation))
-    return found
-
-
 def plot_attainment(plan: Plan, outlook: Outlook) -> Figure:
     """Attainment over the rate per GPU, a panel per candidate: both bounds with the interval, and each bound alone."""
     slo = plan.problem.slo
-    # The best of the other kind belongs in the picture even if three finalists of one kind lead.
-    shown = [(name, _with_points(found, plan, outlook)) for name, found in rivals(plan)[:_MAX_PANELS]]
-    shown = [(name, found) for name, found in shown if found.curve] or shown[:1]
+    shown = [curve for curve in outlook.curves if curve.points]
     columns = min(len(shown), 2)
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(6.2 * columns + 0.3, 3.7 * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    furthest = max((point.rate / found.num_gpus for _, found in shown for point in found.curve), default=1.0)
-    for panel, (name, found) in zip(panels, shown, strict=False):
-        _draw_curve(panel, name, found, slo)
+    furthest = max(curve.points[-1].rate / curve.evaluation.num_gpus for curve in shown)
+    for panel, curve in zip(panels, shown, strict=False):
+        _draw_curve(panel, curve, slo)
         panel.set_xlim(0, furthest * 1.03)
     for panel in panels[len(shown) :]:
         panel.axis("off")
@@ -93,20 +73,10 @@ def plot_attainment(plan: Plan, outlook: Outlook) -> Figure:
     return figure
 
 
-def _with_points(found: Evaluation, plan: Plan, outlook: Outlook) -> Evaluation:
-    """The chosen placement was also measured at the rates of the outlook."""
-    if found is not plan.chosen:
-        return found
-    points = [*found.curve, *outlook.above, *(v.point for v in outlook.of(Change.LOAD) if v.point is not None)]
-    by_rate = {point.rate: point for point in points}
-    return replace(found, curve=tuple(by_rate[rate] for rate in sorted(by_rate)))
-
-
-def _draw_curve(axis: Axes, name: str, found: Evaluation, slo: SLO) -> None:
-    rates = np.array([point.rate for point in found.curve]) / found.num_gpus
-    both = np.array([point.attainment.estimate for point in found.curve])
-    below = np.array([point.attainment.low for point in found.curve])
-    above = np.array([point.attainment.high for point in found.curve])
+def _draw_curve(axis: Axes, curve: Curve, slo: SLO) -> None:
+    found, points = curve.evaluation, curve.points
+    rates = np.array([point.rate for point in points]) / found.num_gpus
+    both = np.array([point.attainment.estimate for point in points])
     axis.axhline(slo.attainment, color=_LIMIT, linestyle="--", linewidth=1.1, label=f"target {slo.attainment:.0%}")
     axis.axvline(found.goodput_per_gpu, color="#54a24b", linewidth=1.3, label="goodput, and its 95% interval", zorder=1)
     axis.axvspan(
@@ -118,13 +88,25 @@ def _draw_curve(axis: Axes, name: str, found: Evaluation, slo: SLO) -> None:
     )
     # Wide and beneath: where one phase alone decides, its curve is the joint one.
     for values, colour, label in (
-        ([point.ttft_attainment for point in found.curve], _TTFT, "TTFT met (prefill)"),
-        ([point.tpot_attainment for point in found.curve], _TPOT, "TPOT met (decode)"),
+        ([point.ttft_attainment for point in points], _TTFT, "TTFT met (prefill)"),
+        ([point.tpot_attainment for point in points], _TPOT, "TPOT met (decode)"),
     ):
         axis.plot(rates, values, color=colour, linewidth=4.5, alpha=0.55, solid_capstyle="butt", label=label)
-    axis.fill_between(rates, below, above, color=_BOTH, alpha=0.15, linewidth=0)
-    axis.plot(rates, both, "-o", markersize=3.5, color=_BOTH, linewidth=1.2, label="both met, 95% interval")
-    unstable = [not point.is_stable for point in found.curve]
+    axis.errorbar(
+        rates,
+        both,
+        yerr=(
+            [max(point.attainment.estimate - point.attainment.low, 0.0) for point in points],
+            [max(point.attainment.high - point.attainment.estimate, 0.0) for point in points],
+        ),
+        fmt="-o",
+        markersize=3.5,
+        capsize=2.5,
+        color=_BOTH,
+        linewidth=1.2,
+        label="both met, 95% interval",
+    )
+    unstable = np.array([not point.is_stable for point in points])
     # Drawn even when empty, so that the first panel's legend serves them all.
     axis.plot(
         rates[unstable],
@@ -136,7 +118,7 @@ def _draw_curve(axis: Axes, name: str, found: Evaluation, slo: SLO) -> None:
         label="overloaded: the backlog grows",
     )
     axis.set_title(
-        f"{name}: {found.label}\n{found.num_gpus} GPUs, goodput {found.goodput.estimate:.3g}/s "
+        f"{curve.name}: {found.label}\n{found.num_gpus} GPUs, goodput {found.goodput.estimate:.3g}/s "
         f"= {found.goodput_per_gpu:.3g}/s per GPU",
         fontsize=9.5,
     )
@@ -146,17 +128,17 @@ def _draw_curve(axis: Axes, name: str, found: Evaluation, slo: SLO) -> None:
 
 
 def plot_front(plan: Plan, outlook: Outlook) -> Figure:
-    """GPUs over goodput: every measured placement, and the front of those no other beats in both."""
-    figure = Figure(figsize=(8.5, 5.6), layout="constrained")
-    axis = figure.subplots()
+    """GPUs over goodput: every measured placement, numbered, and the front of those no other beats in both."""
     named = rivals(plan)
+    figure = Figure(figsize=(8.5, 5.2 + 0.17 * len(named)), layout="constrained")
+    axis = figure.subplots()
     points = [(found.goodput.estimate, found.num_gpus) for _, found in named]
     sizes = [(variant.goodput, variant.num_gpus) for variant in outlook.of(Change.SIZE) if variant.goodput is not None]
-    front = _pareto(points + sizes)
+    front = pareto_front(points + sizes)
     most = max((goodput for goodput, _ in points + sizes), default=1.0)
     # Goodput x to the right of a point needs the next point's GPUs: the front rises at each point.
     xs = [0.0, *(goodput for goodput, _ in front)]
-    ys = [front[0][1], *(gpus for _, gpus in front)] if front else [0.0]
+    ys = [front[0][1], *(gpus for _, gpus in front)]
     axis.step(xs, ys, where="pre", color="0.55", linewidth=1.4, label="fewest GPUs of those measured", zorder=1)
     if sizes:
         axis.plot(
@@ -166,12 +148,13 @@ def plot_front(plan: Plan, outlook: Outlook) -> Figure:
             marker="o",
             markerfacecolor="white",
             color=_BOTH,
-            label="the chosen shapes, an instance more or less",
+            label="the chosen shapes, one instance more",
             zorder=2,
         )
     shown: set[str] = set()
     for name, found in named:
         colour, kind = (_COLOURS[2], "colocated") if found.is_colocated else (_TTFT, "disaggregated")
+        kind = f"chosen, {kind}" if name == "chosen" else kind
         axis.errorbar(
             found.goodput.estimate,
             found.num_gpus,
@@ -183,25 +166,27 @@ def plot_front(plan: Plan, outlook: Outlook) -> Figure:
             markersize=15 if name == "chosen" else 7,
             color=colour,
             capsize=3,
-            label=f"{kind}, 95% interval" if name == "chosen" or kind not in shown else None,
+            label=None if kind in shown else f"{kind}, 95% interval",
             zorder=3,
         )
         shown.add(kind)
-    _label_points(axis, [(found.goodput.estimate, found.num_gpus, f"{name}: {found.label}") for name, found in named])
+    _number_points(axis, points)
     if plan.problem.rate is not None:
         axis.axvline(plan.problem.rate, color=_LIMIT, linestyle="--", linewidth=1.1, label="rate asked for")
-    axis.set_xlim(0, max(most, plan.problem.rate or 0) * 1.25)
+    axis.set_xlim(0, max(most, *(found.goodput.high for _, found in named), plan.problem.rate or 0) * 1.08)
     axis.set_ylim(0, max(gpus for _, gpus in points + sizes) * 1.3 + 0.5)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="goodput, requests/s", ylabel="GPUs")
+    axis.set_ylabel("GPUs")
+    lines = [f"{number}  {name}: {found.label}" for number, (name, found) in enumerate(named, start=1)]
+    axis.set_xlabel("goodput, requests/s\n\n" + "\n".join(lines), fontsize=8.5, linespacing=1.35)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left")
     axis.set_title(f"{plan.problem.model.name} on {plan.problem.cluster.gpu}: GPUs over goodput", fontsize=11)
     return figure
 
 
-def _pareto(points: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
-    """The points that no other beats in goodput and GPUs, by goodput."""
+def pareto_front(points: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """The points (goodput, GPUs) that no other beats in both, by goodput."""
     front: list[tuple[float, int]] = []
     for goodput, gpus in sorted(points, key=lambda point: (-point[0], point[1])):
         if not front or gpus < front[-1][1]:
@@ -209,18 +194,25 @@ def _pareto(points: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
     return front[::-1]
 
 
-def _label_points(axis: Axes, points: Sequence[tuple[float, int, str]]) -> None:
-    """Labels beside their points; those of one number of GPUs on lines of their own below each other."""
-    rows: dict[int, int] = {}
-    for goodput, gpus, text in sorted(points):
-        row = rows[gpus] = rows.get(gpus, 0) + 1
+def _number_points(axis: Axes, points: Sequence[tuple[float, int]]) -> None:
+    """Numbers beneath the points; those that lie on one another share theirs."""
+    widest = max(goodput for goodput, _ in points) or 1.0
+    groups: list[tuple[float, int, list[int]]] = []
+    for number, (goodput, gpus) in sorted(enumerate(points, start=1), key=lambda item: item[1]):
+        near = [group for group in groups if group[1] == gpus and goodput - group[0] < 0.025 * widest]
+        if near:
+            near[0][2].append(number)
+        else:
+            groups.append((goodput, gpus, [number]))
+    for goodput, gpus, numbers in groups:
         axis.annotate(
-            text,
+            ", ".join(map(str, sorted(numbers))),
             (goodput, gpus),
-            xytext=(4, -5 - 11 * row),
+            xytext=(0, -9),
             textcoords="offset points",
-            fontsize=7.5,
-            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6},
+            ha="center",
+            va="top",
+            fontsize=8.5,
         )
 
 

@@ -18,7 +18,7 @@ figures null::
     outlook          variants[] (change, label, num_gpus, point, goodput, reason), goodput_tolerance, breaks (what
                      fails first above the goodput), above[] (points there),
                      phases[] (outlook.Phases), flows[] (source, target: positions in placement; rate in bytes/s);
-                     or null
+                     curves[] (name, label, points[]; with --plot); or null
     stats, notes     what the search did; what a reader must know
 """
 
@@ -39,7 +39,7 @@ from placement.plan import Evaluation, Interval, Percentiles, Plan, RatePoint
 from placement.words import gigabytes, milliseconds, per_gpu, seconds, share, size
 
 SCHEMA = "distserve-plan/1"
-_MAX_LINKS = 6
+_MAX_LINKS = 4
 
 
 def to_document(plan: Plan, outlook: Outlook | None) -> dict[str, Any]:
@@ -75,6 +75,14 @@ def to_document(plan: Plan, outlook: Outlook | None) -> dict[str, Any]:
             "above": [asdict(point) for point in outlook.above],
             "phases": [asdict(phases) for phases in outlook.phases],
             "flows": [asdict(flow) for flow in outlook.flows],
+            "curves": [
+                {
+                    "name": curve.name,
+                    "label": curve.evaluation.label,
+                    "points": [asdict(point) for point in curve.points],
+                }
+                for curve in outlook.curves
+            ],
         },
         "stats": asdict(plan.stats),
         "notes": list(plan.notes),
@@ -314,6 +322,11 @@ def _lost_by(plan: Plan) -> str:
             f"The runner-up has {1 / (1 + apart) - 1:.1%} more goodput per GPU{overlap}; it lost because it takes "
             f"{loser.num_gpus} GPUs on {loser.placement.num_nodes} nodes, not {winner.num_gpus} on "
             f"{winner.placement.num_nodes}."
+        )
+    if apart < 0.01:
+        return (
+            f"The runner-up, {loser.label}, has the same goodput per GPU within 1%; ties go to fewer GPUs, then "
+            "to fewer nodes."
         )
     return f"The runner-up, {loser.label}, lost by {apart:.1%} of goodput per GPU{overlap}."
 

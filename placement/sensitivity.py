@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from distserve.bench.lengths import scale_lengths
 from distserve.bench.workload import Workload
-from distserve.core.config import Role
+from distserve.core.config import ParallelConfig, Role
 from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import PlacedInstance, Placement
 from placement.deployment import joint_run
 from placement.evaluation import binding_constraint
 from placement.goodput import Goodput
 from placement.layout import Seat, lay_out
-from placement.measure import Measurement, measure
+from placement.measure import Effort, Measurement, measure
 from placement.offered import Offered
-from placement.outlook import Change, KvFlow, Outlook, Phases, Sample, Variant
+from placement.outlook import Change, Curve, KvFlow, Outlook, Phases, Sample, Variant, rivals
 from placement.plan import Evaluation, Plan
 from placement.steady import measure_window
 from placement.tasks import JointGoodput, Setting, Workers
@@ -34,11 +34,15 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 _STEP = 0.2
-_ABOVE = (1.15, 1.5)
+_ABOVE = (1.15, 1.4)
 """How far above its goodput a placement is watched breaking: as near as it is seen, for the sake of what is first."""
 _CEILING = 1.6
 """Goodput of a placement with an instance more or less is looked for up to so many times what its GPUs suggest."""
 _MAX_SAMPLES = 3
+_MAX_CURVES = 4
+_CURVE = (0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+"""Rates of a curve, as shares of the goodput."""
+_MIN_RUNS = 2
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,14 @@ class ScaledPoint:
             self.rate,
             setting.problem.slo,
             offered.cv,
-            replace(setting.effort(kinds, self.rate, fine=False), until_decided=False),
+            _effort(setting, kinds, self.rate),
         )
+
+
+def _effort(setting: Setting, kinds: Sequence[tuple[Role, ParallelConfig]], rate: float) -> Effort:
+    """The same number of runs for everything, so that two variants saw the same requests."""
+    num = setting.effort(kinds, rate, fine=True).num_requests
+    return Effort(num, _MIN_RUNS * num, min_runs=_MIN_RUNS, half_width=1.0, until_decided=False)
 
 
 @dataclass(frozen=True)
@@ -100,23 +110,33 @@ class _Planned:
     reason: str = ""
 
 
-def look_around(plan: Plan, progress: Progress | None = None) -> Outlook:
-    """The outlook of ``plan``, by its problem's own search limits: deterministic, whatever the number of workers."""
+def look_around(plan: Plan, progress: Progress | None = None, *, with_curves: bool = False) -> Outlook:
+    """The outlook of ``plan``, by its problem's own search limits: deterministic, whatever the number of workers.
+
+    ``with_curves`` measures the leading candidates over a range of rates too, which takes as long again.
+    """
     chosen, problem = plan.chosen, plan.problem
     rate = chosen.point.rate
     planned = list(_variants(plan))
-    rivals = _rivals(plan)
+    beside = _beside(plan)
     points = [
         ScaledPoint(chosen.placement, chosen.policy, rate),
         *(
             ScaledPoint(chosen.placement, chosen.policy, factor * (chosen.goodput.estimate or rate))
             for factor in _ABOVE
         ),
-        *(ScaledPoint(rival.placement, rival.policy, rate) for _, rival in rivals),
+        *(ScaledPoint(rival.placement, rival.policy, _fair_rate(plan, rival)) for _, rival in beside),
     ]
     built = [variant for variant in planned if variant.placement is not None]
     points += [
         ScaledPoint(v.placement, chosen.policy, v.rate, v.prompt_factor, v.output_factor) for v in built if v.placement
+    ]
+    drawn = rivals(plan)[:_MAX_CURVES] if with_curves else []
+    points += [
+        ScaledPoint(found.placement, found.policy, share * found.goodput.estimate)
+        for _, found in drawn
+        for share in _CURVE
+        if found.goodput.estimate > 0
     ]
     resized = [variant for variant in built if variant.change in {Change.LOSS, Change.SIZE}]
     searches = [_search(chosen, variant) for variant in resized]
@@ -132,9 +152,10 @@ def look_around(plan: Plan, progress: Progress | None = None) -> Outlook:
         for lots in _lots(searches):
             goodputs += workers.run(lots)
             _tell(progress, len(measured) + len(goodputs), total)
-    base, above = measured[0], measured[1 : 1 + len(_ABOVE)]
-    rest = measured[1 + len(_ABOVE) :]
-    rivals_found, variants_found = rest[: len(rivals)], rest[len(rivals) :]
+    above, rest = measured[: len(_ABOVE)], measured[len(_ABOVE) :]
+    beside_found, rest = rest[: len(beside)], rest[len(beside) :]
+    variants_found, rest = rest[: len(built)], rest[len(built) :]
+    base = variants_found[0]  # as planned
     failing = next((found for found in above if not found.point.holds(problem.slo.attainment)), above[-1])
     answers = {id(variant): found for variant, found in zip(built, variants_found, strict=True)}
     limits = {id(variant): found.interval.estimate for variant, found in zip(resized, goodputs, strict=True)}
@@ -160,11 +181,19 @@ def look_around(plan: Plan, progress: Progress | None = None) -> Outlook:
             _sample("chosen: " + chosen.label, base, setting),
             *(
                 _sample(f"{name}: {rival.label}", found, setting)
-                for (name, rival), found in zip(rivals, rivals_found, strict=True)
+                for (name, rival), found in zip(beside, beside_found, strict=True)
             ),
         ),
         flows=_flows(chosen.placement, base.last, problem.model.kv.bytes_per_token),
+        curves=tuple(_curves(drawn, rest)),
     )
+
+
+def _curves(drawn: Sequence[tuple[str, Evaluation]], measured: Sequence[Measurement]) -> Iterator[Curve]:
+    found = iter(measured)
+    for name, evaluation in drawn:
+        points = [next(found).point for _ in _CURVE] if evaluation.goodput.estimate > 0 else []
+        yield Curve(name, evaluation, tuple(points))
 
 
 def _lots(tasks: Sequence[T], size: int = 4) -> Iterator[Sequence[T]]:
@@ -184,24 +213,22 @@ def _search(chosen: Evaluation, variant: _Planned) -> JointGoodput:
     return JointGoodput(variant.placement, chosen.policy, _CEILING * max(near, chosen.goodput.estimate), near)
 
 
-def _rivals(plan: Plan) -> list[tuple[str, Evaluation]]:
-    """Whose latencies are drawn beside the chosen placement's."""
-    named = (
-        ("best colocated", plan.colocated),
-        ("best disaggregated", plan.disaggregated),
-        ("runner-up", plan.runner_up),
-    )
-    found: list[tuple[str, Evaluation]] = []
-    for name, rival in named:
-        known = [plan.chosen, *(other for _, other in found)]
-        if rival is not None and all(rival.placement != other.placement for other in known):
-            found.append((name, rival))
-    return found[: _MAX_SAMPLES - 1]
+def _beside(plan: Plan) -> list[tuple[str, Evaluation]]:
+    """Whose latencies are drawn beside the chosen placement's: the best of the other kind first."""
+    others = [(name, rival) for name, rival in rivals(plan) if rival is not plan.chosen and name != "finalist"]
+    return sorted(others, key=lambda other: other[1].is_colocated == plan.chosen.is_colocated)[: _MAX_SAMPLES - 1]
+
+
+def _fair_rate(plan: Plan, rival: Evaluation) -> float:
+    """A rate that was asked for is asked of everyone; else each serves as much per GPU as the chosen placement."""
+    rate = plan.chosen.point.rate
+    return rate if plan.problem.rate is not None else rate * rival.num_gpus / plan.chosen.num_gpus
 
 
 def _variants(plan: Plan) -> Iterator[_Planned]:
     """What is asked of the chosen placement, in the order of the report."""
     placement, rate, num_gpus = plan.chosen.placement, plan.chosen.point.rate, plan.chosen.num_gpus
+    yield _Planned(Change.LOAD, "as planned", num_gpus, placement, rate)
     for sign, word in ((1, "+"), (-1, "-")):
         factor = 1 + sign * _STEP
         yield _Planned(Change.LOAD, f"rate {word}{_STEP:.0%}", num_gpus, placement, factor * rate)

@@ -10,7 +10,7 @@ from distserve.bench.workload import WorkloadSpec
 from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
-from placement.outlook import Change, KvFlow, Outlook, Phases, Sample, Variant
+from placement.outlook import Change, Curve, KvFlow, Outlook, Phases, Sample, Variant, rivals
 from placement.plan import (
     Evaluation,
     InstanceUse,
@@ -162,4 +162,5 @@ def outlook() -> Outlook:
             Sample("best colocated: 4 mixed TP2", 12.0, prefill * 1.3, decode * 1.4),
         ),
         flows=(KvFlow(0, 2, 3.1e9), KvFlow(1, 2, 2.9e9)),
+        curves=tuple(Curve(name, found, found.curve) for name, found in rivals(plan())),
     )

@@ -57,7 +57,8 @@ def test_the_placement_in_the_file_is_measured_beside(planned: tuple[Path, dict[
 def test_the_outlook_has_every_question_of_the_report(planned: tuple[Path, dict[str, Any]]) -> None:
     _, document = planned
     labels = [variant["label"] for variant in document["outlook"]["variants"]]
-    assert labels[:6] == ["rate +20%", "rate -20%", "prompts +20%", "outputs +20%", "prompts -20%", "outputs -20%"]
+    assert labels[0] == "as planned"
+    assert labels[1:7] == ["rate +20%", "rate -20%", "prompts +20%", "outputs +20%", "prompts -20%", "outputs -20%"]
     assert any(label.endswith("lost") for label in labels)
     assert any(label.endswith("more") for label in labels)
     assert document["outlook"]["breaks"]
@@ -92,6 +93,8 @@ def test_the_same_seed_gives_the_same_answer_whatever_the_number_of_processes(
     directory, document = planned
     first = dict(document)
     second = json.loads(run(directory / "service.yaml", "--json", "--jobs", "2").stdout)
+    for answer in (first, second):
+        answer["outlook"] = {**answer["outlook"], "curves": []}  # measured for the plots alone
     for name in ("created", "stats"):
         del first[name], second[name]
     assert first == second

@@ -10,7 +10,7 @@ from distserve.core.config import Role
 from distserve.core.topology import Placement
 from placement.drawing import draw_cluster, short_names
 from placement.outlook import KvFlow
-from placement.plots import plot_attainment, plot_front, write_plots
+from placement.plots import plot_front, write_plots
 from tests.placement import plans
 
 
@@ -54,9 +54,12 @@ def test_the_front_has_no_placement_that_another_beats(rate: float | None) -> No
     assert list(front.get_xdata()) == [0, 12.5, 14.9]
 
 
-def test_a_candidate_that_was_measured_at_no_rate_does_not_spoil_the_picture() -> None:
-    plan = plans.plan()
-    bare = replace(plan.chosen, curve=())
-    assert plot_attainment(
-        replace(plan, chosen=bare, runner_up=None, colocated=None, finalists=()), plans.outlook()
-    ).axes
+def test_every_placement_is_numbered_and_named() -> None:
+    axis = plot_front(plans.plan(), plans.outlook()).axes[0]
+    assert {text.get_text() for text in axis.texts} == {"1", "2"}
+    assert "1  chosen: 2 prefill TP2 + 1 decode TP1 PP2\n2  runner-up: 4 mixed TP2" in axis.get_xlabel()
+
+
+def test_without_curves_there_is_no_picture_of_them(tmp_path: Path) -> None:
+    written = write_plots(tmp_path, plans.plan(), replace(plans.outlook(), curves=()))
+    assert "attainment_over_rate.png" not in {path.name for path in written}

@@ -76,7 +76,8 @@ def test_n_plus_one_is_told_by_the_worst_loss() -> None:
     ("goodput", "num_gpus_words", "rate"),
     [
         (8.0, "lost by 108.3% of goodput per GPU.", None),
-        (16.5, "lost by 1.0% of goodput per GPU (their intervals overlap).", None),
+        (16.4, "lost by 1.6% of goodput per GPU (their intervals overlap).", None),
+        (16.6, "has the same goodput per GPU within 1%; ties go to fewer GPUs", None),
         (18.0, "has 8.0% more goodput per GPU; it lost because it takes 8 GPUs", None),
         (0.0, "reaches the objective at no rate that was tried", None),
         (18.0, "lost by 2 GPUs", 12.0),
