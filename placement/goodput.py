@@ -17,6 +17,8 @@ _FLOOR = 0.01
 """Below this share of the ceiling a placement counts as serving nothing."""
 _STEP = 1.12
 _BELOW_SERVED = 0.93
+_OVERLOADED = 0.9
+"""A run that served less than this share of what was offered shows its capacity."""
 _MAX_PROBES = 16
 
 
@@ -111,11 +113,11 @@ def _next(measured: dict[float, Measurement], low: float, high: float, target: f
     """
     if low == 0:
         served = measured[high].throughput
-        return _BELOW_SERVED * served if 0.1 * high < served < high else high / 2
+        return _BELOW_SERVED * served if 0.1 * high < served < _OVERLOADED * high else high / 2
     if high not in measured:
         return min(low * math.pow(_STEP, 1 << (len(measured) - 1)), (low + high) / 2)
     served = _BELOW_SERVED * measured[high].throughput
-    if low * _STEP < served < high:
+    if low * _STEP < served < _OVERLOADED * high:
         return served
     above = measured[low].point.attainment.estimate - target
     below = target - measured[high].point.attainment.estimate

@@ -43,13 +43,13 @@ def toy_problem(
     gpus_per_node: int = 3,
     num_nodes: int = 1,
     prompt: LengthDistribution = Lognormal(300, 0.6, 2000),
-    output: LengthDistribution = Lognormal(20, 0.5, 100),
+    output: LengthDistribution = Lognormal(10, 0.5, 40),
     latency: ToyLatency = ToyLatency(),
     kv_tokens: int = 40_000,
     bandwidth: float = 1e9,
     **search: Any,
 ) -> Problem:
-    limits = {"num_workers": 1, "num_requests": 200, "max_requests": 2000, "max_pp": 2} | search
+    limits = {"num_workers": 1, "num_requests": 150, "max_requests": 600, "max_pp": 2} | search
     return Problem(
         model=TOY,
         slo=slo,
