@@ -19,6 +19,7 @@ from placement.offered import Offered
 from placement.problem import Problem
 from placement.shapes import Shape
 from simulator.model import ClusterModel, Delays, InstanceModel
+from simulator.planfile import deployment
 from simulator.results import Simulation
 from simulator.simulation import simulate
 
@@ -43,21 +44,8 @@ class Instant:
 
 
 def joint_model(problem: Problem, placement: Placement, policy: PrefillPolicy) -> ClusterModel:
-    """The deployment of ``placement``, with every link KV and activations use."""
-    instances = []
-    for placed in placement.instances:
-        parallel = placed.spec.parallel
-        stage_nodes = [{gpu.node for gpu in placed.stage(stage)} for stage in range(parallel.pp)]
-        shares_node = len(set.union(*stage_nodes)) == 1
-        step_time = problem.latency.step_time(parallel, stages_share_node=shares_node)
-        instances.append(InstanceModel(placed.spec, step_time, placed.gpus, policy))
-    return ClusterModel(
-        instances=tuple(instances),
-        cluster=problem.cluster,
-        kv=problem.model.kv,
-        delays=problem.delays,
-        router=RouterConfig(near=placement.near()),
-    )
+    """The deployment of ``placement``, as ``distserve simulate`` would replay it."""
+    return deployment(placement, problem.latency, problem.model, problem.delays, policy)
 
 
 def phase_model(problem: Problem, shape: Shape, count: int) -> ClusterModel:

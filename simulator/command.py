@@ -49,7 +49,7 @@ them, docs/timeline-format.md the columns of the timelines. Instances are called
 @click.option(
     "--rate",
     type=click.FloatRange(0, min_open=True),
-    help="Requests/s.  [default: the file's; a trace's own times if it says none]",
+    help="Requests/s.  [default: the file's; else a trace's own times, or what the placement was planned for]",
 )
 @click.option(
     "--requests",

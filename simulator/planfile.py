@@ -14,6 +14,7 @@ from distserve.cluster.seats import WantedInstance, check_seats
 from distserve.cluster.yaml_file import read_yaml
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, SchedulerConfig
 from distserve.core.errors import ConfigError
+from distserve.core.mixed import PrefillPolicy
 from distserve.core.router import RouterConfig
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
 from simulator.inputs import read_file
@@ -42,8 +43,17 @@ class Limits:
     memory_utilisation: float = 0.9
 
 
-def read_placement(path: Path) -> tuple[PlacementSection, ClusterSpec | None]:
-    """The pools of the file at ``path``, and the cluster it says they are for.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a file says of a placement: its pools, the cluster they are for, and the rate (requests/s) predicted for."""
+
+    section: PlacementSection
+    cluster: ClusterSpec | None
+    rate: float | None = None
+
+
+def read_placement(path: Path) -> Planned:
+    """The placement in the file at ``path``.
 
     Raises ConfigError if the file is no configuration, or names no pools.
     """
@@ -55,7 +65,12 @@ def read_placement(path: Path) -> tuple[PlacementSection, ClusterSpec | None]:
         )
     file = read_file(path, PlanFile, sections=(), purpose="a plan")
     assert isinstance(file.placement, PlacementSection)
-    return file.placement, None if file.cluster is None else file.cluster.spec()
+    rate = (file.prediction or {}).get("rate")
+    return Planned(
+        file.placement,
+        None if file.cluster is None else file.cluster.spec(),
+        float(rate) if isinstance(rate, int | float) and rate > 0 else None,
+    )
 
 
 def check_cluster(planned: ClusterSpec | None, cluster: ClusterSpec, path: Path) -> None:
@@ -93,13 +108,22 @@ def place(section: PlacementSection, cluster: ClusterSpec, model: ModelShape, li
     return placement
 
 
-def deployment(placement: Placement, latency: LatencyModel, model: ModelShape, delays: Delays) -> ClusterModel:
-    """``placement`` as the simulator runs it, with every link that KV and activations use."""
+def deployment(
+    placement: Placement,
+    latency: LatencyModel,
+    model: ModelShape,
+    delays: Delays,
+    policy: PrefillPolicy = PrefillPolicy.SPLITFUSE,
+) -> ClusterModel:
+    """``placement`` as the simulator runs it, with every link that KV and activations use.
+
+    ``policy`` is that of mixed instances.
+    """
     instances = []
     for placed in placement.instances:
         shares_node = len({gpu.node for gpu in placed.gpus}) == 1
         step_time = latency.step_time(placed.spec.parallel, stages_share_node=shares_node)
-        instances.append(InstanceModel(placed.spec, step_time, placed.gpus))
+        instances.append(InstanceModel(placed.spec, step_time, placed.gpus, policy))
     return ClusterModel(
         instances=tuple(instances),
         cluster=placement.cluster,

@@ -20,7 +20,7 @@ from simulator.latency.measured import ProfileLatencyModel
 from simulator.load import BatchRecorder
 from simulator.model import ClusterModel, Delays
 from simulator.perfetto import PerfettoRecorder
-from simulator.planfile import Limits, check_cluster, deployment, place, read_placement
+from simulator.planfile import Limits, Planned, check_cluster, deployment, place, read_placement
 from simulator.recorder import Recorder
 from simulator.results import Simulation
 from simulator.simulation import Fault, FaultKind, simulate
@@ -91,15 +91,19 @@ def prepare(config: Path, options: Mapping[str, Any]) -> Replay:
     file = read_file(config, SimulationFile, sections=("workload", "cluster"), purpose="simulating")
     base = config.parent
     cluster = file.cluster.spec()
-    section = _placement(file, config, options["placement"], cluster)
+    planned = _planned(file, config, options["placement"], cluster)
     shape = read_model(file.model, file.engine, base)
     latency = read_latency(file.cluster, shape, cluster, base, kind=options["latency"], profile=options["profile"])
     gpu = find_gpu(cluster.gpu)
     if file.cluster.gpu_memory is not None:
         gpu = replace(gpu, memory_bytes=int(file.cluster.gpu_memory))
-    placement = place(section, cluster, shape, Limits(file.engine, gpu))
-    rate = options["rate"] if options["rate"] is not None else file.workload.arrivals.rate
-    spec = _workload_spec(file, base, rate, options)
+    placement = place(planned.section, cluster, shape, Limits(file.engine, gpu))
+    spec = _workload_spec(file, base, options)
+    rate = options["rate"] or file.workload.arrivals.rate
+    if rate is None and isinstance(spec.arrivals, Gamma):
+        rate = planned.rate
+        if rate is None:
+            raise ConfigError("the workload names no rate: give --rate, or workload: {arrivals: {rate: ...}}")
     workload = spec.at(rate)
     model = deployment(placement, latency, shape, _delays(latency, placement, workload))
     slo = None if file.slo is None else SLO(file.slo.ttft, file.slo.tpot, file.slo.attainment)
@@ -119,10 +123,10 @@ def prepare(config: Path, options: Mapping[str, Any]) -> Replay:
     return Replay(model, placement, workload, slo, _faults(options["faults"], placement), facts)
 
 
-def _placement(file: SimulationFile, config: Path, given: Path | None, cluster: ClusterSpec) -> PlacementSection:
-    """The pools of ``--placement``, of the file, or of the plan that the file names."""
+def _planned(file: SimulationFile, config: Path, given: Path | None, cluster: ClusterSpec) -> Planned:
+    """The placement of ``--placement``, of the file, or of the plan that the file names."""
     if given is None and isinstance(file.placement, PlacementSection):
-        return file.placement
+        return Planned(file.placement, cluster)
     if given is None and isinstance(file.placement, str) and file.placement != "auto":
         given = beside(Path(file.placement), config.parent)
     if given is None:
@@ -130,19 +134,16 @@ def _placement(file: SimulationFile, config: Path, given: Path | None, cluster: 
             f"{config} names no instances to simulate: give --placement FILE (`distserve plan {config} --output FILE` "
             "finds one), or write placement: {prefill: {instances: 1, tp: 1}, decode: {instances: 1, tp: 1}}"
         )
-    section, planned = read_placement(given)
-    check_cluster(planned, cluster, given)
-    return section
+    planned = read_placement(given)
+    check_cluster(planned.cluster, cluster, given)
+    return planned
 
 
-def _workload_spec(file: SimulationFile, base: Path, rate: float | None, options: Mapping[str, Any]) -> WorkloadSpec:
+def _workload_spec(file: SimulationFile, base: Path, options: Mapping[str, Any]) -> WorkloadSpec:
     spec = file.workload.spec(base)
     num_requests, duration = options["requests"], options["duration"]
-    if isinstance(spec.arrivals, Gamma):
-        if rate is None:
-            raise ConfigError("the workload names no rate: give --rate, or workload: {arrivals: {rate: ...}}")
-        if num_requests is None and duration is None:
-            num_requests = len(spec.trace) if spec.trace is not None else _DEFAULT_REQUESTS
+    if isinstance(spec.arrivals, Gamma) and num_requests is None and duration is None:
+        num_requests = len(spec.trace) if spec.trace is not None else _DEFAULT_REQUESTS
     return replace(spec, num_requests=num_requests, duration=duration, seed=options["seed"])
 
 

@@ -256,3 +256,10 @@ def test_a_failed_run_leaves_no_file(write: Callable[..., Path], tmp_path: Path)
     before = {path.name for path in tmp_path.iterdir()} | {"service.yaml", "opt-13b.json"}
     refused(write(), "--perfetto", str(trace), "--timelines", str(tmp_path / "nowhere" / "r.csv"))
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_without_a_rate_the_one_that_was_planned_for_counts(write: Callable[..., Path]) -> None:
+    plan = write("plan.yaml", prediction={"rate": 6.5})
+    config = write(workload=CONFIG["workload"] | {"arrivals": {"cv": 1}})
+    assert figures(config, "--placement", str(plan))["run"]["rate"] == 6.5
+    assert figures(config, "--placement", str(plan), "--rate", "2")["run"]["rate"] == 2
