@@ -133,7 +133,8 @@ def plot_front(plan: Plan, outlook: Outlook) -> Figure:
     figure = Figure(figsize=(8.5, 5.2 + 0.17 * len(named)), layout="constrained")
     axis = figure.subplots()
     points = [(found.goodput.estimate, found.num_gpus) for _, found in named]
-    sizes = [(variant.goodput, variant.num_gpus) for variant in outlook.of(Change.SIZE) if variant.goodput is not None]
+    resized = [*outlook.of(Change.SIZE), *outlook.of(Change.LOSS)]
+    sizes = [(variant.goodput, variant.num_gpus) for variant in resized if variant.goodput]
     front = pareto_front(points + sizes)
     most = max((goodput for goodput, _ in points + sizes), default=1.0)
     # Goodput x to the right of a point needs the next point's GPUs: the front rises at each point.
@@ -148,7 +149,7 @@ def plot_front(plan: Plan, outlook: Outlook) -> Figure:
             marker="o",
             markerfacecolor="white",
             color=_BOTH,
-            label="the chosen shapes, one instance more",
+            label="the chosen shapes, an instance more or less",
             zorder=2,
         )
     shown: set[str] = set()

@@ -382,21 +382,38 @@ def _variant_cells(variant: Variant, slo: SLO) -> list[str]:
 
 
 def _size_words(plan: Plan, outlook: Outlook) -> list[str]:
-    """N+1 in a sentence: does the placement survive the loss of any one instance?"""
-    losses = [variant for variant in outlook.of(Change.LOSS) if variant.point is not None]
+    """What the smallest steps in size do to the goodput, and whether any one instance may be lost."""
+    return [escape(text) for text in (_step_words(plan, outlook), _loss_words(plan, outlook)) if text]
+
+
+def _step_words(plan: Plan, outlook: Outlook) -> str:
+    chosen = plan.chosen
+    steps = []
+    for variant in [*outlook.of(Change.SIZE), *outlook.of(Change.LOSS)]:
+        if variant.goodput is not None and chosen.goodput.estimate:
+            apart = variant.num_gpus - chosen.num_gpus
+            gain = variant.goodput / chosen.goodput.estimate - 1
+            steps.append(f"{variant.label} ({apart:+d} GPU{'' if abs(apart) == 1 else 's'}): {gain:+.0%}")
+    if not steps:
+        return ""
+    smallest = min(len(instance.gpus) for instance in chosen.placement.instances)
+    alone = (
+        "" if smallest == 1 else f" A single GPU more or less is no instance of these shapes, which take {smallest}."
+    )
+    return f"Goodput with {'; '.join(steps)}.{alone}"
+
+
+def _loss_words(plan: Plan, outlook: Outlook) -> str:
+    losses = outlook.of(Change.LOSS)
     target = plan.problem.slo.attainment
-    words = []
-    if outlook.of(Change.LOSS):
-        stopped = [variant for variant in outlook.of(Change.LOSS) if variant.point is None]
-        held = [variant for variant in losses if variant.point is not None and variant.point.holds(target)]
-        if stopped:
-            words.append("It is not N+1 safe: it has a single instance of a role, without which nothing is served.")
-        elif len(held) == len(losses):
-            words.append("It is N+1 safe: the objective holds with any one instance lost.")
-        else:
-            worst = min(losses, key=lambda variant: variant.goodput or 0.0)
-            words.append(
-                f"It is not N+1 safe: {worst.label} leaves a goodput of {worst.goodput or 0:.3g} of "
-                f"{plan.chosen.goodput.estimate:.3g} requests/s."
-            )
-    return words
+    if not losses:
+        return ""
+    if any(variant.point is None for variant in losses):
+        return "It is not N+1 safe: it has a single instance of a role, without which nothing is served."
+    if all(variant.point is not None and variant.point.holds(target) for variant in losses):
+        return "It is N+1 safe: the objective holds with any one instance lost."
+    worst = min(losses, key=lambda variant: variant.goodput or 0.0)
+    return (
+        f"It is not N+1 safe: {worst.label} leaves a goodput of {worst.goodput or 0:.3g} of "
+        f"{plan.chosen.goodput.estimate:.3g} requests/s."
+    )

@@ -43,6 +43,8 @@ def test_every_figure_is_there() -> None:
         "Disaggregated serves 1.38 times the requests per GPU of colocated",
         "rate +20% 6 14.4/s 71.0%, overloaded",
         "one prefill more 8 12/s 98.5% 200 60 14.9/s",
+        "Goodput with one prefill more (+2 GPUs): +19%; one prefill lost (-2 GPUs): -51%.",
+        "A single GPU more or less is no instance of these shapes, which take 2.",
         "It is not N+1 safe: it has a single instance of a role",
         "note: the trace's requests are used from the start again",
         "412 placements considered, 300 ruled out by bounds, 112 simulated over 240,000 requests in 21.3 s",
