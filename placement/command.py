@@ -97,6 +97,8 @@ def plan(config: Path, **options: Any) -> None:
             # Now, not after minutes of search.
             if not os.access(place, os.W_OK | os.X_OK):
                 raise ConfigError(f"cannot write into {place}: not there, or not allowed")
+        if output is not None and output.exists() and config.exists() and output.samefile(config):
+            raise ConfigError(f"--output {output} would replace CONFIG itself: give the plan another name")
         problem = _problem(config, options)
         if options["shape"] is not None:
             from placement.explain import print_explanation

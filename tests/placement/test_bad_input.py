@@ -156,6 +156,7 @@ def test_a_model_with_a_damaged_config(write_config: WriteConfig, tmp_path: Path
 def test_a_place_to_write_is_checked_before_the_search(write_config: WriteConfig) -> None:
     config = write_config()
     assert "cannot write into" in refused(config, "--output", str(config.parent / "missing" / "plan.yaml"))
+    assert "would replace CONFIG itself" in refused(config, "--output", str(config))
     assert "cannot write into" in refused(config, "--plot", str(config.parent / "missing" / "plots"))
 
 
