@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import uuid
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,20 @@ from rich.console import Console
 
 import placement.launch
 from distserve.cluster.clock import cluster_time
+from distserve.cluster.config import load_config
 from distserve.cluster.observations import Observer
+from distserve.cluster.planner import GROUP
+from distserve.cluster.profile_file import write_profile
 from distserve.cluster.serve import Endpoint
+from distserve.core.config import Role
+from distserve.core.profile import FORMAT, Profile, StepFit, Surface, Table
+from distserve.core.topology import Gpu
 from distserve.demo import model_dir
 from placement.config import Overrides, load_problem
 from placement.launch import launch
 
-DEMO = Path(__file__).parents[2] / "deploy" / "cpu-demo.yaml"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "deploy" / "cpu-demo.yaml"
 TAG = "DISTSERVE_TEST_TAG"
 
 
@@ -111,6 +120,36 @@ def test_a_load_that_parts_from_the_plan_is_said_with_the_command_that_plans_aga
     assert observed.rate == pytest.approx(8, rel=0.05)
     assert observed.workload.trace is not None
     assert len(observed.workload.trace) == 400
+
+
+SERVICE = """
+slo: {ttft: 1, tpot: 0.1}
+workload: {prompt: 64, output: 8, arrivals: {rate: 2}}
+cluster:
+  {gpu: cpu, nodes: 1, gpus_per_node: 2, intra_node_bandwidth: 4.0e+9, inter_node_bandwidth: 1.0e+9, profile: p.json}
+placement: auto
+engine: {kv_tokens: 4096, max_batch_tokens: 256, dtype: float32}
+"""
+
+
+def test_the_planner_answers_placement_auto_of_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the hook that pyproject declares, on a machine whose every step takes 10 ms."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    ((_, value),) = project["project"]["entry-points"][GROUP].items()
+    declared = EntryPoints([EntryPoint("auto", value, GROUP)])
+    monkeypatch.setattr("distserve.cluster.planner.entry_points", lambda group: declared.select(group=group))
+    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.01), (0.01, 0.01))), Table((1, 64), (0.01, 0.01)), 0, 0, 0, 0)
+    profile = Profile(FORMAT, "", {"cores": 2}, "model", "", "float32", 1, 16, 2048, {}, (), fit, {})
+    write_profile(profile, tmp_path / "p.json")
+    (tmp_path / "service.yaml").write_text(SERVICE)
+    config = load_config(tmp_path / "service.yaml", {}, model_dir())
+    (instance,) = config.instances
+    assert instance.role is Role.MIXED
+    assert instance.gpus == (Gpu(0, 0),)
+    assert instance.limits.kv_tokens == 4096
+    assert instance.limits.max_batch_tokens == 256
+    assert config.cluster is not None
+    assert config.cluster.gpus_per_node == 2
 
 
 ELSEWHERE = f"""
