@@ -81,8 +81,9 @@ them, docs/timeline-format.md the columns of the timelines. Instances are called
     "--csv",
     "--parquet",
     "timelines",
+    multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write every request's timeline here: .csv, .csv.gz or .parquet.",
+    help="Write every request's timeline here: .csv, .csv.gz or .parquet. Repeatable.",
 )
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Write PNG plots into this directory.")
 @click.option(
@@ -99,9 +100,10 @@ def simulate(config: Path, **options: Any) -> None:
     """
     from rich.console import Console
 
+    from simulator.replay import prepare
+
     with _errors_for_humans():
         _check_places(options)
-        from simulator.replay import prepare
 
         replay = prepare(config, options)
         _run(replay, options, Console(stderr=True))
@@ -110,13 +112,14 @@ def simulate(config: Path, **options: Any) -> None:
 
 def _check_places(options: dict[str, Any]) -> None:
     """Now, not after minutes of simulation."""
-    for option in ("timelines", "plot", "perfetto"):
-        place: Path | None = options[option]
-        if place is not None and not os.access(place.parent, os.W_OK | os.X_OK):
+    from simulator.timeline_file import check_suffix
+
+    timelines: tuple[Path, ...] = options["timelines"]
+    for place in filter(None, (*timelines, options["plot"], options["perfetto"])):
+        if not os.access(place.parent, os.W_OK | os.X_OK):
             raise ConfigError(f"cannot write into {place.parent}: not there, or not allowed")
-    timelines: Path | None = options["timelines"]
-    if timelines is not None and not timelines.name.endswith((".csv", ".csv.gz", ".parquet")):
-        raise ConfigError(f"{timelines}: timelines are written as .csv, .csv.gz or .parquet")
+    for path in timelines:
+        check_suffix(path)
 
 
 def _run(replay: "Replay", options: dict[str, Any], console: "Console") -> None:
@@ -161,9 +164,9 @@ def _present(replay: "Replay", options: dict[str, Any]) -> None:
             console.width = _WIDTH
         print_summary(console, summary, replay.facts, replay.slo)
     written = [options["perfetto"]] if options["perfetto"] is not None else []
-    if options["timelines"] is not None:
-        write_timelines(options["timelines"], replay.simulation)
-        written.append(options["timelines"])
+    for path in options["timelines"]:
+        write_timelines(path, replay.simulation)
+        written.append(path)
     if options["plot"] is not None:
         from simulator.plots import write_plots
 

@@ -137,6 +137,8 @@ class _Run:
             if fault.time > until:
                 break
             self._run_until(fault.time)
+            if self._loop.is_stopped:
+                return  # all was answered before
             self._befall(fault)
         self._run_until(until)
 

@@ -5,10 +5,12 @@ before the end of the warm-up are in neither. Use of instances and links is over
 """
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +23,7 @@ from simulator.results import Simulation
 
 SCHEMA = "distserve-simulate/1"
 _MAX_LINKS = 8
+_REASONS = {"400": "400: longer than an instance takes", "503": "503: no instance, or lost too often"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +58,15 @@ class LinkFigures:
 class RunSummary:
     """Figures of one run; rates per second between the first and the last counted arrival, throughputs to the end.
 
-    ``goodput_per_gpu`` is requests/s that met the objective for each GPU. ``unfinished`` were under way at the end.
+    ``goodput_per_gpu`` is requests/s that met the objective for each GPU. ``unfinished`` were under way at the end,
+    ``failures`` counts the failed ones by HTTP status.
     """
 
     num_offered: int
     num_answered: int
     num_shed: int
     num_failed: int
+    failures: dict[str, int]
     num_unfinished: int
     num_preempted: int
     num_resubmitted: int
@@ -82,7 +87,7 @@ class RunSummary:
 def summarise(simulation: Simulation, placement: Placement, slo: SLO | None, warmup: float = 0.0) -> RunSummary:
     """The figures of ``simulation``, whose instances are those of ``placement``."""
     timelines = simulation.timelines
-    counted = timelines.arrival >= warmup
+    counted: NDArray[np.bool_] = timelines.arrival >= warmup
     status = timelines.status[counted]
     ok = counted & (timelines.status == 200)
     num = int(counted.sum())
@@ -92,12 +97,14 @@ def summarise(simulation: Simulation, placement: Placement, slo: SLO | None, war
     seconds = max(end - begin, 1e-9)
     attainment = None if slo is None or not num else _attainment(simulation, counted, slo)
     span = float(arrivals[-1]) - begin if num else 0.0
+    failures = dict(sorted(Counter(str(code) for code in status.tolist() if code not in {0, 200, 429}).items()))
     moved = timelines.migration_end[ok] - timelines.migration_start[ok]
     return RunSummary(
         num_offered=num,
         num_answered=int((status == 200).sum()),
         num_shed=int((status == 429).sum()),
-        num_failed=int(((status != 200) & (status != 429) & (status != 0)).sum()),
+        num_failed=sum(failures.values()),
+        failures=failures,
         num_unfinished=int((status == 0).sum()),
         num_preempted=sum(usage.num_preempted for usage in simulation.instances),
         num_resubmitted=int((timelines.num_attempts[counted] > 1).sum()),
@@ -116,7 +123,7 @@ def summarise(simulation: Simulation, placement: Placement, slo: SLO | None, war
     )
 
 
-def _attainment(simulation: Simulation, counted: "np.ndarray[Any, np.dtype[np.bool_]]", slo: SLO) -> Attainment:
+def _attainment(simulation: Simulation, counted: NDArray[np.bool_], slo: SLO) -> Attainment:
     timelines = simulation.timelines
     num = int(counted.sum())
 
@@ -179,7 +186,7 @@ def print_summary(console: Console, summary: RunSummary, run: dict[str, Any], sl
         f"{num} {what}"
         for num, what in (
             (summary.num_shed, "shed"),
-            (summary.num_failed, "failed"),
+            *((num, f"failed with {_REASONS.get(code, code)}") for code, num in summary.failures.items()),
             (summary.num_unfinished, "under way at the end"),
             (summary.num_resubmitted, "resubmitted"),
             (summary.num_preempted, "preemptions"),

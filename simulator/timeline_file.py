@@ -39,17 +39,22 @@ _INSTANCES = {"prefill_instance": "prefill_id", "decode_instance": "decode_id"}
 _BATCH = 65_536
 
 
+def check_suffix(path: Path) -> None:
+    """Raise ConfigError unless :func:`write_timelines` knows how to write ``path``."""
+    if not path.name.endswith((".csv", ".csv.gz", ".parquet")):
+        raise ConfigError(f"{path}: timelines are written as .csv, .csv.gz or .parquet")
+
+
 def write_timelines(path: Path, simulation: Simulation) -> None:
     """Write ``simulation``'s timelines to ``path`` as its suffix says (.csv, .csv.gz or .parquet); whole or not at all.
 
     Raises ConfigError for another suffix.
     """
-    if path.name.endswith((".csv", ".csv.gz")):
-        write_atomically(path, lambda temporary: _write_csv(temporary, simulation, zipped=path.suffix == ".gz"))
-    elif path.suffix == ".parquet":
+    check_suffix(path)
+    if path.suffix == ".parquet":
         write_atomically(path, lambda temporary: _write_parquet(temporary, simulation))
     else:
-        raise ConfigError(f"{path}: timelines are written as .csv, .csv.gz or .parquet")
+        write_atomically(path, lambda temporary: _write_csv(temporary, simulation, zipped=path.suffix == ".gz"))
 
 
 def _batches(simulation: Simulation) -> Iterator[dict[str, list[Any]]]:

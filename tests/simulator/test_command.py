@@ -115,8 +115,7 @@ def test_the_same_options_give_the_same_files(write: Callable[..., Path], tmp_pa
 
 def test_csv_and_parquet_hold_the_timelines_that_the_figures_are_of(write: Callable[..., Path], tmp_path: Path) -> None:
     config = write()
-    summary = figures(config, "--timelines", str(tmp_path / "r.csv.gz"))["summary"]
-    run(config, "--requests", "120", "--parquet", str(tmp_path / "r.parquet"))
+    summary = figures(config, "--csv", str(tmp_path / "r.csv.gz"), "--parquet", str(tmp_path / "r.parquet"))["summary"]
     with gzip.open(tmp_path / "r.csv.gz", "rt") as file:
         rows = list(csv.DictReader(file))
     table = pq.read_table(tmp_path / "r.parquet")
@@ -182,7 +181,13 @@ def test_a_lost_instance_shows(write: Callable[..., Path]) -> None:
     config = write()
     before, after = figures(config), figures(config, "--fault", "5:loss:decode-1", "--fault", "9:loss:decode-0")
     assert before["summary"]["num_failed"] == 0
+    assert after["summary"]["failures"].keys() == {"503"}
     assert after["summary"]["num_answered"] < after["summary"]["num_offered"]
+
+
+def test_a_fault_after_the_end_changes_nothing(write: Callable[..., Path]) -> None:
+    config = write()
+    assert figures(config, "--fault", "1e6:drain:decode-1")["summary"] == figures(config)["summary"]
 
 
 def test_an_instance_that_starts_late_serves_from_then_on(write: Callable[..., Path], tmp_path: Path) -> None:
