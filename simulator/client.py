@@ -24,11 +24,12 @@ from distserve.core.messages import (
     Submit,
     Tokens,
 )
+from distserve.core.owner import MAX_LOSSES
 from distserve.core.request import Request, TokenOutput
 from distserve.core.scheduler import ROUTER
 
-MAX_LOSSES = 3
-"""Losses after which an owner gives a request up, see :class:`distserve.core.owner.Owner`."""
+CLIENT = "client"
+"""The name of the one owner in a simulated run."""
 
 
 @dataclass(slots=True)
@@ -108,7 +109,7 @@ class Client:
                 record = self._find(key)
                 if record is None:
                     self._commands.append(Send(instance_id, Abort(key)))
-                elif record.in_charge is ROUTER:
+                elif record.in_charge == ROUTER:
                     record.prefill_id = instance_id
                     self._take_charge(record, instance_id)
             case HandedOver(key, instance_id):

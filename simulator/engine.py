@@ -16,8 +16,8 @@ from distserve.core.scheduler import InstanceScheduler
 from simulator.recorder import Recorder
 from simulator.worker import SimulatedWorker, Worker
 
-_AHEAD = 4
-"""Ends computed at first, then as many as there are: an arrival cuts most stretches short, and the rest is lost."""
+_AHEAD = range(4, 257)
+"""Ends computed at a time, at least and at most: an arrival cuts most stretches short, and what lies beyond is lost."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +65,8 @@ class Engine:
     _free_at: list[float] = field(default_factory=list)
     _shape: StepShape = field(default_factory=StepShape)
     _number: int = 0
+    _usual_stretch: int = 0
+    """Steps of the last stretch: the next one may be as long."""
 
     def __post_init__(self) -> None:
         self._free_at = [0.0] * self.num_stages
@@ -118,7 +120,8 @@ class Engine:
         context = shape.decode_context + num_decodes * (len(ends) - 1)
         end = ends[-1]
         seconds = self.step_time.seconds
-        for _ in range(min(max(_AHEAD, len(ends)), stretch.num_steps - len(ends))):
+        ahead = min(max(_AHEAD[0], self._usual_stretch, len(ends)), _AHEAD[-1])
+        for _ in range(min(ahead, stretch.num_steps - len(ends))):
             context += num_decodes
             end += seconds(StepShape(0, 0, num_decodes, context))
             ends.append(end)
@@ -163,4 +166,5 @@ class Engine:
         stretch = self.stretch
         assert stretch is not None
         self.stretch = None
+        self._usual_stretch = len(stretch.ends)
         return stretch.event

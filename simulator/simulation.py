@@ -16,7 +16,7 @@ from distserve.core.prefill import PrefillScheduler
 from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER, InstanceScheduler
-from simulator.client import Client, Record
+from simulator.client import CLIENT, Client, Record
 from simulator.engine import Engine
 from simulator.host import HostLoop
 from simulator.loop import Loop
@@ -25,9 +25,6 @@ from simulator.pulls import PullNetwork, Pulls
 from simulator.recorder import Recorder
 from simulator.results import InstanceUsage, Simulation, TimelineTable
 from simulator.worker import SimulatedWorker
-
-CLIENT = "client"
-"""The name of the one owner."""
 
 
 class FaultKind(StrEnum):
@@ -95,6 +92,10 @@ class _Run:
     ) -> None:
         if workload.arrivals is None:
             raise ConfigError("a simulated workload needs arrival times: closed-loop load is for a live endpoint")
+        if (model.cluster is None) != (model.kv is None):
+            raise ConfigError(
+                "a network needs both the cluster's links and the geometry of the KV cache"
+            )
         self._models = {instance.spec.instance_id: instance for instance in model.instances}
         self._jump = jump
         self._shares_host = model.host is not None

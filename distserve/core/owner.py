@@ -32,6 +32,9 @@ from distserve.core.messages import (
 from distserve.core.request import Request, TokenOutput
 from distserve.core.scheduler import ROUTER
 
+MAX_LOSSES = 3
+"""How often one request's attempts may be lost or fail before its client is told, unless said otherwise."""
+
 
 @dataclass(slots=True)
 class Choice:
@@ -72,7 +75,7 @@ class Owner:
     does not count.
     """
 
-    def __init__(self, owner_id: str, *, max_losses: int = 3, hello_interval: float = 5.0) -> None:
+    def __init__(self, owner_id: str, *, max_losses: int = MAX_LOSSES, hello_interval: float = 5.0) -> None:
         self.owner_id = owner_id
         self.status: Status | None = None
         """The last Status the router sent."""

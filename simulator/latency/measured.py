@@ -8,8 +8,8 @@ from distserve.core.errors import ConfigError
 from distserve.core.latency import StepTime
 from distserve.core.profile import ClusterCosts, Profile
 from distserve.core.scheduler import ROUTER
+from simulator.client import CLIENT
 from simulator.model import Delays, HostModel
-from simulator.simulation import CLIENT
 
 
 class ProfileLatencyModel:
@@ -68,9 +68,11 @@ class ProfileLatencyModel:
     def host(self) -> HostModel:
         """The machine's cores and what surrounds the instances on them; raises ConfigError as :meth:`delays` does."""
         costs = self.costs
+        num_threads = self.profile.num_threads
         return HostModel(
-            num_cores=float(self.profile.machine["cores"]) / self.profile.num_threads,
-            cpu_per_request=costs.cpu_per_request / self.profile.num_threads,
-            cpu_per_prompt_token=costs.cpu_per_prompt_token / self.profile.num_threads,
-            cpu_per_token=costs.cpu_per_token / self.profile.num_threads,
+            num_cores=(float(self.profile.machine["cores"]) - costs.idle_cores) / num_threads,
+            cpu_per_request=costs.cpu_per_request / num_threads,
+            cpu_per_prompt_token=costs.cpu_per_prompt_token / num_threads,
+            cpu_per_step=costs.cpu_per_step / num_threads,
+            cpu_per_token=costs.cpu_per_token / num_threads,
         )

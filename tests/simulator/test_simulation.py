@@ -131,12 +131,12 @@ def test_closed_loop_load_and_unknown_instances_are_refused() -> None:
     closed = WorkloadSpec(None, Fixed(5), Fixed(5), num_requests=3).at(None)
     with pytest.raises(ConfigError, match="arrival times"):
         simulate(deployment(mixed=1), closed)
-    with pytest.raises(ConfigError, match="mixed-7.*mixed-0"):
+    with pytest.raises(ConfigError, match=r"mixed-7.*mixed-0"):
         simulate(deployment(mixed=1), poisson(5, 3), faults=[Fault(1.0, FaultKind.LOSS, "mixed-7")])
 
 
 def test_pipeline_stages_work_on_several_batches() -> None:
-    """Two stages that each take half the time double the throughput of a saturated prefill instance, not its latency."""
+    """Two stages of half the time each double what a saturated prefill instance gets done, not how fast."""
 
     class Half:
         def seconds(self, shape: StepShape) -> float:
