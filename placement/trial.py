@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from placement.plan import Interval, Percentiles
 from placement.problem import Problem
 from placement.trace_file import write_trace
 from placement.words import milliseconds
-from simulator.latency.measured import ProfileLatencyModel
+from simulator.planfile import on_one_host
 from simulator.results import Timelines
 from simulator.simulation import simulate
 
@@ -78,10 +78,7 @@ def as_started(gpus: tuple[tuple[Gpu, ...], ...], specs: tuple[InstanceSpec, ...
 def predict(problem: Problem, placement: Placement, workload: Workload) -> Figures:
     """Simulate ``workload`` on ``placement``."""
     model = joint_model(problem, placement, PrefillPolicy.SPLITFUSE)
-    latency = problem.latency
-    if isinstance(latency, ProfileLatencyModel) and latency.profile.cluster is not None and placement.num_nodes == 1:
-        # Instances on one host's CPUs share them with client, API and router, and KV moves by a copy within it.
-        model = replace(model, cluster=None, kv=None, host=latency.host())
+    model = on_one_host(model, problem.latency, placement)
     return figures_of(simulate(model, workload).timelines, problem.slo)
 
 

@@ -5,7 +5,7 @@ what the weights leave of a GPU, GPUs in order, a tensor-parallel group never ac
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distserve.cluster.config import ConfigFile, EngineSection
@@ -20,6 +20,7 @@ from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
 from simulator.inputs import read_file
 from simulator.latency.gpus import GpuSpec, find_gpu
 from simulator.latency.interface import LatencyModel
+from simulator.latency.measured import ProfileLatencyModel
 from simulator.latency.memory import kv_config
 from simulator.latency.shape import ModelShape
 from simulator.model import ClusterModel, Delays, InstanceModel
@@ -131,6 +132,19 @@ def deployment(
         delays=delays,
         router=RouterConfig(near=placement.near()),
     )
+
+
+def on_one_host(model: ClusterModel, latency: LatencyModel, placement: Placement) -> ClusterModel:
+    """``model`` where its instances share a host's CPUs with client, API and router, and KV moves by a copy within it.
+
+    That is so where ``latency`` is a profile of such a host, cluster and all, and the placement is on one node;
+    elsewhere it is as it was.
+    """
+    measured = isinstance(latency, ProfileLatencyModel) and latency.profile.cluster is not None
+    if not measured or placement.num_nodes > 1:
+        return model
+    assert isinstance(latency, ProfileLatencyModel)
+    return replace(model, cluster=None, kv=None, host=latency.host())
 
 
 def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) -> InstanceSpec:

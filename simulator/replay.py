@@ -20,7 +20,7 @@ from simulator.latency.measured import ProfileLatencyModel
 from simulator.load import BatchRecorder
 from simulator.model import ClusterModel, Delays
 from simulator.perfetto import PerfettoRecorder
-from simulator.planfile import Limits, Planned, check_cluster, deployment, place, read_placement
+from simulator.planfile import Limits, Planned, check_cluster, deployment, on_one_host, place, read_placement
 from simulator.recorder import Recorder
 from simulator.results import Simulation
 from simulator.simulation import Fault, FaultKind, simulate
@@ -106,6 +106,7 @@ def prepare(config: Path, options: Mapping[str, Any]) -> Replay:
             raise ConfigError("the workload names no rate: give --rate, or workload: {arrivals: {rate: ...}}")
     workload = spec.at(rate)
     model = deployment(placement, latency, shape, _delays(latency, placement, workload))
+    model = on_one_host(model, latency, placement)
     slo = None if file.slo is None else SLO(file.slo.ttft, file.slo.tpot, file.slo.attainment)
     facts = {
         "model": shape.name,
@@ -118,7 +119,7 @@ def prepare(config: Path, options: Mapping[str, Any]) -> Replay:
         "seed": options["seed"],
         "warmup": options["warmup"],
         "faults": list(options["faults"]),
-        "notes": _notes(spec, workload),
+        "notes": _notes(spec, workload, model),
     }
     return Replay(model, placement, workload, slo, _faults(options["faults"], placement), facts)
 
@@ -196,8 +197,13 @@ def _describe_workload(file: SimulationFile, spec: WorkloadSpec, rate: float | N
     return f"{len(workload):,} requests, {source} ({lengths} tokens), {arrivals}"
 
 
-def _notes(spec: WorkloadSpec, workload: Workload) -> list[str]:
+def _notes(spec: WorkloadSpec, workload: Workload, model: ClusterModel) -> list[str]:
     notes = []
+    if model.host is not None:
+        notes.append(
+            f"the instances share {model.host.num_cores:g} cores with client, API and router; plots and traces show "
+            "each step as long as it takes alone"
+        )
     if spec.trace is not None and spec.trace.note:
         notes.append(spec.trace.note)
     if workload.length_factor != 1.0:

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from distserve.cluster.profile_file import write_profile
+from distserve.core.profile import FORMAT, ClusterCosts, Profile, StepFit, Surface, Table
 from simulator.command import simulate
 from simulator.summary import SCHEMA
 from simulator.timeline_file import COLUMNS
@@ -268,3 +270,26 @@ def test_without_a_rate_the_one_that_was_planned_for_counts(write: Callable[...,
     config = write(workload=CONFIG["workload"] | {"arrivals": {"cv": 1}})
     assert figures(config, "--placement", str(plan))["run"]["rate"] == 6.5
     assert figures(config, "--placement", str(plan), "--rate", "2")["run"]["rate"] == 2
+
+
+def test_instances_that_share_a_host_are_as_its_profile_says(write: Callable[..., Path], tmp_path: Path) -> None:
+    fit = StepFit(Surface((1, 512), (1, 1024), ((0.01, 0.02), (0.1, 0.2))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0)
+    costs = ClusterCosts(1e-3, 1e-5, 5e-4, 2e-3, 1e-5, 3e-4, 1e-3, 1e-9, 1e-3, 1e-6, 1e-4, 1e-5, 0.1)
+    # Fewer cores than instances: what they compute at the same time takes longer.
+    for cores in (2, 8):
+        machine: dict[str, str | int | float] = {"cpu": "a processor", "cores": cores}
+        profile = Profile(FORMAT, "", machine, "tiny", "", "float32", 1, 16, 2048, {}, (), fit, {}, costs)
+        write_profile(profile, tmp_path / f"{cores}.json")
+    config = write(
+        cluster=CONFIG["cluster"] | {"gpu": "cpu", "nodes": 1},
+        placement={"prefill": {}, "decode": {"instances": 3}},
+        engine={"kv_tokens": 8192},
+    )
+    few, many = (
+        figures(config, "--profile", str(tmp_path / f"{cores}.json"), "--perfetto", str(tmp_path / "trace.json"))
+        for cores in (2, 8)
+    )
+    assert few["summary"]["tpot"]["mean"] > 1.02 * many["summary"]["tpot"]["mean"]
+    assert few["summary"]["num_answered"] == 120
+    assert any("share 1.9 cores" in note for note in few["run"]["notes"])
+    assert json.loads((tmp_path / "trace.json").read_text())
