@@ -108,12 +108,14 @@ def find_goodput(
 def _next(measured: dict[float, Measurement], low: float, high: float, target: float) -> float:
     """Where to look next.
 
-    While nothing held: below what an overloaded run served, or half. While nothing failed: ever larger steps up. Then
-    between the two.
+    While nothing held: below what the first overloaded run served, then ever larger steps down. While nothing failed:
+    ever larger steps up. Then between the two.
     """
     if low == 0:
         served = measured[high].throughput
-        return _BELOW_SERVED * served if 0.1 * high < served < _OVERLOADED * high else high / 2
+        if len(measured) == 1 and 0.05 * high < served < _OVERLOADED * high:
+            return _BELOW_SERVED * served
+        return high * (0.8 if len(measured) == 2 else 0.5)
     if high not in measured:
         return min(low * math.pow(_STEP, 1 << (len(measured) - 1)), (low + high) / 2)
     served = _BELOW_SERVED * measured[high].throughput

@@ -42,14 +42,14 @@ def toy_problem(
     slo: SLO = SLO(0.1, 0.02),
     gpus_per_node: int = 3,
     num_nodes: int = 1,
-    prompt: LengthDistribution = Lognormal(300, 0.6, 2000),
-    output: LengthDistribution = Lognormal(10, 0.5, 40),
+    prompt: LengthDistribution = Lognormal(300, 0.3, 1000),
+    output: LengthDistribution = Lognormal(8, 0.3, 30),
     latency: ToyLatency = ToyLatency(),
     kv_tokens: int = 40_000,
     bandwidth: float = 1e9,
     **search: Any,
 ) -> Problem:
-    limits = {"num_workers": 1, "num_requests": 150, "max_requests": 600, "max_pp": 2} | search
+    limits = {"num_workers": 1, "num_requests": 120, "max_requests": 500, "tolerance": 0.06, "max_pp": 2} | search
     return Problem(
         model=TOY,
         slo=slo,

