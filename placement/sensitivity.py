@@ -120,7 +120,6 @@ def look_around(plan: Plan, progress: Progress | None = None, *, with_curves: bo
     planned = list(_variants(plan))
     beside = _beside(plan)
     points = [
-        ScaledPoint(chosen.placement, chosen.policy, rate),
         *(
             ScaledPoint(chosen.placement, chosen.policy, factor * (chosen.goodput.estimate or rate))
             for factor in _ABOVE
