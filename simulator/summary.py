@@ -59,7 +59,8 @@ class RunSummary:
     """Figures of one run; rates per second between the first and the last counted arrival, throughputs to the end.
 
     ``goodput_per_gpu`` is requests/s that met the objective for each GPU. ``unfinished`` were under way at the end,
-    ``failures`` counts the failed ones by HTTP status.
+    ``failures`` counts the failed ones by HTTP status. ``backlog`` is the mean number of requests in the system while
+    the first and while the last third arrived.
     """
 
     num_offered: int
@@ -74,6 +75,7 @@ class RunSummary:
     request_throughput: float
     output_token_throughput: float
     duration: float
+    backlog: tuple[float, float]
     ttft: Distribution
     tpot: Distribution
     latency: Distribution
@@ -82,6 +84,12 @@ class RunSummary:
     goodput_per_gpu: float | None
     instances: tuple[InstanceFigures, ...]
     links: tuple[LinkFigures, ...]
+
+    @property
+    def backlog_grows(self) -> bool:
+        """By more than chance makes it, as :func:`distserve.bench.steady.judge_stability` has it."""
+        first, last = self.backlog
+        return last > 1.5 * first and last - first > 3 * math.sqrt(max(first, 1.0))
 
 
 def summarise(simulation: Simulation, placement: Placement, slo: SLO | None, warmup: float = 0.0) -> RunSummary:
@@ -112,6 +120,7 @@ def summarise(simulation: Simulation, placement: Placement, slo: SLO | None, war
         request_throughput=int(ok.sum()) / seconds,
         output_token_throughput=int(timelines.output_tokens[ok].sum()) / seconds,
         duration=simulation.duration,
+        backlog=_backlog(simulation, warmup),
         ttft=Distribution.of(timelines.ttft[ok]),
         tpot=Distribution.of(timelines.tpot[ok & (timelines.output_tokens > 1)]),
         latency=Distribution.of(timelines.latency[ok]),
@@ -121,6 +130,24 @@ def summarise(simulation: Simulation, placement: Placement, slo: SLO | None, war
         instances=_instances(simulation, placement),
         links=_links(simulation),
     )
+
+
+def _backlog(simulation: Simulation, warmup: float) -> tuple[float, float]:
+    """Mean requests in the system over the first and the last third of the counted arrivals' span."""
+    timelines = simulation.timelines
+    finish = np.where(np.isnan(timelines.finish), simulation.duration, timelines.finish)
+    # Those that are refused or fail leave at an unknown time, soon: they are no backlog.
+    stays = (timelines.status == 200) | (timelines.status == 0)
+    arrival, finish = timelines.arrival[stays], finish[stays]
+    if not len(arrival) or arrival[-1] <= warmup:
+        return 0.0, 0.0
+    third = (float(arrival[-1]) - warmup) / 3
+
+    def mean(begin: float, end: float) -> float:
+        inside = np.minimum(finish, end) - np.maximum(arrival, begin)
+        return float(np.maximum(inside, 0.0).sum()) / (end - begin)
+
+    return mean(warmup, warmup + third), mean(warmup + 2 * third, warmup + 3 * third)
 
 
 def _attainment(simulation: Simulation, counted: NDArray[np.bool_], slo: SLO) -> Attainment:
@@ -199,6 +226,12 @@ def print_summary(console: Console, summary: RunSummary, run: dict[str, Any], sl
         f"{summary.request_throughput:.3g}/s, {summary.output_token_throughput:,.0f} output tokens/s, in "
         f"{summary.duration:,.1f} s"
     )
+    if summary.backlog_grows:
+        first, last = summary.backlog
+        console.print(
+            f"[bold]The backlog grows[/bold]: {first:.1f} requests in the system during the first third of the "
+            f"arrivals, {last:.1f} during the last. Overloaded, or the load itself rose; a longer run would look worse."
+        )
     if summary.attainment is not None and slo is not None:
         found = summary.attainment
         verdict = "met" if found.low >= slo.attainment else ("missed" if found.high < slo.attainment else "undecided")
