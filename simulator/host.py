@@ -1,9 +1,14 @@
 """Processors that instances share: when more computes than there are cores, everything computes more slowly.
 
-A GPU belongs to one rank; the cores of a host that serves on CPUs do not. Engines' steps, and the processor time that
-client, API and router spend on requests and tokens, are jobs that share ``num_cores`` cores equally, none of them on
-more than one: the egalitarian processor sharing that Linux's fair scheduler comes to over some milliseconds. The
-remaining times of all jobs are worked out anew whenever one starts or ends.
+A GPU belongs to one rank; the cores of a host that serves on CPUs do not. Engines' steps are jobs, and so is the light
+work around them: what client, API, router and the instances' further threads do for a request or a step. The remaining
+times of all jobs are worked out anew whenever one starts or ends.
+
+- Where there are cores enough, the launcher binds every engine to one of its own. Light work goes where it went last,
+  but to an idle core if it would share that one and there is one, as Linux places threads. The jobs of a core share it
+  equally.
+- Else all jobs share all cores equally, none of them on more than one: the egalitarian processor sharing that Linux's
+  fair scheduler comes to over some tens of milliseconds.
 
 The host is a part on the loop like the others, which is told by timers of its own when the next job ends.
 """
@@ -12,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distserve.core.commands import Command, RunStep, Send, WakeAt
-from distserve.core.events import Event, Timer
+from distserve.core.events import Event, Machine, Timer
 from distserve.core.messages import Submit
+from simulator.engine import Engine
 from simulator.loop import Loop, Observer, Part
 from simulator.model import Delays, HostModel
 from simulator.pulls import Pulls
@@ -28,13 +34,15 @@ _DONE = 1e-9
 class _Job:
     """``work`` core seconds are left; ``event`` happens to the part ``name`` once none is (None: to nobody).
 
-    ``aftermath`` core seconds are then spent outside the instances, on the tokens that a step gave.
+    ``aftermath`` core seconds of light work follow, on the tokens that a step gave. ``core`` runs it, if engines are
+    bound to cores.
     """
 
     work: float
     name: str = ""
     event: Event | None = None
     aftermath: float = 0.0
+    core: int = 0
 
 
 class Host:
@@ -44,9 +52,19 @@ class Host:
         self.model = model
         self._loop = loop
         self._jobs: list[_Job] = []
+        self._core_of: dict[str, int] = {}
+        self._light_core = 0
         self._now = 0.0
         self._wake_at = float("inf")
         """The earliest timer pending; later ones that it superseded are ignored when they come."""
+
+    def add_engine(self, name: str) -> None:
+        """An instance is there: its engine is bound to the next core."""
+        self._core_of.setdefault(name, len(self._core_of))
+
+    @property
+    def _is_bound(self) -> bool:
+        return len(self._core_of) <= self.model.num_cores
 
     def handle(self, now: float, event: Event) -> Sequence[Command]:
         """A job may have ended."""
@@ -59,14 +77,14 @@ class Host:
     def run_step(self, now: float, name: str, seconds: float, event: Event, num_tokens: int) -> Sequence[Command]:
         """An engine's step of ``seconds`` on a core of its own, at whose end ``event`` happens to ``name``."""
         self._advance(now)
-        self._jobs.append(_Job(seconds, name, event, num_tokens * self.model.cpu_per_token))
+        aftermath = self.model.cpu_per_step + num_tokens * self.model.cpu_per_token if num_tokens else 0.0
+        self._jobs.append(_Job(seconds, name, event, aftermath, self._core_of[name]))
         return self._go_on(now)
 
     def take_request(self, now: float, num_prompt_tokens: int) -> Sequence[Command]:
         """A request comes in, which its receivers have work with."""
         self._advance(now)
-        work = self.model.cpu_per_request + num_prompt_tokens * self.model.cpu_per_prompt_token
-        self._jobs.append(_Job(work))
+        self._add_light(self.model.cpu_per_request + num_prompt_tokens * self.model.cpu_per_prompt_token)
         return self._go_on(now)
 
     def drop(self, now: float, name: str) -> None:
@@ -74,15 +92,35 @@ class Host:
         self._advance(now)
         self._jobs = [job for job in self._jobs if job.name != name]
 
-    def _pace(self) -> float:
+    def _add_light(self, work: float) -> None:
+        if work > 0:
+            self._jobs.append(_Job(work, core=self._light_core))
+
+    def _spread(self) -> None:
+        """Move light work that shares a core to one that is idle."""
+        busy = [job.core for job in self._jobs]
+        idle = [core for core in range(int(self.model.num_cores)) if core not in busy]
+        for job in self._jobs:
+            if idle and not job.name and busy.count(job.core) > 1:
+                busy.remove(job.core)
+                job.core = self._light_core = idle.pop()
+                busy.append(job.core)
+
+    def _paces(self) -> list[float]:
         """Core seconds per second that each job gets."""
-        return min(1.0, self.model.num_cores / len(self._jobs))
+        model, jobs = self.model, self._jobs
+        if not self._is_bound:
+            return [min(1.0, (model.num_cores - model.idle_cores) / len(jobs))] * len(jobs)
+        sharing = [0] * max(len(self._core_of), int(model.num_cores))
+        for job in jobs:
+            sharing[job.core] += 1
+        return [1.0 / sharing[job.core] for job in jobs]
 
     def _advance(self, now: float) -> None:
-        if self._jobs:
-            done = (now - self._now) * self._pace()
-            for job in self._jobs:
-                job.work -= done
+        elapsed = now - self._now
+        if elapsed > 0 and self._jobs:
+            for job, pace in zip(self._jobs, self._paces(), strict=True):
+                job.work -= elapsed * pace
         self._now = now
 
     def _go_on(self, now: float) -> Sequence[Command]:
@@ -94,11 +132,13 @@ class Host:
             for job in ended:
                 if job.event is not None:
                     self._loop.post(now, job.name, job.event)
-                if job.aftermath > 0:
-                    self._jobs.append(_Job(job.aftermath))
+            for job in ended:
+                self._add_light(job.aftermath)
         if not self._jobs:
             return ()
-        wake_at = now + min(job.work for job in self._jobs) / self._pace()
+        if self._is_bound:
+            self._spread()
+        wake_at = now + min(job.work / pace for job, pace in zip(self._jobs, self._paces(), strict=True))
         if wake_at >= self._wake_at:
             return ()
         self._wake_at = wake_at
@@ -113,7 +153,13 @@ class HostLoop(Loop):
     ) -> None:
         super().__init__(delays, observer, pulls)
         self._host = Host(model, self)
-        self.add(HOST, self._host)
+        super().add(HOST, self._host)
+
+    def add(self, name: str, machine: Machine, engine: Engine | None = None, *, may_jump: bool = False) -> None:
+        """See :class:`simulator.loop.Loop`."""
+        if engine is not None:
+            self._host.add_engine(name)
+        super().add(name, machine, engine, may_jump=may_jump)
 
     def lose(self, name: str) -> None:
         """See :class:`simulator.loop.Loop`."""

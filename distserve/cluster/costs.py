@@ -38,9 +38,11 @@ from distserve.transfer.local import LocalNetwork, LocalTransport
 
 _START_SECONDS = 180.0
 _STOP_SECONDS = 30.0
-_IDLE_SECONDS = 2.0
+_IDLE_SECONDS = 3.0
 _REQUEST_SECONDS = 300.0
 _NAME = "profiled"
+_PROMPTS_ALONE = 2
+"""Output tokens of requests that are about their prompts: the second one makes them move to the decode instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ def make_loads(max_batch_size: int, max_model_len: int, *, quick: bool) -> tuple
     few = 2 if quick else 1
     batches = (1, 4) if quick else (1, 4, 12, 32)
     return (
-        Load(1, 40 // few, 16, 1),
-        Load(1, 16 // few, long, 1),
+        Load(1, 40 // few, 16, _PROMPTS_ALONE),
+        Load(1, 16 // few, long, _PROMPTS_ALONE),
         *(
             Load(b, b if b > 1 else 4 // few, prompt // (1 if b < 8 else 2), output)
             for b in batches
@@ -72,11 +74,12 @@ def make_loads(max_batch_size: int, max_model_len: int, *, quick: bool) -> tuple
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """One load as it went: ``cpu`` is processor seconds of all but the instances, beyond what they take when idle."""
+    """One load as it went: ``cpu`` is processor seconds of all but the engines, beyond what they take when idle."""
 
     load: Load
     records: list[RequestRecord]
     cpu: float
+    idle_cores: float
     offset: float
     """The client's clock plus this is the cluster's."""
 
@@ -195,22 +198,22 @@ async def _load(
     async with open_client(target, None) as client:
         runner = Runner(client, timeout=_REQUEST_SECONDS)
         await _run(runner, Load(1, 3, loads[0].prompt_len, 8), vocab_size)
-        before, start = _other_cpu(root), time.perf_counter()
+        before, start = _threads(root), time.perf_counter()
         await asyncio.sleep(_IDLE_SECONDS)
-        idle = (_other_cpu(root) - before) / (time.perf_counter() - start)
+        idle = _other_cpu(before, _threads(root)) / (time.perf_counter() - start)
         for load in loads:
             show(
                 f"{load.num_clients} client{'s' if load.num_clients > 1 else ''}, {load.prompt_len} tokens in, "
                 f"{load.output_len} out"
             )
-            before, start = _other_cpu(root), time.perf_counter()
+            before, start = _threads(root), time.perf_counter()
             run = await _run(runner, load, vocab_size)
-            cpu = _other_cpu(root) - before - idle * (time.perf_counter() - start)
+            cpu = _other_cpu(before, _threads(root)) - idle * (time.perf_counter() - start)
             offset = cluster_time() - time.perf_counter() + run.started
             failed = [record for record in run.records if record.status is not Status.OK]
             if failed:
                 raise InstanceError(f"the cluster to be profiled failed a request: {failed[0].error}")
-            samples.append(_Sample(load, run.records, max(cpu, 0.0), offset))
+            samples.append(_Sample(load, run.records, max(cpu, 0.0), idle, offset))
     return samples
 
 
@@ -228,15 +231,31 @@ async def _run(runner: Runner, load: Load, vocab_size: int) -> Run:
     )
 
 
-def _other_cpu(root: psutil.Process) -> float:
-    """Processor seconds so far of this process and of the cluster's, but for its instances'."""
-    total = time.process_time()
+_Threads = dict[int, tuple[int, bool, float]]
+"""By thread: its process, whether that is an instance, and processor seconds so far."""
+
+
+def _threads(root: psutil.Process) -> _Threads:
+    """All threads of the cluster, and this process as one."""
+    found: _Threads = {0: (0, False, time.process_time())}
     for process in (root, *root.children(recursive=True)):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            if "InstanceProcess" not in " ".join(process.cmdline()[:1]):
-                times = process.cpu_times()
-                total += times.user + times.system
-    return total
+            is_instance = "InstanceProcess" in " ".join(process.cmdline()[:1])
+            for thread in process.threads():
+                found[thread.id] = (process.pid, is_instance, thread.user_time + thread.system_time)
+    return found
+
+
+def _other_cpu(before: _Threads, after: _Threads) -> float:
+    """Processor seconds of all but the engines: of each instance, the thread that did most is left out."""
+    total = 0.0
+    most: dict[int, float] = {}
+    for thread_id, (process_id, is_instance, seconds) in after.items():
+        spent = seconds - before.get(thread_id, (0, False, 0.0))[2]
+        total += spent
+        if is_instance:
+            most[process_id] = max(most.get(process_id, 0.0), spent)
+    return total - sum(most.values())
 
 
 # -- what follows from it ----------------------------------------------------------------------------------------------
@@ -259,11 +278,10 @@ def _work_out(samples: list[_Sample], step_time: MeasuredStepTime, pull: float, 
     # Owner to router to instance, nothing else being under way; and back.
     message = median((t["prefill_start"] - t["arrival"]) / 2 for t in short.timelines)
     step, per_sequence = _step_costs(samples, step_time)
-    counts = np.array(
-        [[n := s.load.num_requests, n * s.load.prompt_len, n * s.load.output_len] for s in samples], dtype=float
-    )
+    counts = np.array([_counts(sample.load) for sample in samples], dtype=float)
     scale = counts.max(axis=0)
-    cpu, _ = nnls(counts / scale, np.array([s.cpu for s in samples]))
+    solution, _ = nnls(counts / scale, np.array([sample.cpu for sample in samples]))
+    cpu_per_request, cpu_per_prompt_token, cpu_per_step, cpu_per_token = (solution / scale).tolist()
     return ClusterCosts(
         step=step,
         step_per_sequence=per_sequence,
@@ -273,10 +291,18 @@ def _work_out(samples: list[_Sample], step_time: MeasuredStepTime, pull: float, 
         token=max(0.0, token),
         pull=pull,
         pull_per_byte=pull_per_byte,
-        cpu_per_request=float(cpu[0] / scale[0]),
-        cpu_per_prompt_token=float(cpu[1] / scale[1]),
-        cpu_per_token=float(cpu[2] / scale[2]),
+        cpu_per_request=cpu_per_request,
+        cpu_per_prompt_token=cpu_per_prompt_token,
+        cpu_per_step=cpu_per_step,
+        cpu_per_token=cpu_per_token,
+        idle_cores=samples[0].idle_cores,
     )
+
+
+def _counts(load: Load) -> tuple[int, int, float, int]:
+    """(requests, prompt tokens, steps, tokens) of a load: clients that start together step together."""
+    num = load.num_requests
+    return num, num * load.prompt_len, num * load.output_len / load.num_clients, num * load.output_len
 
 
 def _step_costs(samples: list[_Sample], step_time: MeasuredStepTime) -> tuple[float, float]:
@@ -284,7 +310,7 @@ def _step_costs(samples: list[_Sample], step_time: MeasuredStepTime) -> tuple[fl
     rows, extras = [], []
     for sample in samples:
         load = sample.load
-        if load.output_len == 1 and load.num_clients == 1:
+        if load.output_len == _PROMPTS_ALONE:
             shape = StepShape(load.prompt_len, load.prompt_len * (load.prompt_len + 1) // 2, num_prefills=1)
             seconds = median(t["prefill_end"] - t["prefill_start"] for t in sample.timelines)
             # Longer prompts are split, and their times say more of the engine than of what is around it.

@@ -183,9 +183,12 @@ class ClusterCosts:
     ``step`` and ``step_per_sequence`` are added to every step by an instance's scheduler, driver and messages.
     ``message`` is from one part to another. ``request`` and ``request_per_token`` (of its prompt) pass before a
     client's request is with its owner, ``token`` before an emitted token is with the client. A KV pull takes
-    ``pull`` and ``pull_per_byte``. The last three are processor time outside the instances, of client, API and router
-    together: ``cpu_per_request``, ``cpu_per_prompt_token`` and ``cpu_per_token`` emitted. They are no delays, but on a
-    machine whose cores are all busy the steps wait for them.
+    ``pull`` and ``pull_per_byte``.
+
+    The others are processor time of all but the engines: client, API, router, and the instances' further threads. They
+    are no delays, but on a machine whose cores are all busy the steps wait for them: ``idle_cores`` are busy without
+    any request; ``cpu_per_request``, ``cpu_per_prompt_token``, ``cpu_per_step`` and ``cpu_per_token`` (emitted) come
+    on top.
     """
 
     step: float
@@ -198,7 +201,9 @@ class ClusterCosts:
     pull_per_byte: float
     cpu_per_request: float
     cpu_per_prompt_token: float
+    cpu_per_step: float
     cpu_per_token: float
+    idle_cores: float
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def test_a_profile_says_what_it_was_taken_of(engine_profile):
 
 
 def test_a_profile_survives_its_file(engine_profile, tmp_path):
-    costs = ClusterCosts(*(0.001 * (i + 1) for i in range(11)))
+    costs = ClusterCosts(*(0.001 * (i + 1) for i in range(13)))
     profile = replace(read_profile(engine_profile), cluster=costs)
     write_profile(profile, tmp_path / "again.json")
     again = read_profile(tmp_path / "again.json")

@@ -14,21 +14,26 @@ from simulator.simulation import simulate
 STEP = LinearStepTime(base=0.01, per_token=1e-3, per_pair=0.0, per_context=0.0)
 
 
-def cluster(roles: list[Role], host: HostModel | None, tp: int = 1) -> ClusterModel:
+def cluster(roles: list[Role], host: HostModel | None, tp: int = 1, delay: float = 0.0) -> ClusterModel:
     specs = [
         InstanceSpec(f"{role}-{index}", role, KvConfig(512), SchedulerConfig(), ParallelConfig(tp=tp))
         for index, role in enumerate(roles)
     ]
     instances = tuple(InstanceModel(spec, STEP) for spec in specs)
-    return ClusterModel(instances, delays=Delays(message=0.0, pull_latency=0.0, seconds_per_block=0.0), host=host)
+    return ClusterModel(instances, delays=Delays(message=delay, pull_latency=0.0, seconds_per_block=0.0), host=host)
 
 
 def run(
-    roles: list[Role], host: HostModel | None, arrivals: list[float], prompt: int = 100, output: int = 1
+    roles: list[Role],
+    host: HostModel | None,
+    arrivals: list[float],
+    prompt: int = 100,
+    output: int = 1,
+    delay: float = 0.0,
 ) -> Timelines:
     count = len(arrivals)
     workload = Workload(np.full(count, prompt), np.full(count, output), np.array(arrivals))
-    return simulate(cluster(roles, host), workload).timelines
+    return simulate(cluster(roles, host, delay=delay), workload).timelines
 
 
 def test_two_engines_on_one_core_take_twice_as_long():
@@ -54,13 +59,19 @@ def test_what_surrounds_the_engines_takes_its_share():
     lines = run([Role.MIXED], HostModel(1, cpu_per_request=0.03, cpu_per_prompt_token=2e-4), [1.0])
     assert lines.ttft == pytest.approx([0.16])
     # A token's work comes after its step: the next step shares the core with it.
-    lines = run([Role.MIXED], HostModel(1, cpu_per_token=0.005), [1.0], output=3)
+    lines = run([Role.MIXED], HostModel(1, cpu_per_step=0.003, cpu_per_token=0.002), [1.0], output=3)
     assert lines.finish - lines.first_token == pytest.approx([2 * (0.011 + 0.005)])
 
 
-def test_jobs_of_nobody_do_not_delay_on_an_idle_core():
+def test_light_work_keeps_away_from_engines_while_a_core_is_idle():
     lines = run([Role.MIXED], HostModel(2, cpu_per_request=10.0), [1.0])
     assert lines.ttft == pytest.approx([0.11])
+
+
+def test_light_work_stays_where_it_was_when_all_cores_are_busy():
+    # The second request's work and the third's find both cores computing, and slow the engine beside them alone.
+    lines = run([Role.MIXED, Role.MIXED], HostModel(2, cpu_per_request=0.02), [1.0, 1.05])
+    assert sorted(lines.ttft) == pytest.approx([0.11, 0.13])
 
 
 @settings(max_examples=15, deadline=None)
@@ -73,7 +84,9 @@ def test_jobs_of_nobody_do_not_delay_on_an_idle_core():
 def test_cores_for_all_are_no_host_at_all(seed, prompt, output, roles):
     # Drawn, not chosen: whether an arrival at the very end of a step comes before it is left to rounding.
     arrivals = np.cumsum(np.random.default_rng(seed).exponential(0.1, 12)).tolist()
-    apart, shared = (run(roles, host, arrivals, prompt, output) for host in (None, HostModel(len(roles) + 1)))
+    apart, shared = (
+        run(roles, host, arrivals, prompt, output, delay=1e-4) for host in (None, HostModel(len(roles) + 1))
+    )
     for name in ("first_token", "finish", "prefill_start", "decode_start"):
         assert getattr(shared, name) == pytest.approx(getattr(apart, name), abs=1e-6, nan_ok=True)
 

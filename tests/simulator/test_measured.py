@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from simulator.simulation import CLIENT
 
 COSTS = ClusterCosts(
     step=1e-3, step_per_sequence=1e-5, message=5e-4, request=2e-3, request_per_token=1e-5, token=3e-4, pull=1e-3,
-    pull_per_byte=1e-9, cpu_per_request=1e-3, cpu_per_prompt_token=1e-6, cpu_per_token=1e-4,
+    pull_per_byte=1e-9, cpu_per_request=1e-3, cpu_per_prompt_token=1e-6, cpu_per_step=1e-4, cpu_per_token=1e-5,
+    idle_cores=0.1,
 )  # fmt: skip
 
 
@@ -53,3 +55,11 @@ def test_delays_as_measured():
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nothing\.json"):
         ProfileLatencyModel.read(tmp_path / "nothing.json")
+
+
+def test_the_host_as_measured():
+    host = ProfileLatencyModel(replace(make_profile(), machine={"cores": 4})).host()
+    # Two threads each: an instance's share of the machine is half as many cores, twice as fast.
+    assert host.num_cores == 2
+    assert host.idle_cores == pytest.approx(COSTS.idle_cores / 2)
+    assert host.cpu_per_step == pytest.approx(COSTS.cpu_per_step / 2)

@@ -1,0 +1,121 @@
+"""What the simulator says of a deployment of this machine: from a profile, before or without running it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from distserve.bench.arrivals import Gamma
+from distserve.bench.lengths import parse_lengths
+from distserve.bench.workload import Workload, WorkloadSpec
+from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
+from distserve.core.latency import StepShape
+from simulator.latency.measured import ProfileLatencyModel
+from simulator.model import ClusterModel, InstanceModel
+from simulator.results import Timelines
+from simulator.simulation import simulate
+
+KV_TOKENS = 32768
+SCHEDULER = SchedulerConfig(max_batch_tokens=512, max_batch_size=64, max_model_len=2048)
+_GOODPUT_REQUESTS = 400
+_GOODPUT_SEEDS = (101, 102)
+"""Seeds of the search for the goodput: none of them is measured."""
+_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Lengths as ``distserve bench`` takes them, and the SLO as multiples of what an idle machine does."""
+
+    name: str
+    prompt_len: str
+    output_len: str
+    ttft_factor: float
+    tpot_factor: float
+
+    @property
+    def mean_prompt(self) -> float:
+        """Tokens, of what is drawn."""
+        return float(parse_lengths(self.prompt_len).draw(np.random.default_rng(0), 10_000).mean())
+
+    def spec(self, num_requests: int, seed: int) -> WorkloadSpec:
+        """Poisson arrivals with these lengths."""
+        prompt, output = parse_lengths(self.prompt_len), parse_lengths(self.output_len)
+        return WorkloadSpec(Gamma(), prompt, output, num_requests=num_requests, seed=seed)
+
+
+MIXES = (
+    Mix("chat", "lognormal:mean=300,sigma=0.8,max=1500", "lognormal:mean=60,sigma=0.6,max=256", 3.0, 4.0),
+    Mix("documents", "lognormal:mean=500,sigma=0.5,max=1500", "lognormal:mean=40,sigma=0.5,max=128", 3.0, 4.0),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is compared: the share of requests within the SLO, and medians in seconds."""
+
+    attainment: float
+    ttft: float
+    tpot: float
+
+
+def objective(model: ProfileLatencyModel, mix: Mix) -> SLO:
+    """Multiples of a mean prompt's TTFT and of one sequence's TPOT with nothing else under way, in two digits."""
+    step_time = model.step_time(ParallelConfig())
+    delays = model.delays((), mix.mean_prompt)
+    prompt = round(mix.mean_prompt)
+    ttft = step_time.seconds(StepShape(prompt, prompt * (prompt + 1) // 2, num_prefills=1)) + 4 * delays.message
+    tpot = step_time.seconds(StepShape(num_decodes=1, decode_context=prompt))
+    return SLO(ttft=_two_digits(mix.ttft_factor * ttft), tpot=_two_digits(mix.tpot_factor * tpot), attainment=0.9)
+
+
+def _two_digits(seconds: float) -> float:
+    return float(f"{seconds:.2g}")
+
+
+def cluster_model(model: ProfileLatencyModel, pools: Mapping[Role, int], mean_prompt: float) -> ClusterModel:
+    """``pools`` instances of each role on this machine's cores."""
+    profile = model.profile
+    specs = [
+        InstanceSpec(f"{role}-{index}", role, KvConfig(KV_TOKENS // profile.block_size, profile.block_size), SCHEDULER)
+        for role, count in pools.items()
+        for index in range(count)
+    ]
+    step_time = model.step_time(ParallelConfig())
+    return ClusterModel(
+        instances=tuple(InstanceModel(spec, step_time) for spec in specs),
+        delays=model.delays(tuple(spec.instance_id for spec in specs), mean_prompt),
+        host=model.host(),
+    )
+
+
+def predict(model: ClusterModel, workload: Workload, slo: SLO) -> Figures:
+    """Simulate ``workload``."""
+    return figures(simulate(model, workload).timelines, slo)
+
+
+def figures(timelines: Timelines, slo: SLO) -> Figures:
+    """Of a simulated run; medians are over requests that were answered, of TPOT over those with two tokens or more."""
+    ok = timelines.status == 200
+    several = ok & (timelines.output_tokens > 1)
+    return Figures(
+        attainment=float(timelines.meets(slo).mean()),
+        ttft=float(np.median(timelines.ttft[ok])),
+        tpot=float(np.median(timelines.tpot[several])),
+    )
+
+
+def find_goodput(model: ClusterModel, mix: Mix, slo: SLO) -> float:
+    """The largest rate, in requests/s, at which the simulated attainment is that of the SLO."""
+
+    def attainment(rate: float) -> float:
+        specs = [mix.spec(_GOODPUT_REQUESTS, seed) for seed in _GOODPUT_SEEDS]
+        return float(np.mean([predict(model, spec.at(rate), slo).attainment for spec in specs]))
+
+    low, high = 1.0, 2.0
+    while attainment(high) >= slo.attainment:
+        low, high = high, 2 * high
+    while high / low > 1 + _TOLERANCE:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if attainment(middle) >= slo.attainment else (low, middle)
+    return low

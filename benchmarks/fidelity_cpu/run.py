@@ -1,0 +1,265 @@
+"""Holds the simulator against our own cluster on this machine: attainment, median TTFT and median TPOT.
+
+    python -m benchmarks.fidelity_cpu.run --model MODEL            # from the repository's root; about 18 minutes
+    python -m benchmarks.fidelity_cpu.run --model MODEL --quick    # a rehearsal
+    python -m benchmarks.fidelity_cpu.run --again                  # predict anew what is committed, without measuring
+
+MODEL is what `python benchmarks/make_model.py MODEL` writes. First `distserve profile` is taken, which sends no Poisson
+arrivals. From it the simulator says the goodput of every deployment and length mix; then each deployment is served as
+`distserve serve` does it and asked by `distserve bench`, a process of its own, at 0.6, 1 and 1.2 times that goodput.
+The same requests, with the same arrivals and lengths, go through the simulator. Everything shares this machine's
+cores: instances, router, API and client, which the simulator accounts for.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.common.load import LoadError, bench
+from benchmarks.common.machine import describe_run
+from benchmarks.common.servers import Server, ServerError, free_port, running, unwind_on_sigterm
+from benchmarks.fidelity_cpu import timelines
+from benchmarks.fidelity_cpu.predict import (
+    KV_TOKENS,
+    MIXES,
+    SCHEDULER,
+    Figures,
+    Mix,
+    cluster_model,
+    find_goodput,
+    objective,
+    predict,
+)
+from benchmarks.fidelity_cpu.report import write_report
+from distserve.bench.workload import Workload
+from distserve.core.config import SLO, Role
+from distserve.core.errors import DistserveError
+from simulator.latency.measured import ProfileLatencyModel
+
+RESULTS = Path(__file__).parent / "results"
+DEPLOYMENTS = {
+    "1 prefill + 1 decode": {Role.PREFILL: 1, Role.DECODE: 1},
+    "2 prefill + 1 decode": {Role.PREFILL: 2, Role.DECODE: 1},
+    "2 mixed": {Role.MIXED: 2},
+}
+SHARES = {"below": 0.6, "at": 1.0, "above": 1.2}
+"""Rates, as shares of the goodput that the simulator predicts."""
+DTYPE = "bfloat16"
+_DISTSERVE = Path(sys.executable).with_name("distserve")
+_MIN_OUTPUT = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured run: deployment, mix, rate in requests/s, and the seed of its arrivals and lengths."""
+
+    deployment: str
+    mix: Mix
+    level: str
+    rate: float
+    seed: int
+    slo: SLO
+
+    @property
+    def stem(self) -> str:
+        """Part of file names."""
+        return f"{self.deployment} {self.mix.name} {self.level}".replace(" + ", "-").replace(" ", "-")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a directory that benchmarks/make_model.py wrote")
+    parser.add_argument("--profile", type=Path, help="use this profile in place of taking one")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=36.0, help="of arrivals in each run")
+    parser.add_argument("--deployment", action="append", choices=list(DEPLOYMENTS), help="only this one; repeatable")
+    parser.add_argument("--quick", action="store_true", help="thin profile, short runs, to try it out")
+    parser.add_argument("--again", action="store_true", help="read the measured runs in --output-dir, predict anew")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, predict, compare, write; 1 if something is out of bounds."""
+    unwind_on_sigterm()
+    options = parse_arguments()
+    start = time.monotonic()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    profile = options.profile or options.output_dir / "profile.json"
+    try:
+        if options.again:
+            result = json.loads((options.output_dir / "result.json").read_text())
+            compare_again(result, ProfileLatencyModel.read(profile), options.output_dir)
+        elif options.model is None:
+            print("error: give --model, or --again", file=sys.stderr)
+            return 2
+        else:
+            if options.profile is None:
+                take_profile(options.model, profile, quick=options.quick)
+            result = {**describe_run("benchmarks.fidelity_cpu.run"), "runs": []}
+            measure(result, ProfileLatencyModel.read(profile), options)
+            result["minutes"] = (time.monotonic() - start) / 60
+    except (DistserveError, LoadError, ServerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    num_missed = write_report(options.output_dir, result)
+    print((options.output_dir / "README.md").read_text())
+    return 1 if num_missed else 0
+
+
+def take_profile(model: Path, output: Path, *, quick: bool) -> None:
+    """``distserve profile`` as a user would."""
+    from distserve.cluster.profile_command import profile
+
+    say("profiling")
+    options = ["--dtype", DTYPE, "--threads", "1", "--max-batch-tokens", str(SCHEDULER.max_batch_tokens)]
+    options += ["--max-batch-size", str(SCHEDULER.max_batch_size), "--max-model-len", str(SCHEDULER.max_model_len)]
+    options += ["--output", str(output), *(["--quick"] if quick else []), str(model)]
+    profile.main(options, standalone_mode=False)
+
+
+def measure(result: dict[str, Any], model: ProfileLatencyModel, options: argparse.Namespace) -> None:
+    """Every deployment in turn: its goodput predicted, then its runs measured and predicted."""
+    seconds = 10.0 if options.quick else options.seconds
+    for deployment, pools in DEPLOYMENTS.items():
+        if options.deployment and deployment not in options.deployment:
+            continue
+        cases = list(plan_cases(model, deployment))
+        with TemporaryDirectory() as directory, serving(options.model, pools, Path(directory)) as server:
+            log = Path(directory) / "bench.log"
+            bench(server.url, load_options(cases[0], 5.0, seed=0), log=log, may_miss=True)
+            for case in cases:
+                before, began = cpu_times(server), time.monotonic()
+                document = bench(server.url, load_options(case, seconds, case.seed), log=log, may_miss=True)
+                other = other_load(before, cpu_times(server), time.monotonic() - began)
+                lines = timelines.rows(document["runs"][0]["requests"])
+                timelines.write(options.output_dir / f"{case.stem}.csv.gz", lines)
+                run = compare(model, pools, case, lines)
+                run["other_load"] = other
+                result["runs"].append(run)
+                say(progress_line(run))
+
+
+def plan_cases(model: ProfileLatencyModel, deployment: str) -> Iterator[Case]:
+    """Below, at and above the predicted goodput, for each mix."""
+    for index, mix in enumerate(MIXES):
+        slo = objective(model, mix)
+        goodput = find_goodput(cluster_model(model, DEPLOYMENTS[deployment], mix.mean_prompt), mix, slo)
+        say(f"{deployment}, {mix.name}: TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s, predicted goodput {goodput:.2f}/s")
+        for level, share in SHARES.items():
+            yield Case(deployment, mix, level, round(goodput * share, 2), 11 + index, slo)
+
+
+def serving(model: Path, pools: dict[Role, int], directory: Path) -> Any:
+    """The deployment, as ``distserve serve`` starts it."""
+    port = free_port()
+    command: list[str | Path] = [_DISTSERVE, "serve", model, "--dtype", DTYPE, "--threads", "1", "--port", str(port)]
+    command += ["--kv-tokens", str(KV_TOKENS), "--max-model-len", str(SCHEDULER.max_model_len)]
+    command += ["--max-batch-tokens", str(SCHEDULER.max_batch_tokens)]
+    command += ["--max-batch-size", str(SCHEDULER.max_batch_size)]
+    for role, count in pools.items():
+        command += [f"--{role}", str(count)]
+    return running("distserve", command, f"http://127.0.0.1:{port}", directory / "serve.log")
+
+
+def load_options(case: Case, seconds: float, seed: int) -> dict[str, object]:
+    """For ``distserve bench``."""
+    return {
+        "rate": case.rate,
+        "duration": seconds,
+        "prompt_len": case.mix.prompt_len,
+        "output_len": case.mix.output_len,
+        "seed": seed,
+        "return_timeline": True,
+        "timeout": 300,
+    }
+
+
+def cpu_times(server: Server) -> tuple[float, float]:
+    """Core seconds so far of the whole machine, and of the cluster, this process and the clients it has waited for."""
+    whole = psutil.cpu_times()
+    mine = psutil.Process().cpu_times()
+    ours = server.cpu_seconds() + mine.user + mine.system + mine.children_user + mine.children_system
+    return whole.user + whole.nice + whole.system, ours
+
+
+def other_load(before: tuple[float, float], after: tuple[float, float], seconds: float) -> float:
+    """Cores that something else kept busy: a measurement is worth what this is near 0."""
+    return round(((after[0] - before[0]) - (after[1] - before[1])) / seconds, 3)
+
+
+def compare(
+    model: ProfileLatencyModel, pools: dict[Role, int], case: Case, lines: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Measured and predicted figures of one run, on the arrivals and lengths that were sent."""
+    workload = Workload(
+        np.array([line["prompt_tokens"] for line in lines]),
+        np.array([line["output_tokens"] for line in lines]),
+        np.array([line["arrival"] for line in lines]),
+    )
+    predicted = predict(cluster_model(model, pools, case.mix.mean_prompt), workload, case.slo)
+    return {
+        "deployment": case.deployment,
+        "mix": case.mix.name,
+        "level": case.level,
+        "rate": case.rate,
+        "seed": case.seed,
+        "slo": asdict(case.slo),
+        "num_requests": len(lines),
+        "num_ok": sum(line["status"] == 200 for line in lines),
+        "timelines": f"{case.stem}.csv.gz",
+        "measured": asdict(measured_figures(lines, case.slo)),
+        "predicted": asdict(predicted),
+    }
+
+
+def measured_figures(lines: Sequence[dict[str, Any]], slo: SLO) -> Figures:
+    """As :func:`benchmarks.fidelity_cpu.predict.figures`."""
+    ok = [line for line in lines if line["status"] == 200]
+    ttfts = [line["first_token"] - line["arrival"] for line in ok]
+    tpots = [
+        (line["finish"] - line["first_token"]) / (line["output_tokens"] - 1) if line["output_tokens"] > 1 else 0.0
+        for line in ok
+    ]
+    met = sum(ttft <= slo.ttft and tpot <= slo.tpot for ttft, tpot in zip(ttfts, tpots, strict=True))
+    several = [tpot for tpot, line in zip(tpots, ok, strict=True) if line["output_tokens"] >= _MIN_OUTPUT]
+    return Figures(met / len(lines), float(np.median(ttfts)), float(np.median(several)))
+
+
+def compare_again(result: dict[str, Any], model: ProfileLatencyModel, directory: Path) -> None:
+    """Replace the predictions in ``result`` by those of the simulator as it is now."""
+    mixes = {mix.name: mix for mix in MIXES}
+    for index, run in enumerate(result["runs"]):
+        case = Case(run["deployment"], mixes[run["mix"]], run["level"], run["rate"], run["seed"], SLO(**run["slo"]))
+        lines = timelines.read(directory / run["timelines"])
+        again = compare(model, DEPLOYMENTS[case.deployment], case, lines)
+        result["runs"][index] = {**again, "other_load": run["other_load"]}
+
+
+def progress_line(run: dict[str, Any]) -> str:
+    """One run, in short."""
+    measured, predicted = Figures(**run["measured"]), Figures(**run["predicted"])
+    return (
+        f"{run['deployment']}, {run['mix']}, {run['level']} ({run['rate']:.2f}/s, {run['num_requests']} requests, "
+        f"other load {run['other_load']:.2f}): attainment {measured.attainment:.1%} / {predicted.attainment:.1%}, TTFT "
+        f"{measured.ttft * 1e3:.1f} / {predicted.ttft * 1e3:.1f} ms, TPOT {measured.tpot * 1e3:.2f} / "
+        f"{predicted.tpot * 1e3:.2f} ms"
+    )
+
+
+def say(text: str) -> None:
+    """Show progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
