@@ -213,7 +213,7 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
         rate = None
         if problem is not None:
             rate = problem.rate or (data.get("prediction") or {}).get("rate") or Offered(problem.workload).natural_rate
-        _show(config, report)
+        _show(config, data.get("prediction") or {}, report)
     return _Launcher(file, config, problem, rate, options, report, messages)
 
 
@@ -240,12 +240,12 @@ def _plan(file: Path, problem: "Problem", messages: "Console", report: "Console 
     return _Planned(found.chosen.placement, found.chosen.point.rate)
 
 
-def _show(config: "ServeConfig", console: "Console") -> None:
-    """The instances of a placement that was not planned just now."""
+def _show(config: "ServeConfig", prediction: dict[str, Any], console: "Console") -> None:
+    """The instances of a placement that was not planned just now, and what was predicted of it when it was."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"Placement of {len(config.instances)} instances", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"Placement, instances: {len(config.instances)}", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("role", "shape", "node: GPUs"):
         table.add_column(heading)
     for instance in config.instances:
@@ -256,6 +256,14 @@ def _show(config: "ServeConfig", console: "Console") -> None:
         shape = f"tp {instance.parallel.tp} x pp {instance.parallel.pp}"
         table.add_row(instance.role.value, shape, seats or "any")
     console.print(table)
+    attainment, rate = (prediction.get("attainment") or {}).get("estimate"), prediction.get("rate")
+    if isinstance(attainment, float) and isinstance(rate, float):
+        source = prediction.get("latency_source", "an unknown source")
+        console.print(
+            f"planned for {rate:.4g} requests/s with a predicted attainment of {attainment:.1%}, step times from {source}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @contextmanager

@@ -189,3 +189,12 @@ def test_what_cannot_be_launched_is_refused_before_anything_starts(
     assert result.exit_code == 1, result.output
     assert re.search(expected, " ".join(result.output.split())), result.output
     assert "Traceback" not in result.output
+
+
+def test_a_plan_is_shown_with_what_was_predicted_of_it(tmp_path: Path) -> None:
+    # Refused for its GPUs, but shown before.
+    prediction = "prediction: {rate: 3.0, attainment: {estimate: 0.931}, latency_source: a guess}\n"
+    (tmp_path / "plan.yaml").write_text(ELSEWHERE + prediction)
+    result = CliRunner().invoke(launch, [str(tmp_path / "plan.yaml"), "--port", "0"])
+    assert "planned for 3 requests/s with a predicted attainment of 93.1%, step times from a guess" in result.output
+    assert "tp 8 x pp 1" in result.output
