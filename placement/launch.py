@@ -260,7 +260,8 @@ def _show(config: "ServeConfig", prediction: dict[str, Any], console: "Console")
     if isinstance(attainment, float) and isinstance(rate, float):
         source = prediction.get("latency_source", "an unknown source")
         console.print(
-            f"planned for {rate:.4g} requests/s with a predicted attainment of {attainment:.1%}, step times from {source}",
+            f"planned for {rate:.4g} requests/s with a predicted attainment of {attainment:.1%}, "
+            f"step times from {source}",
             highlight=False,
             soft_wrap=True,
         )
