@@ -101,7 +101,7 @@ def fewest_gpus(
         note(f"{ranked[0].num_gpus} GPUs: {ranked[0]}", len(seen) - len(open_), len(seen))
         tasks: list[Callable[[Setting], Measurement]] = [*phases.values(), *joint.values()]
         results = workers.run(tasks)
-        num_simulated += len(results)
+        num_simulated += len(joint)
         num_requests += sum(result.num_simulated for result in results)
         alone.update(zip(phases, results, strict=False))
         for candidate, measurement in zip(joint, results[len(phases) :], strict=True):

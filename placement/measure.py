@@ -60,7 +60,8 @@ def measure(run: Run, rate: float, slo: SLO, cv: float, effort: Effort) -> Measu
         spent += len(simulation.timelines)
         windows.append(measure_window(simulation.timelines, slo, cv))
         point = summarise(rate, windows, slo)
-        if len(windows) >= effort.min_runs:
+        # Far below the target one run is enough, whatever others would say.
+        if len(windows) >= effort.min_runs or (effort.until_decided and point.attainment.high < slo.attainment):
             interval = point.attainment
             half = (interval.high - interval.low) / 2
             decided = point.surely_holds(slo.attainment) or point.surely_fails(slo.attainment)

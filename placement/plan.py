@@ -143,7 +143,10 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class SearchStats:
-    """What the search did: candidates by their fate, simulated requests, seconds."""
+    """What the search did. ``num_simulated`` candidates were simulated as a whole, ``num_pruned`` dropped before that.
+
+    ``num_requests`` were simulated in all, in ``seconds``.
+    """
 
     num_candidates: int
     num_pruned: int
@@ -186,7 +189,8 @@ class UnreachableError(ConfigError):
     """
 
     def __init__(self, constraint: str, best: str, advice: str) -> None:
-        super().__init__(f"no placement reaches the objective ({constraint}): {best}. {advice[0].upper() + advice[1:]}.")
+        advised = advice[0].upper() + advice[1:]
+        super().__init__(f"no placement reaches the objective ({constraint}): {best}. {advised}.")
         self.constraint = constraint
         self.best = best
         self.advice = advice

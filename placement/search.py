@@ -128,6 +128,7 @@ class _Searcher:
             self.count.candidates += len(units)
             found = race(self._setting, self._workers, self._bounds, units, wanted, self._progress)
             self.count.simulated += len(found)
+            self.count.pruned += len(units) - len(found)
             self.count.requests += sum(entry.goodput.num_simulated for entry in found)
             races.append((found, wanted))
         return self._refine(races)
@@ -231,4 +232,5 @@ class _Searcher:
     def _tally(self, found: Fewest) -> None:
         self.count.candidates += found.num_seen
         self.count.simulated += found.num_simulated
+        self.count.pruned += found.num_seen - found.num_simulated
         self.count.requests += found.num_requests
