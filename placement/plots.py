@@ -200,7 +200,7 @@ def _number_points(axis: Axes, points: Sequence[tuple[float, int]]) -> None:
     widest = max(goodput for goodput, _ in points) or 1.0
     groups: list[tuple[float, int, list[int]]] = []
     for number, (goodput, gpus) in sorted(enumerate(points, start=1), key=lambda item: item[1]):
-        near = [group for group in groups if group[1] == gpus and goodput - group[0] < 0.025 * widest]
+        near = [group for group in groups if group[1] == gpus and goodput - group[0] < 0.06 * widest]
         if near:
             near[0][2].append(number)
         else:
@@ -252,10 +252,11 @@ def plot_latency(samples: Sequence[Sample], slo: SLO, plan: Plan) -> Figure:
         axis.grid(alpha=0.3)
         axis.annotate(
             f"target {slo.attainment:.0%}",
-            (0.01, slo.attainment),
+            (0.99, slo.attainment),
             xycoords=("axes fraction", "data"),
             fontsize=8,
-            va="bottom",
+            ha="right",
+            va="top",
             color=_LIMIT,
         )
     axes[0].set_ylabel("share of offered requests")

@@ -109,6 +109,11 @@ class _Planned:
     output_factor: float = 1.0
     reason: str = ""
 
+    def task(self, policy: PrefillPolicy) -> ScaledPoint:
+        """What measures it."""
+        assert self.placement is not None
+        return ScaledPoint(self.placement, policy, self.rate, self.prompt_factor, self.output_factor)
+
 
 def look_around(plan: Plan, progress: Progress | None = None, *, with_curves: bool = False) -> Outlook:
     """The outlook of ``plan``, by its problem's own search limits: deterministic, whatever the number of workers.
@@ -118,81 +123,75 @@ def look_around(plan: Plan, progress: Progress | None = None, *, with_curves: bo
     chosen, problem = plan.chosen, plan.problem
     rate = chosen.point.rate
     planned = list(_variants(plan))
-    beside = _beside(plan)
-    points = [
-        *(
-            ScaledPoint(chosen.placement, chosen.policy, factor * (chosen.goodput.estimate or rate))
-            for factor in _ABOVE
-        ),
-        *(ScaledPoint(rival.placement, rival.policy, _fair_rate(plan, rival)) for _, rival in beside),
+    above = [
+        ScaledPoint(chosen.placement, chosen.policy, factor * (chosen.goodput.estimate or rate)) for factor in _ABOVE
     ]
-    built = [variant for variant in planned if variant.placement is not None]
-    points += [
-        ScaledPoint(v.placement, chosen.policy, v.rate, v.prompt_factor, v.output_factor) for v in built if v.placement
+    beside = [
+        (name, rival, ScaledPoint(rival.placement, rival.policy, _fair_rate(plan, rival)))
+        for name, rival in _beside(plan)
     ]
-    drawn = rivals(plan)[:_MAX_CURVES] if with_curves else []
-    points += [
-        ScaledPoint(found.placement, found.policy, share * found.goodput.estimate)
-        for _, found in drawn
-        for share in _CURVE
+    curves = [
+        (name, found, [ScaledPoint(found.placement, found.policy, share * found.goodput.estimate) for share in _CURVE])
+        for name, found in (rivals(plan)[:_MAX_CURVES] if with_curves else [])
         if found.goodput.estimate > 0
     ]
-    resized = [variant for variant in built if variant.change in {Change.LOSS, Change.SIZE}]
-    searches = [_search(chosen, variant) for variant in resized]
+    points = [*above, *(task for _, _, task in beside), *(task for _, _, tasks in curves for task in tasks)]
+    points += [variant.task(chosen.policy) for variant in planned if variant.placement is not None]
+    resized = [v for v in planned if v.placement is not None and v.change in {Change.LOSS, Change.SIZE}]
     setting = Setting(problem, Offered(problem.workload, problem.search.seed))
-    total = len(points) + len(searches)
-    with Workers(setting, problem.search.num_workers) as workers:
-        # In small lots, so that the caller can show how far it is; each keeps all workers busy.
-        measured: list[Measurement] = []
-        for lot in _lots(points):
-            measured += workers.run(lot)
-            _tell(progress, len(measured), total)
-        goodputs: list[Goodput] = []
-        for lots in _lots(searches):
-            goodputs += workers.run(lots)
-            _tell(progress, len(measured) + len(goodputs), total)
-    above, rest = measured[: len(_ABOVE)], measured[len(_ABOVE) :]
-    beside_found, rest = rest[: len(beside)], rest[len(beside) :]
-    variants_found, rest = rest[: len(built)], rest[len(built) :]
-    base = variants_found[0]  # as planned
-    failing = next((found for found in above if not found.point.holds(problem.slo.attainment)), above[-1])
-    answers = {id(variant): found for variant, found in zip(built, variants_found, strict=True)}
-    limits = {id(variant): found.interval.estimate for variant, found in zip(resized, goodputs, strict=True)}
+    measured, goodputs = _run(setting, points, [_search(chosen, variant) for variant in resized], progress)
+    base = measured[planned[0].task(chosen.policy)]
+    failing = next(
+        (measured[task] for task in above if not measured[task].point.holds(problem.slo.attainment)),
+        measured[above[-1]],
+    )
+    limits = {variant.label: found.interval.estimate for variant, found in zip(resized, goodputs, strict=True)}
     return Outlook(
         variants=tuple(
             Variant(
                 variant.change,
                 variant.label,
                 variant.num_gpus,
-                answers[id(variant)].point if id(variant) in answers else None,
-                limits.get(id(variant)),
+                None if variant.placement is None else measured[variant.task(chosen.policy)].point,
+                limits.get(variant.label),
                 variant.reason,
             )
             for variant in planned
         ),
         goodput_tolerance=max(((found.high - found.low) / found.high for found in goodputs), default=0.0),
-        above=tuple(found.point for found in above),
+        above=tuple(measured[task].point for task in above),
         breaks=binding_constraint(
             problem, chosen.placement, Goodput(chosen.goodput, 0.0, failing.point.rate, (failing,))
         ),
         phases=(_phases(base), _phases(failing)),
         samples=(
             _sample("chosen: " + chosen.label, base, setting),
-            *(
-                _sample(f"{name}: {rival.label}", found, setting)
-                for (name, rival), found in zip(beside, beside_found, strict=True)
-            ),
+            *(_sample(f"{name}: {rival.label}", measured[task], setting) for name, rival, task in beside),
         ),
         flows=_flows(chosen.placement, base.last, problem.model.kv.bytes_per_token),
-        curves=tuple(_curves(drawn, rest)),
+        curves=tuple(
+            Curve(name, found, tuple(measured[task].point for task in tasks)) for name, found, tasks in curves
+        ),
     )
 
 
-def _curves(drawn: Sequence[tuple[str, Evaluation]], measured: Sequence[Measurement]) -> Iterator[Curve]:
-    found = iter(measured)
-    for name, evaluation in drawn:
-        points = [next(found).point for _ in _CURVE] if evaluation.goodput.estimate > 0 else []
-        yield Curve(name, evaluation, tuple(points))
+def _run(
+    setting: Setting, points: Sequence[ScaledPoint], searches: Sequence[JointGoodput], progress: Progress | None
+) -> tuple[dict[ScaledPoint, Measurement], list[Goodput]]:
+    """Every point once, however often it is asked for, and the searches in their order."""
+    unique = list(dict.fromkeys(points))
+    total = len(unique) + len(searches)
+    with Workers(setting, setting.problem.search.num_workers) as workers:
+        # In small lots, so that the caller can show how far it is; each keeps all workers busy.
+        measured: dict[ScaledPoint, Measurement] = {}
+        for lot in _lots(unique):
+            measured |= zip(lot, workers.run(lot), strict=True)
+            _tell(progress, len(measured), total)
+        goodputs: list[Goodput] = []
+        for lots in _lots(searches):
+            goodputs += workers.run(lots)
+            _tell(progress, len(measured) + len(goodputs), total)
+    return measured, goodputs
 
 
 def _lots(tasks: Sequence[T], size: int = 4) -> Iterator[Sequence[T]]:

@@ -59,9 +59,21 @@ def test_the_outlook_has_every_question_of_the_report(planned: tuple[Path, dict[
     labels = [variant["label"] for variant in document["outlook"]["variants"]]
     assert labels[0] == "as planned"
     assert labels[1:7] == ["rate +20%", "rate -20%", "prompts +20%", "outputs +20%", "prompts -20%", "outputs -20%"]
+    points = {variant["label"]: variant["point"] for variant in document["outlook"]["variants"]}
+    assert points["as planned"]["rate"] == 2
+    assert points["rate +20%"]["rate"] == pytest.approx(2.4)
+    assert points["rate -20%"]["rate"] == pytest.approx(1.6)
+    # Longer prompts take longer, and outputs have no say in when the first token comes.
+    means = {label: point["ttft"]["mean"] for label, point in points.items() if point is not None}
+    assert means["prompts -20%"] < means["as planned"] < means["prompts +20%"]
     assert any(label.endswith("lost") for label in labels)
     assert any(label.endswith("more") for label in labels)
     assert document["outlook"]["breaks"]
+    for curve in document["outlook"]["curves"]:
+        rates = [point["rate"] for point in curve["points"]]
+        shares = [point["attainment"]["estimate"] for point in curve["points"]]
+        assert rates == sorted(rates)
+        assert shares[0] > shares[-1]
 
 
 def test_the_plan_file_is_one_that_can_be_launched(planned: tuple[Path, dict[str, Any]]) -> None:
