@@ -4,9 +4,9 @@ A GPU belongs to one rank; the cores of a host that serves on CPUs do not. Engin
 work around them: what client, API, router and the instances' further threads do for a request or a step. The remaining
 times of all jobs are worked out anew whenever one starts or ends.
 
-- Where there are cores enough, the launcher binds every engine to one of its own. Light work goes where it went last,
-  but to an idle core if it would share that one and there is one, as Linux places threads. The jobs of a core share it
-  equally.
+- Where there are cores enough, the launcher binds every engine to one of its own. Light work goes to an idle core if
+  there is one. If there is none it stays where it was, as Linux places threads that wake: the more often a core was
+  idle of late, the more of the light work is there. The jobs of a core share it equally.
 - Else all jobs share all cores equally, none of them on more than one: the egalitarian processor sharing that Linux's
   fair scheduler comes to over some tens of milliseconds.
 
@@ -15,6 +15,7 @@ The host is a part on the loop like the others, which is told by timers of its o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp
 
 from distserve.core.commands import Command, RunStep, Send, WakeAt
 from distserve.core.events import Event, Machine, Timer
@@ -26,6 +27,8 @@ from simulator.pulls import Pulls
 
 HOST = "host"
 """The host's name on the loop."""
+_MEMORY = 1.0
+"""Seconds over which a core's idleness is looked back upon."""
 _DONE = 1e-9
 """Seconds of work below which a job has ended: what rounding leaves of it."""
 
@@ -53,7 +56,10 @@ class Host:
         self._loop = loop
         self._jobs: list[_Job] = []
         self._core_of: dict[str, int] = {}
-        self._light_core = 0
+        num_cores = int(model.num_cores)
+        self._idle = [1.0] * num_cores
+        """Share of the last second or so that each core had nothing to do."""
+        self._turns = [0.0] * num_cores
         self._now = 0.0
         self._wake_at = float("inf")
         """The earliest timer pending; later ones that it superseded are ignored when they come."""
@@ -79,12 +85,14 @@ class Host:
         self._advance(now)
         aftermath = self.model.cpu_per_step + num_tokens * self.model.cpu_per_token if num_tokens else 0.0
         self._jobs.append(_Job(seconds, name, event, aftermath, self._core_of[name]))
+        self._spread()
         return self._go_on(now)
 
     def take_request(self, now: float, num_prompt_tokens: int) -> Sequence[Command]:
         """A request comes in, which its receivers have work with."""
         self._advance(now)
         self._add_light(self.model.cpu_per_request + num_prompt_tokens * self.model.cpu_per_prompt_token)
+        self._spread()
         return self._go_on(now)
 
     def drop(self, now: float, name: str) -> None:
@@ -93,17 +101,31 @@ class Host:
         self._jobs = [job for job in self._jobs if job.name != name]
 
     def _add_light(self, work: float) -> None:
-        if work > 0:
-            self._jobs.append(_Job(work, core=self._light_core))
+        """Light work begins, each piece of it on the core whose turn it is: turns come by how idle a core is."""
+        if work <= 0:
+            return
+        cores = range(int(self.model.num_cores))
+        core = 0
+        if self._is_bound:
+            for index in cores:
+                self._turns[index] += self._idle[index]
+            core = max(cores, key=self._turns.__getitem__)
+            self._turns[core] -= sum(self._idle)
+        self._jobs.append(_Job(work, core=core))
 
     def _spread(self) -> None:
-        """Move light work that shares a core to one that is idle."""
+        """Move light work that shares a core to one that is idle.
+
+        Not when a step ends: its engine is about to begin the next.
+        """
+        if not self._is_bound:
+            return
         busy = [job.core for job in self._jobs]
         idle = [core for core in range(int(self.model.num_cores)) if core not in busy]
         for job in self._jobs:
             if idle and not job.name and busy.count(job.core) > 1:
                 busy.remove(job.core)
-                job.core = self._light_core = idle.pop()
+                job.core = idle.pop()
                 busy.append(job.core)
 
     def _paces(self) -> list[float]:
@@ -121,6 +143,10 @@ class Host:
         if elapsed > 0 and self._jobs:
             for job, pace in zip(self._jobs, self._paces(), strict=True):
                 job.work -= elapsed * pace
+        if elapsed > 0 and self._is_bound:
+            kept = exp(-elapsed / _MEMORY)
+            busy = {job.core for job in self._jobs}
+            self._idle = [idle * kept + (1 - kept) * (core not in busy) for core, idle in enumerate(self._idle)]
         self._now = now
 
     def _go_on(self, now: float) -> Sequence[Command]:
@@ -136,8 +162,6 @@ class Host:
                 self._add_light(job.aftermath)
         if not self._jobs:
             return ()
-        if self._is_bound:
-            self._spread()
         wake_at = now + min(job.work / pace for job, pace in zip(self._jobs, self._paces(), strict=True))
         if wake_at >= self._wake_at:
             return ()
