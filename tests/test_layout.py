@@ -15,3 +15,15 @@ def test_kernels_is_a_source_root_and_no_package() -> None:
 
 def test_import_contracts_hold() -> None:
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=None) == 0
+
+
+def test_no_compiled_module_is_older_than_its_source() -> None:
+    """``make fast`` leaves modules that Python prefers to their sources, also after an edit."""
+    stale = [
+        str(source.relative_to(ROOT))
+        for package in ("distserve/core", "simulator")
+        for source in (ROOT / package).glob("*.py")
+        for compiled in source.parent.glob(f"{source.stem}.*.so")
+        if compiled.stat().st_mtime < source.stat().st_mtime
+    ]
+    assert not stale, f"compiled before the last edit, run `make fast` or `make pure`: {', '.join(stale)}"
