@@ -23,7 +23,6 @@ class BatchRecorder:
     def __init__(self) -> None:
         self.width = 0.01
         """Seconds of a bin."""
-        self._busy: dict[str, list[float]] = {}
         self._weighted: dict[str, list[float]] = {}
 
     def on_step(self, instance_id: str, stage: int, start: float, end: float, shape: StepShape) -> None:
@@ -32,17 +31,14 @@ class BatchRecorder:
             return
         while end >= self.width * _NUM_BINS:
             self.width *= 2
-            for bins in (self._busy, self._weighted):
-                for name, values in bins.items():
-                    joined = [values[i] + values[i + 1] for i in range(0, _NUM_BINS, 2)]
-                    bins[name] = joined + [0.0] * (_NUM_BINS // 2)
-        busy = self._busy.setdefault(instance_id, [0.0] * _NUM_BINS)
+            for name, values in self._weighted.items():
+                joined = [values[i] + values[i + 1] for i in range(0, _NUM_BINS, 2)]
+                self._weighted[name] = joined + [0.0] * (_NUM_BINS // 2)
         weighted = self._weighted.setdefault(instance_id, [0.0] * _NUM_BINS)
         size = shape.num_prefills + shape.num_decodes
         at, width = int(start / self.width), self.width
         while start < end:
             until = min(end, (at + 1) * width)
-            busy[at] += until - start
             weighted[at] += size * (until - start)
             start = until
             at += 1
@@ -58,11 +54,8 @@ class BatchRecorder:
         return np.arange(0.5, _NUM_BINS) * np.float64(self.width)
 
     def batch(self, instance_id: str) -> Floats:
-        """The mean number of sequences in its steps, per bin; NaN where it was idle."""
-        busy = np.array(self._busy.get(instance_id, [0.0] * _NUM_BINS))
-        weighted = np.array(self._weighted.get(instance_id, [0.0] * _NUM_BINS))
-        mean: Floats = np.divide(weighted, busy, out=np.full(_NUM_BINS, np.nan), where=busy > 0)
-        return mean
+        """The mean number of sequences in the step under way, per bin; an instance without one counts as 0."""
+        return np.array(self._weighted.get(instance_id, [0.0] * _NUM_BINS)) / np.float64(self.width)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def plot_latency(simulation: Simulation, slo: SLO | None, title: str) -> Figure:
 def plot_load(
     simulation: Simulation, model: ClusterModel, batches: BatchRecorder, title: str, faults: Sequence[Fault] = ()
 ) -> Figure:
-    """Over time: requests by stage, sequences per step, and KV memory in use, by instance; faults as lines.
+    """Over time: requests by stage, batch sizes, and KV memory in use, by instance; faults as lines.
 
     A request that was resubmitted waits until its last attempt is prefilled.
     """
@@ -126,7 +126,7 @@ def plot_load(
         _draw(sizes, role, names, times[inside], np.array([batches.batch(name)[inside] for name in names]))
         shares = np.array([kv_use(simulation, model.instances[i], i, grid) for i in indices])
         _draw(memory, role, names, grid, shares)
-    sizes.set_ylabel(f"sequences per step\n(mean over {batches.width:.3g} s)")
+    sizes.set_ylabel(f"sequences in the step under way\n(mean over {batches.width:.3g} s, idle: 0)")
     memory.set_ylabel("KV memory held by requests")
     memory.yaxis.set_major_formatter(PercentFormatter(1.0))
     memory.set_xlabel("time since the run's start, s")
@@ -160,7 +160,5 @@ def _draw(axis: Axes, role: Role, names: list[str], times: Floats, values: Float
         for number, (name, line) in enumerate(zip(names, values, strict=True)):
             axis.plot(times, line, color=colours(0.9 - 0.5 * number / len(names)), linewidth=1, label=name)
         return
-    present = ~np.isnan(values).all(axis=0)
-    times, values = times[present], values[:, present]
-    axis.fill_between(times, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colours(0.4), alpha=0.4)
-    axis.plot(times, np.nanmean(values, axis=0), color=colours(0.85), label=f"{len(names)} {role}: mean, range")
+    axis.fill_between(times, values.min(axis=0), values.max(axis=0), color=colours(0.4), alpha=0.4)
+    axis.plot(times, values.mean(axis=0), color=colours(0.85), label=f"{len(names)} {role}: mean, range")

@@ -293,3 +293,9 @@ def test_instances_that_share_a_host_are_as_its_profile_says(write: Callable[...
     assert few["summary"]["num_answered"] == 120
     assert any("cores with client" in note for note in few["run"]["notes"])
     assert json.loads((tmp_path / "trace.json").read_text())
+
+
+def test_overload_is_said(write: Callable[..., Path]) -> None:
+    config = write()
+    for rate, grows in (("4", False), ("100", True)):
+        assert ("backlog grows" in run(config, "--rate", rate, "--requests", "400").stdout) == grows

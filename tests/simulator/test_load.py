@@ -33,25 +33,21 @@ def small_run() -> tuple[Simulation, ClusterModel]:
 @given(st.lists(st.tuples(st.floats(0, 2), st.floats(1e-3, 3), st.integers(1, 9)), min_size=1, max_size=30))
 def test_batches_over_time_keep_what_was_computed_however_long_the_run(steps: list[tuple[float, float, int]]) -> None:
     recorder = BatchRecorder()
-    time = busy = weighted = 0.0
+    time = weighted = 0.0
     for gap, seconds, size in steps:
         start = time + gap
         time = start + seconds
         recorder.on_step("decode-0", 0, start, time, StepShape(num_decodes=size))
         recorder.on_step("decode-0", 1, start, time, StepShape(num_decodes=size))
-        busy += seconds
         weighted += size * seconds
     batch = recorder.batch("decode-0")
     assert recorder.times[-1] + recorder.width / 2 > time
-    present = ~np.isnan(batch)
-    assert 1 <= batch[present].min() <= weighted / busy + 1e-9 <= batch[present].max() + 2e-9 <= 9 + 3e-9
-    if all(gap == 0 for gap, _, _ in steps):
-        full = batch[: int(time / recorder.width)]
-        assert full.sum() * recorder.width == pytest.approx(weighted, abs=9 * recorder.width)
+    assert batch.sum() * recorder.width == pytest.approx(weighted)
+    assert batch.max() <= 9 + 1e-9
 
 
 def test_an_instance_that_never_worked_has_no_batch() -> None:
-    assert np.isnan(BatchRecorder().batch("decode-0")).all()
+    assert not BatchRecorder().batch("decode-0").any()
 
 
 def test_requests_by_stage_add_up_to_those_in_the_system() -> None:
