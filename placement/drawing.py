@@ -22,7 +22,7 @@ ROLE_COLOURS = {Role.PREFILL: "#4c78a8", Role.DECODE: "#f58518", Role.MIXED: "#5
 _UNUSED = "#eeeeee"
 _WITHIN = "#7b3294"
 _ACROSS = "#c51b3b"
-_MAX_ARROWS = 16
+_MAX_ARROWS = 10
 _ROW = 8
 _GAP = 1.1
 _LETTERS = {Role.PREFILL: "P", Role.DECODE: "D", Role.MIXED: "M"}
@@ -154,18 +154,18 @@ def _draw_flows(
                 _centre(placement.instances[flow.source].gpus, seats),
                 _centre(placement.instances[flow.target].gpus, seats),
                 flow.rate,
-                _shares_node(placement, flow),
+                _stays_within(placement, flow),
                 f"{names[flow.source]}→{names[flow.target]} {gigabytes(flow.rate)}",
             )
             for flow in flows
         ]
     else:
-        arrows = _between_nodes(placement, flows, seats)
+        arrows = _by_node(placement, flows, seats)
     most = max((arrow.rate for arrow in arrows), default=0.0)
     for number, arrow in enumerate(arrows):
         _draw_arrow(axis, arrow, number, arrow.rate / most, font)
     totals = {
-        within: sum(flow.rate for flow in flows if _shares_node(placement, flow) is within) for within in (True, False)
+        within: sum(flow.rate for flow in flows if _stays_within(placement, flow) is within) for within in (True, False)
     }
     return [
         Line2D([], [], color=colour, linewidth=2.5, label=f"KV {words}: {gigabytes(totals[within])} in all")
@@ -215,21 +215,20 @@ def _draw_arrow(axis: Axes, arrow: _Arrow, number: int, weight: float, font: flo
     )
 
 
-def _between_nodes(placement: Placement, flows: list[KvFlow], seats: dict[Gpu, _Point]) -> list[_Arrow]:
-    """Flows between nodes summed by pair of nodes; the legend alone tells of those within one."""
-    sums: dict[tuple[int, int], float] = defaultdict(float)
-    ends: dict[tuple[int, int], tuple[set[Gpu], set[Gpu]]] = defaultdict(lambda: (set(), set()))
+def _by_node(placement: Placement, flows: list[KvFlow], seats: dict[Gpu, _Point]) -> list[_Arrow]:
+    """Flows summed by pair of nodes (the instances' first), those that stay within nodes apart."""
+    sums: dict[tuple[int, int, bool], float] = defaultdict(float)
+    ends: dict[tuple[int, int, bool], tuple[set[Gpu], set[Gpu]]] = defaultdict(lambda: (set(), set()))
     for flow in flows:
-        if _shares_node(placement, flow):
-            continue
         gpus = [placement.instances[end].gpus for end in (flow.source, flow.target)]
-        pair = (gpus[0][0].node, gpus[1][0].node)
-        sums[pair] += flow.rate
-        for side in (0, 1):
-            ends[pair][side].update(gpu for gpu in gpus[side] if gpu.node == pair[side])
+        nodes = [side[0].node for side in gpus]
+        key = (nodes[0], nodes[1], _stays_within(placement, flow))
+        sums[key] += flow.rate
+        for end, side, node in zip(ends[key], gpus, nodes, strict=True):
+            end.update(gpu for gpu in side if gpu.node == node)
     return [
-        _Arrow(_centre(tuple(ends[pair][0]), seats), _centre(tuple(ends[pair][1]), seats), rate, False, gigabytes(rate))
-        for pair, rate in sums.items()
+        _Arrow(_centre(tuple(ends[key][0]), seats), _centre(tuple(ends[key][1]), seats), rate, key[2], gigabytes(rate))
+        for key, rate in sums.items()
     ]
 
 
@@ -239,7 +238,7 @@ def _centre(gpus: tuple[Gpu, ...], seats: dict[Gpu, _Point]) -> _Point:
     return _Point(sum(seat.x for seat in here) / len(here), sum(seat.y for seat in here) / len(here))
 
 
-def _shares_node(placement: Placement, flow: KvFlow) -> bool:
-    """Whether every pipeline stage's KV can stay within nodes: the two instances use the same ones."""
-    nodes = [{gpu.node for gpu in placement.instances[end].gpus} for end in (flow.source, flow.target)]
-    return nodes[0] == nodes[1]
+def _stays_within(placement: Placement, flow: KvFlow) -> bool:
+    """Whether no layer's KV leaves its node."""
+    source, target = (placement.instances[end].spec.instance_id for end in (flow.source, flow.target))
+    return target in placement.near().get(source, ())
