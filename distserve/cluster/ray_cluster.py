@@ -131,7 +131,7 @@ def _check_reachable(address: str) -> None:
 def _cluster(attempt: str, **settings: Any) -> Iterator[RayCluster]:
     try:
         ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises nothing more specific where one of its processes does not start
         raise ConfigError(f"cannot {attempt}: {error}") from error
     is_local = settings["address"] == "local"
     try:
