@@ -164,7 +164,8 @@ def _present(found: "Plan", outlook: "Outlook", config: Path, console: "Console"
     """Print, then write: each file whole or not at all."""
     import json
 
-    from placement.report import print_report, to_document
+    from placement.document import to_document
+    from placement.report import print_report
 
     if options["as_json"]:
         click.echo(json.dumps(to_document(found, outlook), indent=1, allow_nan=False))

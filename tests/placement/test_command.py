@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from distserve.cluster.placement_section import read_plan
 from placement.command import plan
 from placement.config import Overrides, load_problem
-from placement.report import SCHEMA
+from placement.document import SCHEMA
 from tests.placement.conftest import CONFIG, OPT_13B, WriteConfig
 
 

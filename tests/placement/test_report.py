@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from placement.document import SCHEMA, to_document
 from placement.outlook import Change, Outlook
 from placement.plan import Evaluation, Interval, Plan
-from placement.report import SCHEMA, print_report, to_document
+from placement.report import print_report
 from tests.placement import plans
 
 
