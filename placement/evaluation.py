@@ -1,5 +1,6 @@
 """From measurements to what a plan says of a placement: the use of its parts, and what binds it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from distserve.core.config import Role
@@ -87,7 +88,7 @@ def binding_constraint(problem: Problem, placement: Placement, goodput: Goodput)
     target = problem.slo.attainment
     above = [measurement for measurement in goodput.measured if not measurement.point.holds(target)]
     if not above:
-        return "none found: the objective still holds at the highest rate tried"
+        return _capacity(instance_uses(problem, placement, goodput.measured[-1].last))
     first = above[0]
     point = first.point
     uses = instance_uses(problem, placement, first.last)
@@ -108,3 +109,13 @@ def binding_constraint(problem: Problem, placement: Placement, goodput: Goodput)
         return f"{limit}: {cause} at {role} instances, {busy:.0%} busy"
     batch = sum(use.mean_batch for use in decoding) / len(decoding)
     return f"{limit}: steps of {decoding[0].role} instances with {batch:.0f} sequences each on average"
+
+
+def _capacity(uses: Sequence[InstanceUse]) -> str:
+    """The objective holds up to the capacity that bounds the search: which instances are at it."""
+    shares = {
+        role: max(max(use.busy, use.kv_share) for use in uses if use.role is role)
+        for role in {use.role for use in uses}
+    }
+    role = max(shares, key=lambda which: (shares[which], which))
+    return f"capacity: {role} instances compute and hold no more ({shares[role]:.0%} in use)"

@@ -6,6 +6,7 @@ more; a whole that does not surely hold is replaced by its two neighbours with o
 fewer GPUs than the answer is left that could have held, and none with more is simulated.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from placement.tasks import JointPoint, PhasePoint, Setting, Workers
 
 _WAVE = 4
 _SLACK = 1.02
+_OVERLOADED = 0.9
+_SURELY = 0.95
+"""An overloaded pool's instances serve as much as they can, give or take a few percent."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,11 @@ def fewest_gpus(
                 else:
                     open_[candidate] = placement
 
-    def widen(candidate: Candidate) -> None:
+    def widen(candidate: Candidate, failed: Measurement | None = None) -> None:
         counts = [count for _, count in candidate.pools]
+        if candidate.is_colocated and failed is not None:
+            add(candidate.with_counts(_beyond(counts[0], failed)))
+            return
         for index in range(len(counts)):
             add(candidate.with_counts(*(count + (place == index) for place, count in enumerate(counts))))
 
@@ -111,7 +118,7 @@ def fewest_gpus(
                 continue
             if best is None or _closer(measurement, best.measurement):
                 best = entry
-            widen(candidate)
+            widen(candidate, measurement)
         for candidate in list(open_):
             if any(_enough(alone, pool, target) > pool[1] for pool in candidate.pools):
                 del open_[candidate]
@@ -124,8 +131,16 @@ def _enough(alone: dict[tuple[Shape, int], Measurement], pool: tuple[Shape, int]
     """The pool's count, or the next that does not surely fail as far as is known."""
     shape, count = pool
     while (shape, count) in alone and alone[shape, count].point.surely_fails(target):
-        count += 1
+        count = _beyond(count, alone[shape, count])
     return count
+
+
+def _beyond(count: int, failed: Measurement) -> int:
+    """The next number of instances worth a look, ``count`` having failed: what an overloaded pool served says more."""
+    served = failed.throughput / failed.point.rate
+    if 0.1 < served < _OVERLOADED:
+        return max(count + 1, math.ceil(_SURELY * count / served))
+    return count + 1
 
 
 def _closer(one: Measurement, other: Measurement) -> bool:
