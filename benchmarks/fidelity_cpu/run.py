@@ -13,6 +13,7 @@ cores: instances, router, API and client, which the simulator accounts for.
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -94,7 +95,7 @@ def main() -> int:
     options = parse_arguments()
     start = time.monotonic()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    profile = options.profile or options.output_dir / "profile.json"
+    profile = options.output_dir / "profile.json"
     try:
         if options.again:
             result = json.loads((options.output_dir / "result.json").read_text())
@@ -105,6 +106,8 @@ def main() -> int:
         else:
             if options.profile is None:
                 take_profile(options.model, profile, quick=options.quick)
+            elif options.profile.resolve() != profile.resolve():
+                shutil.copyfile(options.profile, profile)
             result = {**describe_run("benchmarks.fidelity_cpu.run"), "runs": []}
             measure(result, ProfileLatencyModel.read(profile), options)
             result["minutes"] = (time.monotonic() - start) / 60
