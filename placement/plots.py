@@ -262,5 +262,6 @@ def plot_latency(samples: Sequence[Sample], slo: SLO, plan: Plan) -> Figure:
     axes[0].set_ylabel("share of offered requests")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
-    figure.suptitle(f"{_title(plan)}: latencies", fontsize=11)
+    at = "the rate asked for" if plan.problem.rate is not None else "equal rates per GPU"
+    figure.suptitle(f"{_title(plan)}: latencies at {at}", fontsize=11)
     return figure
