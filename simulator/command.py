@@ -61,7 +61,7 @@ them, docs/timeline-format.md the columns of the timelines. Instances are called
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of every random number.")
 @click.option(
     "--latency",
-    type=click.Choice(["analytic", "profile", "distserve-a100"]),
+    type=click.Choice(["analytic", "profile", "distserve-a100", "aiconfigurator"]),
     help="Where the times of steps come from.  [default: the file's; profile with --profile; else analytic]",
 )
 @click.option(

@@ -93,7 +93,9 @@ def prepare(config: Path, options: Mapping[str, Any]) -> Replay:
     cluster = file.cluster.spec()
     planned = _planned(file, config, options["placement"], cluster)
     shape = read_model(file.model, file.engine, base)
-    latency = read_latency(file.cluster, shape, cluster, base, kind=options["latency"], profile=options["profile"])
+    latency = read_latency(
+        file.cluster, shape, cluster, base, kind=options["latency"], profile=options["profile"], name=file.model
+    )
     gpu = find_gpu(cluster.gpu)
     if file.cluster.gpu_memory is not None:
         gpu = replace(gpu, memory_bytes=int(file.cluster.gpu_memory))
