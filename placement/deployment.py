@@ -19,7 +19,7 @@ from placement.offered import Offered
 from placement.problem import Problem
 from placement.shapes import Shape
 from simulator.model import ClusterModel, Delays, InstanceModel
-from simulator.planfile import deployment
+from simulator.planfile import deployment, on_one_host
 from simulator.results import Simulation
 from simulator.simulation import simulate
 
@@ -45,7 +45,8 @@ class Instant:
 
 def joint_model(problem: Problem, placement: Placement, policy: PrefillPolicy) -> ClusterModel:
     """The deployment of ``placement``, as ``distserve simulate`` would replay it."""
-    return deployment(placement, problem.latency, problem.model, problem.delays, policy)
+    model = deployment(placement, problem.latency, problem.model, problem.delays, policy)
+    return on_one_host(model, problem.latency, placement)
 
 
 def phase_model(problem: Problem, shape: Shape, count: int) -> ClusterModel:
