@@ -180,8 +180,9 @@ class DecodingScheduler(InstanceScheduler):
         if config.max_in_flight > 1 and not config.lookahead:
             limit = min(limit, -(-len(self._running) // config.max_in_flight))
         may_overlap = config.max_in_flight if config.lookahead else 1
-        if config.max_in_flight == 1 and self._all_have_room(limit):
-            return self._running.copy()
+        easily = None if config.lookahead else self._choose_with_room(limit)
+        if easily is not None:
+            return easily
         chosen: list[Sequence] = []
         index = 0
         while index < len(self._running) and len(chosen) < limit:
@@ -199,27 +200,31 @@ class DecodingScheduler(InstanceScheduler):
             index += 1
         return chosen
 
-    def _all_have_room(self, limit: int) -> bool:
-        """Whether all running sequences may step, of which most grow into the block they have, and a few a free one.
+    def _choose_with_room(self, limit: int) -> list[Sequence] | None:
+        """The same choice where nobody needs more than a free block; None where somebody does.
 
-        Then memory is given as it would be one by one.
+        Memory is given as it would be one by one.
         """
-        running, blocks = self._running, self.blocks
-        if len(running) > limit or blocks.has_shared:
-            return False
+        blocks = self.blocks
+        if blocks.has_shared:
+            return None
         block_size = self.spec.kv.block_size
-        growing = []
-        for seq in running:
+        chosen: list[Sequence] = []
+        growing: list[Sequence] = []
+        for seq in self._running:
             computed = seq.num_computed
             if seq.num_in_flight or computed < seq.num_tokens - 1 or len(seq.choices) > 1:
-                return False
+                continue
+            if len(chosen) == limit:
+                break
             if computed // block_size == len(seq.blocks):
                 growing.append(seq)
+            chosen.append(seq)
         if len(growing) > blocks.num_free:
-            return False
+            return None
         for seq in growing:
             seq.blocks += blocks.allocate(1)
-        return True
+        return chosen
 
     def _tail_is_shared(self, seq: Sequence) -> bool:
         index = seq.num_computed // self.spec.kv.block_size
