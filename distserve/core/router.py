@@ -6,9 +6,9 @@ fresh router is complete as soon as every instance has reported once.
 
 - Prefill goes to the shortest predicted wait: (tokens waiting + tokens assigned since the report) / measured tokens
   per second.
-- Decode goes to the instance with the largest share of free blocks among those with room, those near the prefill
-  instance first. When none has room the question waits in order; the prefill instance keeps the KV meanwhile, which is
-  the backpressure.
+- Decode goes to the instance with the largest share of free blocks among those with room; one near the prefill
+  instance counts as a little emptier than it is, so that KV stays within nodes but loads stay even. When none has
+  room the question waits in order; the prefill instance keeps the KV meanwhile, which is the backpressure.
 - When even the shortest wait exceeds ``max_wait`` a new request is shed (429). A request that no instance could ever
   hold is refused (400); one that lacks a pool is refused for now (503).
 """
@@ -47,6 +47,9 @@ from distserve.core.messages import (
 from distserve.core.request import Request
 from distserve.core.scheduler import ROUTER
 
+_NEAR = 0.15
+"""By how much of its memory a far decode instance must be emptier than a near one to be preferred."""
+
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
@@ -56,7 +59,7 @@ class RouterConfig:
     while a pool is down waits for a replacement, at most ``patience`` seconds; so does one
     whose prompt is computed when the decode pool goes down. An instance that has not reported for
     ``silence`` seconds, many times its heartbeat, counts as lost even if its process lives. ``near`` names, for a
-    prefill instance, the decode instances its KV reaches without leaving a node: they come first while one has room.
+    prefill instance, the decode instances its KV reaches without leaving a node: they are preferred.
     """
 
     max_wait: float = 120.0
@@ -361,7 +364,7 @@ class Router:
 
     def _choose_decode(self, sender: str, wanted: DecodeWanted, refused_by: set[str]) -> InstanceView | None:
         near = self._config.near.get(sender, ())
-        best, best_rank = None, (False, -1.0)
+        best, best_rank = None, -1.0
         for view in self._pool(Role.DECODE):
             kv = view.spec.kv
             needed = kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
@@ -370,7 +373,9 @@ class Router:
             has_room = needed + headroom <= view.num_free_blocks and has_slot
             if not has_room or view.spec.instance_id in refused_by:
                 continue
-            rank = (view.spec.instance_id in near, (view.num_free_blocks - needed) / kv.num_blocks)
+            rank = (view.num_free_blocks - needed) / kv.num_blocks
+            if view.spec.instance_id in near:
+                rank += _NEAR
             if rank > best_rank:
                 best, best_rank = view, rank
         return best

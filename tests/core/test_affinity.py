@@ -46,10 +46,14 @@ def assignments(near: dict[str, tuple[str, ...]], free: dict[str, int]) -> list[
     return [c.message.decode_id for c in commands if isinstance(c, Send) and isinstance(c.message, DecodeAssigned)]
 
 
-def test_a_near_instance_comes_first_though_another_is_emptier():
-    assert assignments({}, {"d0": 30, "d1": 90}) == ["d1"]
-    assert assignments({"p0": ("d0",)}, {"d0": 30, "d1": 90}) == ["d0"]
+def test_a_near_instance_comes_first_though_another_is_a_little_emptier():
+    assert assignments({}, {"d0": 80, "d1": 90}) == ["d1"]
+    assert assignments({"p0": ("d0",)}, {"d0": 80, "d1": 90}) == ["d0"]
+
+
+def test_loads_stay_even():
+    assert assignments({"p0": ("d0",)}, {"d0": 50, "d1": 90}) == ["d1"]
 
 
 def test_a_full_near_instance_is_passed_over():
-    assert assignments({"p0": ("d0",)}, {"d0": 3, "d1": 90}) == ["d1"]
+    assert assignments({"p0": ("d0",)}, {"d0": 3, "d1": 9}) == ["d1"]
