@@ -7,7 +7,7 @@ instances. Step times are DistServe's own A100 fits where they exist (OPT-13B an
 ``profiler-a100-80g.*.json`` from its repository, simdistserve/estimators/profile_data), analytic elsewhere.
 
 Whole-prompt mixed instances are what the paper's vLLM was, scheduling apart from speed. The paper's baseline ran vLLM's
-own kernels of 2023; a second comparison changes that alone: the colocated instances take vLLM's step times (its fits by
+own kernels of 2023; a second comparison is with that: one colocated instance with vLLM's step times (its fits by
 DistServe's authors; for OPT-175B the analytic times, slowed as the fits say vLLM is at OPT-66B).
 """
 
@@ -164,9 +164,9 @@ def run_case(name: str, fits: Path | None, workers: int, *, timed: bool) -> dict
 
 
 def vllm_of_2023(problem: Problem) -> Evaluation | None:
-    """The best colocated placement of vLLM's whole-prompt scheduler at its own speed."""
+    """The best single instance of vLLM's whole-prompt scheduler at its own speed: the paper's baseline has no router."""
     try:
-        return find_plan(replace(problem, search=replace(problem.search, num_finalists=1))).colocated
+        return find_plan(replace(problem, search=replace(problem.search, num_finalists=1, max_instances=1))).colocated
     except UnreachableError:
         return None
 
