@@ -164,7 +164,7 @@ def run_case(name: str, fits: Path | None, workers: int, *, timed: bool) -> dict
 
 
 def vllm_of_2023(problem: Problem) -> Evaluation | None:
-    """The best single instance of vLLM's whole-prompt scheduler at its own speed: the paper's baseline has no router."""
+    """The best single instance of vLLM's scheduler at its own speed: the paper's baseline has no router."""
     try:
         return find_plan(replace(problem, search=replace(problem.search, num_finalists=1, max_instances=1))).colocated
     except UnreachableError:
