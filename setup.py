@@ -24,15 +24,14 @@ if ZIG is not None and ZIG.origin is not None and not has_compiler():
     os.environ["CC"] = f"{Path(ZIG.origin).with_name('zig')} cc"
 
 # What travels between processes stays interpreted: its classes are taken apart and put together by other libraries.
-SCHEDULING = "block_manager decode decoding handoff intake latency mixed prefill router scheduler sequence".split()
-COMPILED = [
-    *(f"distserve/core/{name}.py" for name in SCHEDULING),
-    *(f"simulator/{name}.py" for name in ("client", "engine", "host", "loop", "network", "pulls", "routes", "worker")),
-]
+SCHEDULING = ("block_manager", "decode", "decoding", "handoff", "intake", "latency")
+SCHEDULING += ("mixed", "prefill", "router", "scheduler", "sequence")
+SIMULATION = ("client", "engine", "host", "loop", "network", "pulls", "routes", "worker")
+COMPILED = [f"distserve/core/{name}.py" for name in SCHEDULING] + [f"simulator/{name}.py" for name in SIMULATION]
 
 
 def compiled() -> list[Extension]:
-    """mypyc's extensions, where they are asked for."""
+    """The extensions that mypyc makes, where they are asked for."""
     if not os.environ.get("DISTSERVE_COMPILE"):
         return []
     from mypyc.build import mypycify

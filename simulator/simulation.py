@@ -93,9 +93,7 @@ class _Run:
         if workload.arrivals is None:
             raise ConfigError("a simulated workload needs arrival times: closed-loop load is for a live endpoint")
         if (model.cluster is None) != (model.kv is None):
-            raise ConfigError(
-                "a network needs both the cluster's links and the geometry of the KV cache"
-            )
+            raise ConfigError("a network needs both the cluster's links and the geometry of the KV cache")
         self._models = {instance.spec.instance_id: instance for instance in model.instances}
         self._jump = jump
         self._shares_host = model.host is not None

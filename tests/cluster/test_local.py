@@ -153,7 +153,11 @@ async def test_a_client_that_leaves_frees_its_blocks() -> None:
         assert await idle(backend, kv)
         await collect(backend, greedy("r4", PROMPTS[2], num_tokens=30))
     assert watcher.prompts == {**{f"r{number}": len(PROMPTS[1]) for number in range(4)}, "r4": len(PROMPTS[2])}
-    assert [watcher.ends[f"r{number}"] for number in range(4)] == [(number, False) for number in range(4)]
+    for number in range(4):
+        num_tokens, is_complete = watcher.ends[f"r{number}"]
+        # A delivery holds several tokens where the client was slower than the engine.
+        assert number <= num_tokens < 400
+        assert not is_complete
     assert watcher.ends["r4"] == (30, True)
 
 
