@@ -32,6 +32,39 @@ class Row:
         return abs(self.error) <= abs(self.their_error)
 
 
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """A run up to ``until`` seconds: first and last tokens measured by then, and how far off the replay's are.
+
+    Errors are medians of absolute differences between points in time, in seconds.
+    """
+
+    until: float
+    num_first: int
+    num_last: int
+    first_error: float
+    last_error: float
+
+
+def first_wave(run: Run, simulation: Simulation) -> Wave:
+    """The run before the longest time that it gave nobody a first token comes to its end.
+
+    Where memory holds only some of the requests, those of the first wave run among themselves that long, preempting
+    each other, before what later prompts have in common with earlier ones matters.
+    """
+    order = np.sort(run.first_token)
+    until = float(order[np.diff(order).argmax() + 1])
+    lines = simulation.timelines
+    first, last = run.first_token < until, run.finish < until
+    return Wave(
+        until=until,
+        num_first=int(first.sum()),
+        num_last=int(last.sum()),
+        first_error=float(np.median(np.abs(lines.first_token - run.first_token)[first])),
+        last_error=float(np.median(np.abs(lines.finish - run.finish)[last])),
+    )
+
+
 def compare(run: Run, simulation: Simulation) -> list[Row]:
     """All rows of a run. Both sides count from a request's arrival."""
     lines = simulation.timelines

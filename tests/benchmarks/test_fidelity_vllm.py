@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fidelity_vllm.compare import Row, compare
+from benchmarks.fidelity_vllm.compare import Row, compare, first_wave
 from benchmarks.fidelity_vllm.replay import replay
 from benchmarks.fidelity_vllm.run import load_runs
 
@@ -30,3 +30,12 @@ def test_on_the_card_that_had_no_part_in_the_fit_errors_are_those_that_are_repor
         assert errors[metric, "Mean"] < 5
     assert sum(error < 5 for error in errors.values()) >= 11
     assert max(errors.values()) < 15
+
+
+def test_constants_of_one_card_hold_on_the_other_until_prompts_share_memory() -> None:
+    (run,) = [run for run in load_runs(DATA) if run.card == "RTX 4090"]
+    wave = first_wave(run, replay(run))
+    assert (wave.num_first, wave.num_last) == (41, 15)
+    assert wave.until == pytest.approx(24.3, abs=0.1)
+    assert wave.first_error < 0.02
+    assert wave.last_error < 0.01 * wave.until
