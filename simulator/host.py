@@ -4,11 +4,12 @@ A GPU belongs to one rank; the cores of a host that serves on CPUs do not. Engin
 work around them: what client, API, router and the instances' further threads do for a request or a step. The remaining
 times of all jobs are worked out anew whenever one starts or ends.
 
-- Where there are cores enough, the launcher binds every engine to one of its own. Light work goes to an idle core if
-  there is one. If there is none it stays where it was, as Linux places threads that wake: the more often a core was
-  idle of late, the more of the light work is there. The jobs of a core share it equally.
-- Else all jobs share all cores equally, none of them on more than one: the egalitarian processor sharing that Linux's
-  fair scheduler comes to over some tens of milliseconds.
+The jobs of a core share it equally. Which core a job is on follows what the launcher and Linux do:
+
+- Where there are cores enough, every engine is bound to one of its own. Else it keeps to the core it was on, and when a
+  step begins while others are there it moves to an idle one, if there is any.
+- Light work goes to an idle core if there is one. If there is none it stays where it was, as threads do that wake: the
+  more often a core was idle of late, the more of the light work is there.
 
 The host is a part on the loop like the others, which is told by timers of its own when the next job ends.
 """
@@ -37,8 +38,7 @@ _DONE = 1e-9
 class _Job:
     """``work`` core seconds are left; ``event`` happens to the part ``name`` once none is (None: to nobody).
 
-    ``aftermath`` core seconds of light work follow, on the tokens that a step gave. ``core`` runs it, if engines are
-    bound to cores.
+    ``aftermath`` core seconds of light work follow, on the tokens that a step gave. ``core`` runs it.
     """
 
     work: float
@@ -56,21 +56,21 @@ class Host:
         self._loop = loop
         self._jobs: list[_Job] = []
         self._core_of: dict[str, int] = {}
-        num_cores = int(model.num_cores)
-        self._idle = [1.0] * num_cores
+        self._num_cores = max(1, int(model.num_cores))
+        self._idle = [1.0] * self._num_cores
         """Share of the last second or so that each core had nothing to do."""
-        self._turns = [0.0] * num_cores
+        self._turns = [0.0] * self._num_cores
         self._now = 0.0
         self._wake_at = float("inf")
         """The earliest timer pending; later ones that it superseded are ignored when they come."""
 
     def add_engine(self, name: str) -> None:
-        """An instance is there: its engine is bound to the next core."""
-        self._core_of.setdefault(name, len(self._core_of))
+        """An instance is there: its engine begins on the next core."""
+        self._core_of.setdefault(name, len(self._core_of) % self._num_cores)
 
     @property
     def _is_bound(self) -> bool:
-        return len(self._core_of) <= self.model.num_cores
+        return len(self._core_of) <= self._num_cores
 
     def handle(self, now: float, event: Event) -> Sequence[Command]:
         """A job may have ended."""
@@ -83,6 +83,9 @@ class Host:
     def run_step(self, now: float, name: str, seconds: float, event: Event, num_tokens: int) -> Sequence[Command]:
         """An engine's step of ``seconds`` on a core of its own, at whose end ``event`` happens to ``name``."""
         self._advance(now)
+        idle = self._idle_cores()
+        if idle and not self._is_bound and self._core_of[name] not in idle:
+            self._core_of[name] = idle[0]
         aftermath = self.model.cpu_per_step + num_tokens * self.model.cpu_per_token if num_tokens else 0.0
         self._jobs.append(_Job(seconds, name, event, aftermath, self._core_of[name]))
         self._spread()
@@ -100,28 +103,27 @@ class Host:
         self._advance(now)
         self._jobs = [job for job in self._jobs if job.name != name]
 
+    def _idle_cores(self) -> list[int]:
+        busy = {job.core for job in self._jobs}
+        return [core for core in range(self._num_cores) if core not in busy]
+
     def _add_light(self, work: float) -> None:
         """Light work begins, each piece of it on the core whose turn it is: turns come by how idle a core is."""
         if work <= 0:
             return
-        cores = range(int(self.model.num_cores))
-        core = 0
-        if self._is_bound:
-            for index in cores:
-                self._turns[index] += self._idle[index]
-            core = max(cores, key=self._turns.__getitem__)
-            self._turns[core] -= sum(self._idle)
-        self._jobs.append(_Job(work, core=core))
+        for core, idle in enumerate(self._idle):
+            self._turns[core] += idle
+        chosen = max(range(self._num_cores), key=self._turns.__getitem__)
+        self._turns[chosen] -= sum(self._idle)
+        self._jobs.append(_Job(work, core=chosen))
 
     def _spread(self) -> None:
         """Move light work that shares a core to one that is idle.
 
         Not when a step ends: its engine is about to begin the next.
         """
-        if not self._is_bound:
-            return
+        idle = self._idle_cores()
         busy = [job.core for job in self._jobs]
-        idle = [core for core in range(int(self.model.num_cores)) if core not in busy]
         for job in self._jobs:
             if idle and not job.name and busy.count(job.core) > 1:
                 busy.remove(job.core)
@@ -130,20 +132,17 @@ class Host:
 
     def _paces(self) -> list[float]:
         """Core seconds per second that each job gets."""
-        model, jobs = self.model, self._jobs
-        if not self._is_bound:
-            return [min(1.0, (model.num_cores - model.idle_cores) / len(jobs))] * len(jobs)
-        sharing = [0] * max(len(self._core_of), int(model.num_cores))
-        for job in jobs:
+        sharing = [0] * self._num_cores
+        for job in self._jobs:
             sharing[job.core] += 1
-        return [1.0 / sharing[job.core] for job in jobs]
+        return [1.0 / sharing[job.core] for job in self._jobs]
 
     def _advance(self, now: float) -> None:
         elapsed = now - self._now
         if elapsed > 0 and self._jobs:
             for job, pace in zip(self._jobs, self._paces(), strict=True):
                 job.work -= elapsed * pace
-        if elapsed > 0 and self._is_bound:
+        if elapsed > 0:
             kept = exp(-elapsed / _MEMORY)
             busy = {job.core for job in self._jobs}
             self._idle = [idle * kept + (1 - kept) * (core not in busy) for core, idle in enumerate(self._idle)]

@@ -61,12 +61,10 @@ class KvGeometry:
 class HostModel:
     """Cores that instances on CPUs share with what surrounds them, see :mod:`simulator.host`.
 
-    ``idle_cores`` of them are busy without any request. The core seconds are spent outside the engines, by client, API,
-    router and the instances' other threads.
+    The core seconds are spent outside the engines, by client, API, router and the instances' other threads.
     """
 
     num_cores: float
-    idle_cores: float = 0.0
     cpu_per_request: float = 0.0
     cpu_per_prompt_token: float = 0.0
     cpu_per_step: float = 0.0

@@ -306,22 +306,16 @@ def _counts(load: Load) -> tuple[int, int, float, int]:
 
 
 def _step_costs(samples: list[_Sample], step_time: MeasuredStepTime) -> tuple[float, float]:
-    """(per step, per sequence of it) seconds beyond the engine's own, from prompts alone and from decode batches."""
+    """(per step, per sequence of it) seconds beyond the engine's own, from decode batches; relative least squares."""
     rows, extras = [], []
     for sample in samples:
-        load = sample.load
-        if load.output_len == _PROMPTS_ALONE:
-            shape = StepShape(load.prompt_len, load.prompt_len * (load.prompt_len + 1) // 2, num_prefills=1)
-            seconds = median(t["prefill_end"] - t["prefill_start"] for t in sample.timelines)
-            # Longer prompts are split, and their times say more of the engine than of what is around it.
-            if load.prompt_len <= 64:
-                rows.append([1.0, 1.0])
-                extras.append(seconds - step_time.seconds(shape))
-        elif (gap := _steady_gap(sample)) is not None:
+        gap = None if sample.load.output_len == _PROMPTS_ALONE else _steady_gap(sample)
+        if gap is not None:
             seconds, context = gap
-            shape = StepShape(num_decodes=load.num_clients, decode_context=round(load.num_clients * context))
-            rows.append([1.0, float(load.num_clients)])
-            extras.append(seconds - step_time.seconds(shape))
+            batch = sample.load.num_clients
+            shape = StepShape(num_decodes=batch, decode_context=round(batch * context))
+            rows.append([1.0 / seconds, batch / seconds])
+            extras.append(1.0 - step_time.seconds(shape) / seconds)
     if not rows:
         raise ConfigError("the model's context is too short to tell what a cluster adds to a step")
     solution, _ = nnls(np.array(rows), np.array(extras))

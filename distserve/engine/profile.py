@@ -44,7 +44,9 @@ class Grid:
 def make_grid(max_batch_tokens: int, max_batch_size: int, max_model_len: int, *, quick: bool = False) -> Grid:
     """A grid over what a scheduler within these limits can ask for; ``quick`` thins it out for a rehearsal."""
     batches = _steps(1, max_batch_size, 4 if quick else 2)
-    contexts = [c for c in ((64, 512) if quick else (32, 256, 512, 1024, 2048)) if c + _DECODE_STEPS <= max_model_len]
+    contexts = [
+        c for c in ((64, 512) if quick else (32, 128, 256, 512, 1024, 2048)) if c + _DECODE_STEPS <= max_model_len
+    ]
     contexts = contexts or [max(1, max_model_len // 2)]
     tokens = [t for t in _steps(2, max_batch_tokens, 4 if quick else 2) if t < max_model_len]
     if not quick:

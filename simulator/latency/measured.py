@@ -71,7 +71,6 @@ class ProfileLatencyModel:
         num_threads = self.profile.num_threads
         return HostModel(
             num_cores=float(self.profile.machine["cores"]) / num_threads,
-            idle_cores=costs.idle_cores / num_threads,
             cpu_per_request=costs.cpu_per_request / num_threads,
             cpu_per_prompt_token=costs.cpu_per_prompt_token / num_threads,
             cpu_per_step=costs.cpu_per_step / num_threads,

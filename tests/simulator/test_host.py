@@ -50,8 +50,11 @@ def test_who_comes_later_shares_what_is_left():
 
 
 def test_three_engines_on_two_cores():
+    # The third shares a core to the end of its step; whoever begins a step after that finds an idle one.
     lines = run([Role.MIXED] * 3, HostModel(2), [1.0, 1.0, 1.0])
-    assert lines.ttft == pytest.approx([0.165] * 3)
+    assert sorted(lines.ttft) == pytest.approx([0.11, 0.22, 0.22])
+    lines = run([Role.MIXED] * 3, HostModel(2), [1.0, 1.0, 1.0, 1.5, 1.5])
+    assert lines.ttft[3:] == pytest.approx([0.11, 0.11])
 
 
 def test_what_surrounds_the_engines_takes_its_share():
