@@ -8,10 +8,11 @@ when the stretch ends, or when anything else is about to happen to the instance.
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 
 from distserve.core.commands import RunStep
 from distserve.core.events import Event
-from distserve.core.latency import StepShape, StepTime
+from distserve.core.latency import DecodeRunTime, StepShape, StepTime
 from distserve.core.scheduler import InstanceScheduler
 from simulator.recorder import Recorder
 from simulator.worker import SimulatedWorker, Worker
@@ -65,11 +66,13 @@ class Engine:
     _free_at: list[float] = field(default_factory=list)
     _shape: StepShape = field(default_factory=StepShape)
     _number: int = 0
+    _run_time: DecodeRunTime | None = None
     _usual_stretch: int = 0
     """Steps of the last stretch: the next one may be as long."""
 
     def __post_init__(self) -> None:
         self._free_at = [0.0] * self.num_stages
+        self._run_time = self.step_time if isinstance(self.step_time, DecodeRunTime) else None
 
     def launch(self, now: float, step: RunStep) -> tuple[float, Event]:
         """Take a step on: when it ends (seconds), and the event to be fed back then."""
@@ -118,14 +121,18 @@ class Engine:
         ends, shape = stretch.ends, self._shape
         num_decodes = shape.num_decodes
         context = shape.decode_context + num_decodes * (len(ends) - 1)
-        end = ends[-1]
-        seconds = self.step_time.seconds
         ahead = min(max(_AHEAD[0], self._usual_stretch, len(ends)), _AHEAD[-1])
-        for _ in range(min(ahead, stretch.num_steps - len(ends))):
-            context += num_decodes
-            end += seconds(StepShape(0, 0, num_decodes, context))
-            ends.append(end)
-        return end
+        times = self._decode_run(num_decodes, context + num_decodes, min(ahead, stretch.num_steps - len(ends)))
+        ends += islice(accumulate(times, initial=ends[-1]), 1, None)
+        return ends[-1]
+
+    def _decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
+        if self._run_time is not None:
+            return self._run_time.decode_run(num_decodes, context, num_steps)
+        contexts = range(context, context + num_steps * num_decodes, num_decodes)
+        return [
+            self.step_time.seconds(StepShape(num_decodes=num_decodes, decode_context=tokens)) for tokens in contexts
+        ]
 
     def cut(self, num_more: int) -> tuple[float, StretchPoint] | None:
         """After the step now in flight there will be ``num_more`` alike; None if the point on the heap stands."""

@@ -43,6 +43,13 @@ class DistServeStepTime:
         tokens = shape.num_prefill_tokens
         return time + base + per_token * tokens + per_square * (2 * shape.prefill_pairs - tokens)
 
+    def decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
+        """See :class:`distserve.core.latency.DecodeRunTime`."""
+        base, per_context, per_sequence = self.decode if num_decodes < self.threshold else self.decode_large
+        sequences = per_sequence * num_decodes
+        contexts = range(context, context + num_steps * num_decodes, num_decodes)
+        return [per_context * tokens + sequences + base for tokens in contexts]
+
     def handover(self, shape: StepShape) -> float:  # noqa: ARG002 -- the interface's
         """None: the fits count it among a stage's time."""
         return 0.0

@@ -51,6 +51,16 @@ class TabulatedStepTime:
             time += attention * self.mixed if num_prefill_tokens else attention
         return self.serial + (time if time > floor else floor)  # noqa: FURB136 -- half the time of max()
 
+    def decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
+        """See :class:`distserve.core.latency.DecodeRunTime`."""
+        contexts = range(context, context + num_steps * num_decodes, num_decodes)
+        if num_decodes > LARGEST:
+            return [self._beyond(StepShape(num_decodes=num_decodes, decode_context=tokens)) for tokens in contexts]
+        fixed, base = self.token[num_decodes] + self.row[num_decodes], self.decode[num_decodes]
+        slope, floor, serial = self.context[num_decodes], self.floor_decode, self.serial
+        times = [fixed + (base + tokens * slope) for tokens in contexts]
+        return [serial + (max(floor, time)) for time in times]
+
     def _beyond(self, shape: StepShape) -> float:
         num_prefill_tokens, num_decodes = shape.num_prefill_tokens, shape.num_decodes
         time = _extended(self.token, num_prefill_tokens + num_decodes)
