@@ -41,6 +41,8 @@ _STOP_SECONDS = 30.0
 _IDLE_SECONDS = 3.0
 _REQUEST_SECONDS = 300.0
 _NAME = "profiled"
+_OUTLIER = 3.0
+"""Times the median from which on a gap between two tokens is the machine's doing."""
 _PROMPTS_ALONE = 2
 """Output tokens of requests that are about their prompts: the second one makes them move to the decode instance."""
 
@@ -315,7 +317,8 @@ def _step_costs(samples: list[_Sample], step_time: MeasuredStepTime) -> tuple[fl
             batch = sample.load.num_clients
             shape = StepShape(num_decodes=batch, decode_context=round(batch * context))
             rows.append([1.0 / seconds, batch / seconds])
-            extras.append(1.0 - step_time.seconds(shape) / seconds)
+            # No cluster makes a step shorter: where it seems so, the engine alone was measured too slow.
+            extras.append(max(0.0, 1.0 - step_time.seconds(shape) / seconds))
     if not rows:
         raise ConfigError("the model's context is too short to tell what a cluster adds to a step")
     solution, _ = nnls(np.array(rows), np.array(extras))
@@ -323,7 +326,10 @@ def _step_costs(samples: list[_Sample], step_time: MeasuredStepTime) -> tuple[fl
 
 
 def _steady_gap(sample: _Sample) -> tuple[float, float] | None:
-    """Seconds per step while every sequence decoded and no prompt was computed, and their mean context then."""
+    """Mean seconds per step while every sequence decoded and no prompt was computed, and the mean context then.
+
+    The mean, as a request's TPOT is one; but for steps of which the machine, not the cluster, made something else.
+    """
     together = [sample.timelines] if sample.load.num_clients > 1 else [[t] for t in sample.timelines]
     gaps, contexts = [], []
     for group in together:
@@ -335,4 +341,7 @@ def _steady_gap(sample: _Sample) -> tuple[float, float] | None:
             if steps:
                 gaps += steps
                 contexts += [sample.load.prompt_len + i for i in inside[2:]]
-    return (median(gaps), sum(contexts) / len(contexts)) if gaps else None
+    if not gaps:
+        return None
+    usual = [gap for gap in gaps if gap < _OUTLIER * median(gaps)]
+    return sum(usual) / len(usual), sum(contexts) / len(contexts)
