@@ -12,8 +12,9 @@ from itertools import accumulate, islice
 
 from distserve.core.commands import RunStep
 from distserve.core.events import Event
-from distserve.core.latency import DecodeRunTime, StepShape, StepTime
+from distserve.core.latency import StepShape, StepTime
 from distserve.core.scheduler import InstanceScheduler
+from simulator.latency.interface import DecodeRunTime
 from simulator.recorder import Recorder
 from simulator.worker import SimulatedWorker, Worker
 

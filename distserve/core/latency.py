@@ -5,7 +5,7 @@ concern of this module.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +38,6 @@ class StepTime(Protocol):
 
     def handover(self, shape: StepShape) -> float:
         """Seconds from a stage's end to the start of the next one."""
-        ...
-
-
-@runtime_checkable
-class DecodeRunTime(Protocol):
-    """A :class:`StepTime` that knows a quick way to the times of one decode batch's steps."""
-
-    def decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
-        """Seconds of ``num_steps`` steps of ``num_decodes`` sequences, one after the other; ``context`` is the first's.
-
-        To the last bit what :meth:`StepTime.seconds` says of each.
-        """
         ...
 
 

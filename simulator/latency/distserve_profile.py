@@ -44,7 +44,7 @@ class DistServeStepTime:
         return time + base + per_token * tokens + per_square * (2 * shape.prefill_pairs - tokens)
 
     def decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
-        """See :class:`distserve.core.latency.DecodeRunTime`."""
+        """See :class:`simulator.latency.interface.DecodeRunTime`."""
         base, per_context, per_sequence = self.decode if num_decodes < self.threshold else self.decode_large
         sequences = per_sequence * num_decodes
         contexts = range(context, context + num_steps * num_decodes, num_decodes)

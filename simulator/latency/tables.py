@@ -52,7 +52,7 @@ class TabulatedStepTime:
         return self.serial + (time if time > floor else floor)  # noqa: FURB136 -- half the time of max()
 
     def decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
-        """See :class:`distserve.core.latency.DecodeRunTime`."""
+        """See :class:`simulator.latency.interface.DecodeRunTime`."""
         contexts = range(context, context + num_steps * num_decodes, num_decodes)
         if num_decodes > LARGEST:
             return [self._beyond(StepShape(num_decodes=num_decodes, decode_context=tokens)) for tokens in contexts]

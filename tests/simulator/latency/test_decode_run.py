@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.core.config import ParallelConfig
-from distserve.core.latency import DecodeRunTime, StepShape
+from distserve.core.latency import StepShape
 from distserve.core.topology import ClusterSpec
 from simulator.latency.analytic import AnalyticModel
 from simulator.latency.distserve_profile import DistServeStepTime
+from simulator.latency.interface import DecodeRunTime
 from simulator.latency.shape import ModelShape
 
 LLAMA = {
