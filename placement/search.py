@@ -6,7 +6,7 @@ disaggregated and colocated, are searched for themselves, so that a plan can say
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distserve.core.config import Role
@@ -14,7 +14,6 @@ from placement.candidates import Candidate, colocated, pairs, replications
 from placement.evaluation import evaluate
 from placement.fewest import Fewest, Holding, fewest_gpus
 from placement.goodput import Goodput
-from placement.measure import Measurement
 from placement.offered import Offered
 from placement.plan import Evaluation, Plan, SearchStats
 from placement.problem import Problem
@@ -63,7 +62,7 @@ def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None
             evaluations = searcher.fewest(usable, problem.rate, paper)
         if not evaluations:
             raise explain_unreachable(setting, bounds, shapes, refused, searcher.closest)
-        measured_paper = searcher.evaluate_candidate(paper) if paper is not None else None
+        measured_paper = searcher.evaluate_paper()
     count = searcher.count
     if measured_paper is not None:
         evaluations.append(measured_paper)
@@ -115,6 +114,8 @@ class _Searcher:
         self._progress = progress
         self.count = _Count()
         self.closest: Holding | None = None
+        self.evaluate_paper: Callable[[], Evaluation | None] = lambda: None
+        """Waits for the paper's placement, which is measured as the finalists are, beside them."""
 
     # -- the best goodput per GPU -------------------------------------------------------------------------------------
 
@@ -131,6 +132,8 @@ class _Searcher:
             self.count.pruned += len(units) - len(found)
             self.count.requests += sum(entry.goodput.num_simulated for entry in found)
             races.append((found, wanted))
+        if paper is not None and any(found for found, _ in races):
+            self.evaluate_paper = self._begin(paper)
         return self._refine(races)
 
     def _refine(self, races: Sequence[tuple[list[Ranked], int]]) -> list[Evaluation]:
@@ -184,6 +187,8 @@ class _Searcher:
             holding += found.holding
             if self.closest is None or (found.best_failing is not None and not found.holding):
                 self.closest = found.best_failing or self.closest
+        if paper is not None and holding:
+            self.evaluate_paper = self._begin(paper)
         tasks = [
             JointGoodput(
                 entry.placement,
@@ -205,21 +210,20 @@ class _Searcher:
 
     # -- shared -----------------------------------------------------------------------------------------------------
 
-    def evaluate_candidate(self, candidate: Candidate) -> Evaluation | None:
-        """Measure one candidate as the finalists are measured; None: the cluster has no room for it."""
+    def _begin(self, candidate: Candidate) -> Callable[[], Evaluation | None]:
+        """Begin to measure one candidate; the answer is None where the cluster has no room for it."""
         problem = self._setting.problem
         placement = candidate.placement(problem)
         if placement is None:
-            return None
+            return lambda: None
         policy = candidate.pools[0][0].policy
         ceiling = self._bounds.of_candidate(candidate)
-        at: Measurement | None = None
         if ceiling <= 0:
             ceiling = sum(self._bounds.of_shape(shape).capacity * count for shape, count in candidate.pools)
-        if problem.rate is not None:
-            (at,) = self._workers.run([JointPoint(placement, policy, problem.rate, fine=True)])
-        (goodput,) = self._workers.run([JointGoodput(placement, policy, ceiling, None, fine=True)])
-        return evaluate(problem, str(candidate), placement, policy, goodput, at, candidate)
+        goodput = self._workers.begin(JointGoodput(placement, policy, ceiling, None, fine=True))
+        rate = problem.rate
+        at = self._workers.begin(JointPoint(placement, policy, rate, fine=True)) if rate is not None else None
+        return lambda: evaluate(problem, str(candidate), placement, policy, goodput(), at and at(), candidate)
 
     def _kinds(self, shapes: list[Shape], num_wanted: int) -> list[tuple[list[Candidate], int]]:
         """Disaggregated candidates, then the colocated ones of each policy; how many finalists each may have."""

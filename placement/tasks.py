@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from types import TracebackType
 from typing import Self, TypeVar
@@ -185,3 +186,9 @@ class Workers:
             return [task(self._setting) for task in tasks]
         futures = [self._pool.submit(_execute, self._setting, task) for task in tasks]
         return [future.result() for future in futures]
+
+    def begin(self, task: Callable[[Setting], T]) -> Callable[[], T]:
+        """Start a task beside those of :meth:`run`; calling the answer waits for its result."""
+        if self._pool is None:
+            return partial(task, self._setting)
+        return self._pool.submit(_execute, self._setting, task).result
