@@ -1,15 +1,21 @@
-"""Paged KV memory: which blocks are free, and who shares the others.
+"""Paged KV memory: which blocks are free, who shares the others, and what full blocks hold.
 
-Knows block ids and reference counts only, neither sequences nor bytes. Invariant: every block is either in the free
-list, exactly once, or referenced or held, so the numbers of both kinds add up to ``num_blocks``.
+Knows block ids, reference counts and keys of content, neither sequences nor bytes. Invariants: every block is either
+free, exactly once, or referenced or held, so the numbers of both kinds add up to ``num_blocks``; a key names one
+block, which holds what the key stands for until it is handed out to be written.
+
+A free block whose content is known can be found until it is needed: blocks of unknown content go first, then the one
+that was given up longest ago, of one table its last (the head of a prompt is what others have in common with it).
 """
 
-from collections.abc import Collection, Iterable
-from itertools import takewhile
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from distserve.core.prefix import BlockKey
 
 
 class BlockManager:
-    """Hands out blocks ``0..num_blocks-1`` and counts references to them."""
+    """Hands out blocks ``0..num_blocks-1``, counts references to them and finds them by content."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -18,16 +24,20 @@ class BlockManager:
         self._holds: dict[int, int] = {}
         self._waiting: set[int] = set()
         """Held blocks that nobody references any more."""
-        self._left: dict[int, int] = {}
-        """Free blocks that nobody has written since they were left, and by whom."""
         # A stack: the block freed last is reused first, while it may still be in a cache.
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._keys: dict[int, BlockKey] = {}
+        """What blocks hold, where that is known."""
+        self._blocks: dict[BlockKey, int] = {}
+        """The same, the other way round."""
+        self._known: OrderedDict[int, None] = OrderedDict()
+        """Free blocks of known content, the least recently used first; the other free ones are in ``_free``."""
         self._fewest_free = num_blocks
 
     @property
     def num_free(self) -> int:
         """Blocks nobody references."""
-        return len(self._free)
+        return len(self._free) + len(self._known)
 
     @property
     def peak_used(self) -> int:
@@ -37,17 +47,24 @@ class BlockManager:
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` free blocks, each with one reference. The caller has checked :attr:`num_free`."""
         free = self._free
+        if count > len(free):
+            self._evict(count - len(free))
         assert 0 <= count <= len(free), "allocation was not checked against num_free"
         if count == 0:
             return []
         taken = free[-count:]
         taken.reverse()
         del free[-count:]
-        self._fewest_free = min(self._fewest_free, len(free))
-        if self._left:
-            for block in taken:
-                self._left.pop(block, None)
+        self._fewest_free = min(self._fewest_free, self.num_free)
         return taken
+
+    def _evict(self, count: int) -> None:
+        """Forget what the ``count`` least recently used of the known free blocks hold."""
+        assert count <= len(self._known), "allocation was not checked against num_free"
+        for _ in range(count):
+            block, _ = self._known.popitem(last=False)
+            del self._blocks[self._keys.pop(block)]
+            self._free.append(block)
 
     def share(self, blocks: Iterable[int]) -> None:
         """Add a reference to each block (a fork)."""
@@ -77,37 +94,16 @@ class BlockManager:
             del self._holds[block]
             if block in self._waiting:
                 self._waiting.remove(block)
-                self._free.append(block)
+                self._put_back(block)
 
-    def release(self, blocks: Collection[int]) -> None:
-        """Drop a reference from each block; the last one frees it."""
-        if self._shares or self._holds:
-            for block in blocks:
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop a reference from each block of a table, the last block first; the last reference frees it."""
+        if self._shares or self._holds or not self._keys.keys().isdisjoint(blocks):
+            for block in reversed(blocks):
                 self._release(block)
             return
         self._free += blocks
         assert len(self._free) <= self.num_blocks, "blocks released twice"
-
-    def leave(self, blocks: Collection[int], whose: int) -> None:
-        """Release blocks whose content ``whose`` may want back; see :meth:`reclaim`."""
-        for block in blocks:
-            if block not in self._shares and block not in self._holds:
-                self._left[block] = whose
-        self.release(blocks)
-
-    def reclaim(self, blocks: Iterable[int], whose: int) -> list[int]:
-        """Take back blocks that were left, up to the first that was not or has been handed out since.
-
-        Their content is as it was. The answer has one reference to each.
-        """
-        kept = list(takewhile(lambda block: self._left.get(block) == whose, blocks))
-        for block in kept:
-            del self._left[block]
-        if kept:
-            taken = set(kept)
-            self._free = [block for block in self._free if block not in taken]
-            self._fewest_free = min(self._fewest_free, len(self._free))
-        return kept
 
     def _release(self, block: int) -> None:
         others = self._shares.pop(block, 0)
@@ -117,4 +113,71 @@ class BlockManager:
             assert block not in self._waiting, "block released twice"
             self._waiting.add(block)
         elif others == 0:
+            self._put_back(block)
+
+    def _put_back(self, block: int) -> None:
+        if block in self._keys:
+            assert block not in self._known, "block released twice"
+            self._known[block] = None
+        else:
             self._free.append(block)
+
+    # -- content -------------------------------------------------------------------------------------------------------
+
+    def label(self, blocks: Iterable[int], keys: Iterable[BlockKey]) -> list[int]:
+        """Note what referenced blocks hold, so that they are found; they are written no more while anybody has them.
+
+        Returns those that are found under their key now: of two blocks with one content the first in use stays.
+        """
+        labelled = []
+        for block, key in zip(blocks, keys, strict=True):
+            if block in self._keys:
+                assert self._keys[block] == key, "a block's content changed under its key"
+                continue
+            other = self._blocks.get(key)
+            if other is not None and other not in self._known:
+                continue
+            if other is not None:
+                self.forget([other])
+            self._keys[block] = key
+            self._blocks[key] = block
+            labelled.append(block)
+        return labelled
+
+    def find(self, keys: Iterable[BlockKey]) -> list[int]:
+        """The blocks that hold what the keys stand for, up to the first that is nowhere; :meth:`claim` takes them."""
+        found = []
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def num_idle(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks found count as free: those a claim takes from :attr:`num_free`."""
+        known = self._known
+        return sum(block in known for block in blocks) if known else 0
+
+    def claim(self, blocks: Iterable[int]) -> None:
+        """Take a reference to each block that was found."""
+        for block in blocks:
+            assert block in self._keys, "only what is known can be found"
+            if block in self._known:
+                del self._known[block]
+            elif block in self._waiting:
+                self._waiting.remove(block)
+            else:
+                self._shares[block] = self._shares.get(block, 0) + 1
+        self._fewest_free = min(self._fewest_free, self.num_free)
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The blocks do not hold what was noted, or nobody is to find them any more."""
+        for block in blocks:
+            key = self._keys.pop(block, None)
+            if key is None:
+                continue
+            del self._blocks[key]
+            if block in self._known:
+                del self._known[block]
+                self._free.append(block)

@@ -109,7 +109,8 @@ class SchedulerConfig:
     is the share of KV blocks a decode side keeps free when it admits, so that growth rarely preempts. ``lease`` is
     how many seconds prefill blocks stay valid for a pull without renewal, ``pull_timeout`` after how many a pull
     counts as hung. A Report is sent at most every ``report_interval`` seconds while load changes and at least every
-    ``heartbeat`` seconds.
+    ``heartbeat`` seconds. With ``prefix_caching`` a prompt (or a preempted sequence) shares the KV blocks of an
+    earlier one that began with the same tokens, if they are still there, and is computed from there on.
     """
 
     max_batch_tokens: int = 512
@@ -122,6 +123,7 @@ class SchedulerConfig:
     report_interval: float = 0.1
     heartbeat: float = 1.0
     max_model_len: int = 2048
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ class DecodingScheduler(InstanceScheduler):
     def skip(self, num_steps: int) -> None:
         """See the base class. Sequences are told of it when somebody looks at them; memory is taken as it would be.
 
-        No block is shared: every sequence has taken a step of its own.
+        No block that is written is shared: every sequence has taken a step of its own.
         """
         assert self._steady_steps is not None, "steps were skipped that nobody asked for"
         self._steady_steps -= num_steps
@@ -206,8 +206,7 @@ class DecodingScheduler(InstanceScheduler):
         Memory is given as it would be one by one.
         """
         blocks = self.blocks
-        if blocks.has_shared:
-            return None
+        has_shared = blocks.has_shared
         block_size = self.spec.kv.block_size
         chosen: list[Sequence] = []
         growing: list[Sequence] = []
@@ -219,6 +218,8 @@ class DecodingScheduler(InstanceScheduler):
                 break
             if computed // block_size == len(seq.blocks):
                 growing.append(seq)
+            elif has_shared and self._tail_is_shared(seq):
+                return None
             chosen.append(seq)
         if len(growing) > blocks.num_free:
             return None

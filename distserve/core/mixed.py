@@ -11,6 +11,9 @@ alone), which go before any decoding, or one token for every running sequence.
 A prompt's blocks are all taken when it starts, so two half-done prompts cannot block each other. When a
 running sequence needs a block and none is free, the youngest sequence is evicted; it waits in order of
 arrival and is recomputed here, from the first of its blocks that somebody else has had meanwhile.
+
+With prefix caching a prompt starts behind the blocks it has in common with others, running or not; they do not
+count as memory it needs while somebody uses them.
 """
 
 from bisect import insort
@@ -77,32 +80,35 @@ class MixedScheduler(DecodingScheduler):
             num_output=len(request.output_token_ids),
             output_token_ids=list(request.output_token_ids),
         )
+        if self._config.prefix_caching:
+            seq.extend_keys(seq.num_tokens // kv.block_size, kv.block_size)
         self._by_key[request.key] = [seq]
         self._enqueue(seq)
 
     def _enqueue(self, seq: Sequence) -> None:
         """In order of arrival, but never before a prompt that has started."""
-        insort(self._waiting, seq, key=lambda waiting: (waiting.num_computed == 0, age(waiting)))
+        insort(self._waiting, seq, key=lambda waiting: (not waiting.is_open, age(waiting)))
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def _form_batch(self) -> Batch | None:
         config = self._config
         copies: list[tuple[int, int]] = []
+        labelled: list[int] = []
         if self._policy is PrefillPolicy.WHOLE_PROMPT:
-            entries = self._whole_prompts() or self._decodes(config.max_batch_size, copies)
+            entries = self._whole_prompts(labelled) or self._decodes(config.max_batch_size, copies)
         else:
             entries = self._decodes(config.max_batch_tokens, copies)
-            entries += self._prompt_chunks(config.max_batch_tokens - len(entries))
+            entries += self._prompt_chunks(config.max_batch_tokens - len(entries), labelled)
         if not entries:
             return None
         chunks = tuple([seq.chunk(count, samples=samples) for seq, count, samples in entries])
-        return Batch(entries, chunks, copies, sum(count for _, count, _ in entries))
+        return Batch(entries, chunks, copies, sum(count for _, count, _ in entries), labelled)
 
     def _decodes(self, limit: int, copies: list[tuple[int, int]]) -> list[tuple[Sequence, int, bool]]:
         return [(seq, 1, True) for seq in self._choose_running(limit, copies)]
 
-    def _prompt_chunks(self, budget: int) -> list[tuple[Sequence, int, bool]]:
+    def _prompt_chunks(self, budget: int, labelled: list[int]) -> list[tuple[Sequence, int, bool]]:
         chosen: list[tuple[Sequence, int, bool]] = []
         for seq in self._waiting:
             if budget == 0:
@@ -114,18 +120,25 @@ class MixedScheduler(DecodingScheduler):
             count = min(budget, seq.num_tokens - seq.num_computed)
             budget -= count
             chosen.append((seq, count, seq.num_computed + count == seq.num_tokens))
+            if self._config.prefix_caching:
+                self._label(seq, seq.num_computed + count, labelled)
         self._move_launched(chosen)
         return chosen
 
-    def _whole_prompts(self) -> list[tuple[Sequence, int, bool]]:
+    def _whole_prompts(self, labelled: list[int]) -> list[tuple[Sequence, int, bool]]:
+        block_size = self.spec.kv.block_size
         budget = self._config.max_batch_tokens
         chosen: list[tuple[Sequence, int, bool]] = []
         for seq in self._waiting:
-            if (chosen and seq.num_tokens > budget) or not self._start(seq):
+            if chosen and seq.num_tokens - len(self._find_prefix(seq)) * block_size > budget:
+                break
+            if not self._start(seq):
                 break
             count = seq.num_tokens - seq.num_computed
             budget -= count
             chosen.append((seq, count, True))
+            if self._config.prefix_caching:
+                self._label(seq, seq.num_tokens, labelled)
         self._move_launched(chosen)
         return chosen
 
@@ -148,15 +161,14 @@ class MixedScheduler(DecodingScheduler):
         num_started = sum(len(waiting.choices) for waiting in takewhile(lambda other: other.is_open, self._waiting))
         is_idle = not self._running and num_started == 0
         headroom = 0 if is_idle else int(config.headroom * kv.num_blocks)
-        needed = kv.blocks_to_admit(seq.num_tokens, len(seq.choices))
+        shared = self._find_prefix(seq)
+        # What is found and idle is taken from what is free, like any other block.
+        num_used_by_others = len(shared) - self.blocks.num_idle(shared)
+        needed = kv.blocks_to_admit(seq.num_tokens, len(seq.choices)) - num_used_by_others
         has_slot = len(self._running) + num_started + len(seq.choices) <= config.max_batch_size
         if needed + headroom > self.blocks.num_free or not (has_slot or is_idle):
             return False
-        seq.blocks = self.blocks.reclaim(seq.left_blocks, seq.seq_id)
-        seq.left_blocks = []
-        # The last token is computed in any case: its logits are wanted.
-        seq.num_computed = min(len(seq.blocks) * kv.block_size, seq.num_tokens - 1)
-        seq.blocks += self.blocks.allocate(kv.blocks_for(seq.num_tokens) - len(seq.blocks))
+        self._take_blocks(seq, shared)
         seq.marks = (*seq.marks, ("prefill_start", self._now)) if seq.num_output == 0 else seq.marks
         self._open(seq, tuple(seq.output_token_ids))
         return True
@@ -183,13 +195,10 @@ class MixedScheduler(DecodingScheduler):
         else:
             self._leave(victim)
         victim.seq_id = self._new_seq_id()
-        # Log-probabilities of a prompt come from computing all of it.
-        is_reusable = victim.request.sampling.prompt_logprobs is None
-        num_full = victim.num_computed // self.spec.kv.block_size if is_reusable else 0
-        victim.left_blocks = victim.blocks[:num_full]
-        self.blocks.release(victim.blocks[num_full:])
-        self.blocks.leave(victim.left_blocks, victim.seq_id)
+        self._label_all(victim)
+        self.blocks.release(victim.blocks)
         victim.blocks, victim.num_published, victim.num_computed, victim.is_open = [], 0, 0, False
+        victim.is_recomputed = True
         # A recomputed prompt's log-probabilities would be reported twice.
         victim.prompt_logprobs.clear()
         self._enqueue(victim)
@@ -210,6 +219,8 @@ class MixedScheduler(DecodingScheduler):
             has_ended = self._emit(member, member.choice, token_id, logprob, prompt_logprobs)
             prompt_logprobs = None
             if has_ended:
+                if self._config.prefix_caching:
+                    self._label_all(member)
                 self._close(member)
             elif member is not seq:
                 self._open(member, tuple(member.output_token_ids))
@@ -226,6 +237,8 @@ class MixedScheduler(DecodingScheduler):
                 num_output=seq.num_output,
                 blocks=list(seq.blocks),
                 num_computed=seq.num_computed,
+                keys=list(seq.keys),
+                num_labelled=seq.num_labelled,
                 marks=seq.marks if choice == seq.choices[0] else (),
             )
             for choice in seq.choices

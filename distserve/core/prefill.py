@@ -5,10 +5,14 @@ and a larger batch only delays its first prompts). Only a prompt longer than tha
 full budget; its last, smaller chunk shares its batch with the prompts behind it. A prompt's blocks are all
 taken when it starts, so a started prompt never waits for memory. When the first in line does not fit, nobody
 overtakes it.
+
+With prefix caching a prompt starts behind the blocks it has in common with others. Those that a step in flight is
+still computing are not offered as ready.
 """
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import takewhile
 
 from distserve.core.commands import WakeAt
 from distserve.core.config import InstanceSpec
@@ -92,7 +96,10 @@ class PrefillScheduler(InstanceScheduler):
             choices=request.choices,
             num_tokens=request.num_prefill_tokens,
             num_output=len(request.output_token_ids),
+            output_token_ids=list(request.output_token_ids),
         )
+        if self._config.prefix_caching:
+            seq.extend_keys(seq.num_tokens // self.spec.kv.block_size, self.spec.kv.block_size)
         self._sequences[request.key] = seq
         self._waiting.append(seq)
         self._num_waiting_tokens += seq.num_tokens
@@ -100,28 +107,33 @@ class PrefillScheduler(InstanceScheduler):
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def _form_batch(self) -> Batch | None:
-        budget = self._config.max_batch_tokens
+        budget, block_size = self._config.max_batch_tokens, self.spec.kv.block_size
         entries: list[tuple[Sequence, int, bool]] = []
+        labelled: list[int] = []
         for seq in self._waiting:
-            remaining = seq.num_tokens - seq.num_computed
             if budget == 0 or len(entries) == self._config.max_batch_size:
                 break
             if seq.num_in_flight > 0:
                 continue  # its next chunk needs this one; those behind it may fill the pipeline
+            shared = [] if seq.is_open else self._find_prefix(seq)
+            remaining = seq.num_tokens - seq.num_computed - len(shared) * block_size
             # A prompt of at most one budget is never split; it waits for a batch that takes it whole.
-            if seq.num_computed == 0 and budget < remaining <= self._config.max_batch_tokens:
+            if not seq.is_open and budget < remaining <= self._config.max_batch_tokens:
                 break
-            if seq.num_computed == 0:
-                needed = self.spec.kv.blocks_for(seq.num_tokens)
-                if needed > self.blocks.num_free:
+            if not seq.is_open:
+                num_used_by_others = len(shared) - self.blocks.num_idle(shared)
+                if self.spec.kv.blocks_for(seq.num_tokens) - num_used_by_others > self.blocks.num_free:
                     break
-                seq.blocks = self.blocks.allocate(needed)
+                self._take_blocks(seq, shared)
+                self._num_waiting_tokens -= seq.num_computed
                 seq.marks = (("prefill_start", self._now),)
                 self._open(seq, tuple(seq.request.output_token_ids))
             count = min(remaining, budget)
             budget -= count
             is_last = count == remaining
             entries.append((seq, count, is_last))
+            if self._config.prefix_caching:
+                self._label(seq, seq.num_computed + count, labelled)
         if not entries:
             return None
         for seq, count, is_last in entries:
@@ -129,14 +141,20 @@ class PrefillScheduler(InstanceScheduler):
             if is_last:
                 self._waiting.remove(seq)
         chunks = tuple([seq.chunk(count, samples=is_last) for seq, count, is_last in entries])
-        return Batch(entries, chunks, [], self._config.max_batch_tokens - budget)
+        return Batch(entries, chunks, [], self._config.max_batch_tokens - budget, labelled)
 
     def _on_launched(self, step_id: int, batch: Batch) -> None:
         """Ask for decode instances now: the round trips hide behind the prompts' last chunks."""
+        pending = {block for step in self._steps.values() for block in step.labelled}
         for seq, count, is_last in batch.entries:
             if is_last and seq.num_remaining_output > 1:
                 key = seq.request.key
-                self._handoffs[key] = Handoff(seq, step_id, num_ready_tokens=seq.num_computed - count)
+                num_ready = seq.num_computed - count
+                if pending:
+                    known = seq.blocks[: num_ready // self.spec.kv.block_size]
+                    num_ready = len(list(takewhile(lambda block: block not in pending, known)))
+                    num_ready *= self.spec.kv.block_size
+                self._handoffs[key] = Handoff(seq, step_id, num_ready_tokens=num_ready)
                 self._want(key, self._handoffs[key])
 
     def _on_token(self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...]) -> None:

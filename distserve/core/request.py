@@ -61,7 +61,9 @@ class Request:
     ``choices`` are the indices this attempt generates: ``0..n-1`` at first, a single one when it is resubmitted.
     ``output_token_ids`` are tokens that choice emitted in earlier attempts (empty unless there is exactly one
     choice); they count as output for penalties and limits, and the next token's index is their number. ``arrival`` is
-    in seconds on the owner's clock.
+    in seconds on the owner's clock. ``block_keys`` say what the prompt's full KV blocks hold, one key each, for
+    instances that look for prefixes: equal keys stand for equal tokens up to the block's end. None leaves it to the
+    instance to make them from the tokens; where those are fake, keys must be given, or none (``()``).
     """
 
     request_id: str
@@ -72,6 +74,7 @@ class Request:
     choices: tuple[int, ...] = (0,)
     output_token_ids: Sequence[int] = ()
     arrival: float = 0.0
+    block_keys: tuple[int, ...] | None = None
 
     @property
     def key(self) -> tuple[str, int]:

@@ -8,12 +8,15 @@ Rules every role keeps:
 
 - A sequence is in one batch at a time, lookahead aside.
 - Blocks are released once no step in flight uses them: a step may still write into the blocks of an aborted sequence.
+- What a step computes can be found by others from the moment it is in a batch, as in vLLM: an engine runs its steps in
+  order, and within one it writes each layer's KV before it reads any. If the step fails, its readers fail with it.
 - The engine hears ``OpenSequence`` before a sequence's first chunk and ``CloseSequence`` after its last.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 from distserve.core.block_manager import BlockManager
 from distserve.core.commands import (
@@ -41,12 +44,16 @@ UNSEEN = 0
 
 @dataclass(slots=True)
 class Batch:
-    """A step being formed or in flight: ``entries`` are (sequence, tokens, samples) in chunk order."""
+    """A step being formed or in flight: ``entries`` are (sequence, tokens, samples) in chunk order.
+
+    ``labelled`` are blocks that can be found by what this step computes.
+    """
 
     entries: list[tuple[Sequence, int, bool]]
     chunks: tuple[Chunk, ...]
     copies: list[tuple[int, int]]
     num_tokens: int
+    labelled: list[int] = field(default_factory=list)
     start: float = 0.0
 
 
@@ -67,6 +74,8 @@ class InstanceScheduler(ABC):
         self._seen: list[RequestKey] = []
         self.num_preempted = 0
         """Running sequences that lost their memory to older ones since start."""
+        self.num_hit_tokens = 0
+        """Prompt tokens since start that were not computed, because their KV was there."""
         self._last_report = -1.0
         self._prefill_rate = 0.0
         self._reported: tuple[int, ...] = ()
@@ -197,12 +206,20 @@ class InstanceScheduler(ABC):
 
     def _on_step_failed(self, event: StepFailed) -> None:
         batch = self._end_step(event.step_id)
+        lost = set(batch.labelled)
+        self.blocks.forget(lost)
         for seq, _, _ in batch.entries:
             seq.num_in_flight -= 1
             if seq.is_closed:
                 self._settle(seq)
             else:
                 self._fail(seq, event.reason)
+        for later in self._steps.values():
+            # Of its sequences some may go on from what is lost; what the others compute will be found no more either.
+            self.blocks.forget(later.labelled)
+            for seq, _, _ in later.entries:
+                if not (seq.is_closed or lost.isdisjoint(seq.blocks)):
+                    self._fail(seq, event.reason)
 
     def _end_step(self, step_id: int) -> Batch:
         batch = self._steps.pop(step_id)
@@ -216,6 +233,41 @@ class InstanceScheduler(ABC):
         if elapsed > 0 and batch.num_tokens > len(batch.entries):
             rate = batch.num_tokens / elapsed
             self._prefill_rate = rate if self._prefill_rate == 0 else 0.8 * self._prefill_rate + 0.2 * rate
+
+    # -- prefixes -------------------------------------------------------------------------------------------------
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks with the head of a sequence that is to start, as far as somebody has computed it.
+
+        Never all of it: the last token's logits are wanted, and a shared block is not written. Log-probabilities of a
+        prompt come from computing all of it.
+        """
+        if not seq.keys or seq.request.sampling.prompt_logprobs is not None:
+            return []
+        return self.blocks.find(islice(seq.keys, (seq.num_tokens - 1) // self.spec.kv.block_size))
+
+    def _take_blocks(self, seq: Sequence, shared: list[int]) -> None:
+        """Give a sequence that starts all its blocks, those of its head ``shared``."""
+        kv = self.spec.kv
+        self.blocks.claim(shared)
+        seq.num_labelled = len(shared)
+        seq.num_computed = len(shared) * kv.block_size
+        seq.blocks = shared + self.blocks.allocate(kv.blocks_for(seq.num_tokens) - len(shared))
+        if not seq.is_recomputed:
+            self.num_hit_tokens += seq.num_computed
+
+    def _label(self, seq: Sequence, num_tokens: int, labelled: list[int]) -> None:
+        """Let its full blocks be found, as far as ``num_tokens`` go; those that are go into ``labelled``."""
+        start, end = seq.num_labelled, num_tokens // self.spec.kv.block_size
+        if start < end:
+            seq.extend_keys(end, self.spec.kv.block_size)
+            labelled += self.blocks.label(seq.blocks[start:end], seq.keys[start:end])
+            seq.num_labelled = end
+
+    def _label_all(self, seq: Sequence) -> None:
+        """Let everything it has computed, or steps in flight will have, be found: it is about to give its blocks up."""
+        newest = next(reversed(self._steps.values())).labelled if self._steps else []
+        self._label(seq, min(seq.num_computed, seq.num_tokens), newest)
 
     # -- a sequence's life ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from distserve.core.commands import (
     RunStep,
     Send,
 )
-from distserve.core.events import Migrated, Received, StepDone, Timer
+from distserve.core.events import Migrated, Received, StepDone, StepFailed, Timer
 from distserve.core.messages import Leased, Message, Offer, Prefill, Prefilled, Tokens
 from distserve.core.request import Request, TokenOutput
 from distserve.core.scheduler import InstanceScheduler
@@ -25,9 +25,9 @@ M = TypeVar("M")
 class Bench:
     """Executes what a scheduler commands; steps wait in ``launched`` until :meth:`finish_step`."""
 
-    def __init__(self, scheduler: InstanceScheduler) -> None:
+    def __init__(self, scheduler: InstanceScheduler, worker: type[CheckingWorker] = CheckingWorker) -> None:
         self.scheduler = scheduler
-        self.worker = CheckingWorker(scheduler.spec.kv.block_size, token_at)
+        self.worker = worker(scheduler.spec.kv.block_size, token_at)
         self.now = 0.0
         self.launched: list[tuple[RunStep, StepDone]] = []
         self.steps: list[RunStep] = []
@@ -51,6 +51,10 @@ class Bench:
         step, done = self.launched.pop(0)
         self._take(self.scheduler.handle(self.now, done))
         return step
+
+    def fail_step(self) -> None:
+        step, _ = self.launched.pop(0)
+        self._take(self.scheduler.handle(self.now, StepFailed(step.step_id, "out of luck")))
 
     def finish_pull(self, *, ok: bool = True) -> None:
         pull = self.pulls.pop(0)
