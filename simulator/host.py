@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 
-from distserve.core.commands import Command, RunStep, Send, WakeAt
+from distserve.core.commands import Command, Migrate, RunStep, Send, WakeAt
 from distserve.core.events import Event, Machine, Timer
 from distserve.core.messages import Submit
 from simulator.engine import Engine
@@ -38,7 +38,8 @@ _DONE = 1e-9
 class _Job:
     """``work`` core seconds are left; ``event`` happens to the part ``name`` once none is (None: to nobody).
 
-    ``aftermath`` core seconds of light work follow, on the tokens that a step gave. ``core`` runs it.
+    ``aftermath`` core seconds of light work follow, on the tokens that a step gave. ``core`` runs it,
+    and no other may if it ``is_bound`` to it.
     """
 
     work: float
@@ -46,6 +47,7 @@ class _Job:
     event: Event | None = None
     aftermath: float = 0.0
     core: int = 0
+    is_bound: bool = False
 
 
 class Host:
@@ -98,6 +100,14 @@ class Host:
         self._spread()
         return self._go_on(now)
 
+    def pull(self, now: float, name: str, num_blocks: int) -> Sequence[Command]:
+        """An instance takes KV in: its threads do, on its engine's core."""
+        self._advance(now)
+        work = self.model.cpu_per_pull + num_blocks * self.model.cpu_per_pulled_block
+        if work > 0:
+            self._jobs.append(_Job(work, core=self._core_of[name], is_bound=self._is_bound))
+        return self._go_on(now)
+
     def drop(self, now: float, name: str) -> None:
         """An instance died: its steps are no longer computed."""
         self._advance(now)
@@ -125,7 +135,7 @@ class Host:
         idle = self._idle_cores()
         busy = [job.core for job in self._jobs]
         for job in self._jobs:
-            if idle and not job.name and busy.count(job.core) > 1:
+            if idle and not job.name and not job.is_bound and busy.count(job.core) > 1:
                 busy.remove(job.core)
                 job.core = idle.pop()
                 busy.append(job.core)
@@ -200,6 +210,9 @@ class HostLoop(Loop):
                     super()._execute(host, self._host.run_step(self.now, part.name, end - self.now, event, num_tokens))
                 case Send(_, Submit(request)):
                     super()._execute(host, self._host.take_request(self.now, request.num_prefill_tokens))
+                    super()._execute(part, (command,))
+                case Migrate():
+                    super()._execute(host, self._host.pull(self.now, part.name, len(command.src_blocks)))
                     super()._execute(part, (command,))
                 case _:
                     super()._execute(part, (command,))

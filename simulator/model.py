@@ -61,7 +61,8 @@ class KvGeometry:
 class HostModel:
     """Cores that instances on CPUs share with what surrounds them, see :mod:`simulator.host`.
 
-    The core seconds are spent outside the engines, by client, API, router and the instances' other threads.
+    The core seconds are spent outside the engines, by client, API, router and the instances' other threads; those of a
+    pull are on the core of the decode instance.
     """
 
     num_cores: float
@@ -69,6 +70,8 @@ class HostModel:
     cpu_per_prompt_token: float = 0.0
     cpu_per_step: float = 0.0
     cpu_per_token: float = 0.0
+    cpu_per_pull: float = 0.0
+    cpu_per_pulled_block: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def _markdown(result: dict[str, Any]) -> str:
 {result["load_average_at_start"]}
 - `{result["command"]}`, {result.get("minutes", 0):.0f} minutes; predictions anew from what is kept here: \
 `python -m benchmarks.fidelity_cpu.run --again`
-- the profile: [profile.json](profile.json), by `distserve profile`, from closed-loop load only
+- `profile-*.json`: taken by `distserve profile` before each deployment was started, from closed-loop load only
 - SLOs: {"; ".join(f"{mix}: TTFT {ttft:g} s, TPOT {tpot:g} s" for mix, ttft, tpot in sorted(slos))}; 90% is the target
 - rates are 0.6, 1 and 1.2 times the goodput that the simulator predicted before anything was measured
 - one line per request, KV transfer times included: `*.csv.gz` here, columns as in \

@@ -1,14 +1,14 @@
 """Holds the simulator against our own cluster on this machine: attainment, median TTFT and median TPOT.
 
-    python -m benchmarks.fidelity_cpu.run --model MODEL            # from the repository's root; about 18 minutes
+    python -m benchmarks.fidelity_cpu.run --model MODEL            # from the repository's root; about 25 minutes
     python -m benchmarks.fidelity_cpu.run --model MODEL --quick    # a rehearsal
     python -m benchmarks.fidelity_cpu.run --again                  # predict anew what is committed, without measuring
 
-MODEL is what `python benchmarks/make_model.py MODEL` writes. First `distserve profile` is taken, which sends no Poisson
-arrivals. From it the simulator says the goodput of every deployment and length mix; then each deployment is served as
-`distserve serve` does it and asked by `distserve bench`, a process of its own, at 0.6, 1 and 1.2 times that goodput.
-The same requests, with the same arrivals and lengths, go through the simulator. Everything shares this machine's
-cores: instances, router, API and client, which the simulator accounts for.
+MODEL is what `python benchmarks/make_model.py MODEL` writes. Before each deployment `distserve profile` is taken, which
+sends no Poisson arrivals. From it the simulator says the deployment's goodput for each length mix; then the deployment
+is served as `distserve serve` does it and asked by `distserve bench`, a process of its own, at 0.6, 1 and 1.2 times
+that goodput. The same requests, with the same arrivals and lengths, go through the simulator. Everything shares this
+machine's cores: instances, router, API and client, which the simulator accounts for.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +73,7 @@ class Case:
     @property
     def stem(self) -> str:
         """Part of file names."""
-        return f"{self.deployment} {self.mix.name} {self.level}".replace(" + ", "-").replace(" ", "-")
+        return file_stem(f"{self.deployment} {self.mix.name} {self.level}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,21 +95,16 @@ def main() -> int:
     options = parse_arguments()
     start = time.monotonic()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    profile = options.output_dir / "profile.json"
     try:
         if options.again:
             result = json.loads((options.output_dir / "result.json").read_text())
-            compare_again(result, ProfileLatencyModel.read(profile), options.output_dir)
+            compare_again(result, options.output_dir)
         elif options.model is None:
             print("error: give --model, or --again", file=sys.stderr)
             return 2
         else:
-            if options.profile is None:
-                take_profile(options.model, profile, quick=options.quick)
-            elif options.profile.resolve() != profile.resolve():
-                shutil.copyfile(options.profile, profile)
             result = {**describe_run("benchmarks.fidelity_cpu.run"), "runs": []}
-            measure(result, ProfileLatencyModel.read(profile), options)
+            measure(result, options)
             result["minutes"] = (time.monotonic() - start) / 60
     except (DistserveError, LoadError, ServerError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -130,13 +125,32 @@ def take_profile(model: Path, output: Path, *, quick: bool) -> None:
     profile.main(options, standalone_mode=False)
 
 
-def measure(result: dict[str, Any], model: ProfileLatencyModel, options: argparse.Namespace) -> None:
-    """Every deployment in turn: its goodput predicted, then its runs measured and predicted."""
+def profile_path(directory: Path, deployment: str) -> Path:
+    """Where a deployment's profile is kept: how fast a machine is changes by the hour."""
+    return directory / f"profile-{file_stem(deployment)}.json"
+
+
+def file_stem(words: str) -> str:
+    """``words`` as part of file names."""
+    return words.replace(" + ", "-").replace(" ", "-")
+
+
+def measure(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Every deployment in turn: its profile taken, its goodput predicted, then its runs measured and predicted."""
     seconds = 10.0 if options.quick else options.seconds
+    slos: dict[Mix, SLO] = {}
     for deployment, pools in DEPLOYMENTS.items():
         if options.deployment and deployment not in options.deployment:
             continue
-        cases = list(plan_cases(model, deployment))
+        profile = profile_path(options.output_dir, deployment)
+        if options.profile is None:
+            take_profile(options.model, profile, quick=options.quick)
+        else:
+            shutil.copyfile(options.profile, profile)
+        model = ProfileLatencyModel.read(profile)
+        if not slos:
+            slos = {mix: objective(model, mix) for mix in MIXES}
+        cases = list(plan_cases(model, deployment, slos))
         with TemporaryDirectory() as directory, serving(options.model, pools, Path(directory)) as server:
             log = Path(directory) / "bench.log"
             bench(server.url, load_options(cases[0], 5.0, seed=0), log=log, may_miss=True)
@@ -152,10 +166,9 @@ def measure(result: dict[str, Any], model: ProfileLatencyModel, options: argpars
                 say(progress_line(run))
 
 
-def plan_cases(model: ProfileLatencyModel, deployment: str) -> Iterator[Case]:
+def plan_cases(model: ProfileLatencyModel, deployment: str, slos: Mapping[Mix, SLO]) -> Iterator[Case]:
     """Below, at and above the predicted goodput, for each mix."""
-    for index, mix in enumerate(MIXES):
-        slo = objective(model, mix)
+    for index, (mix, slo) in enumerate(slos.items()):
         goodput = find_goodput(cluster_model(model, DEPLOYMENTS[deployment], mix.mean_prompt), mix, slo)
         say(f"{deployment}, {mix.name}: TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s, predicted goodput {goodput:.2f}/s")
         for level, share in SHARES.items():
@@ -238,12 +251,13 @@ def measured_figures(lines: Sequence[dict[str, Any]], slo: SLO) -> Figures:
     return Figures(met / len(lines), float(np.median(ttfts)), float(np.median(several)))
 
 
-def compare_again(result: dict[str, Any], model: ProfileLatencyModel, directory: Path) -> None:
+def compare_again(result: dict[str, Any], directory: Path) -> None:
     """Replace the predictions in ``result`` by those of the simulator as it is now."""
     mixes = {mix.name: mix for mix in MIXES}
     for index, run in enumerate(result["runs"]):
         case = Case(run["deployment"], mixes[run["mix"]], run["level"], run["rate"], run["seed"], SLO(**run["slo"]))
         lines = timelines.read(directory / run["timelines"])
+        model = ProfileLatencyModel.read(profile_path(directory, case.deployment))
         again = compare(model, DEPLOYMENTS[case.deployment], case, lines)
         result["runs"][index] = {**again, "other_load": run["other_load"]}
 

@@ -11,28 +11,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import psutil
-from scipy.optimize import nnls
 
 from distserve.bench.client import open_client
 from distserve.bench.prompts import TokenPrompts
-from distserve.bench.records import RequestRecord, Status
+from distserve.bench.records import Status
 from distserve.bench.runner import Run, Runner
 from distserve.bench.target import Target
 from distserve.bench.workload import Workload
 from distserve.cluster.clock import cluster_time
+from distserve.cluster.cost_fit import PROMPTS_ALONE, Cpu, Load, Sample, work_out
 from distserve.core.commands import Migrate
 from distserve.core.config import KvLayout
-from distserve.core.errors import ConfigError, InstanceError
+from distserve.core.errors import InstanceError
 from distserve.core.events import Migrated
-from distserve.core.latency import StepShape
 from distserve.core.profile import ClusterCosts, MeasuredStepTime
 from distserve.transfer.local import LocalNetwork, LocalTransport
 
@@ -41,53 +38,25 @@ _STOP_SECONDS = 30.0
 _IDLE_SECONDS = 3.0
 _REQUEST_SECONDS = 300.0
 _NAME = "profiled"
-_OUTLIER = 3.0
-"""Times the median from which on a gap between two tokens is the machine's doing."""
-_PROMPTS_ALONE = 2
-"""Output tokens of requests that are about their prompts: the second one makes them move to the decode instance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """``num_clients`` that each wait for their answer send ``num_requests`` in all; lengths in tokens."""
-
-    num_clients: int
-    num_requests: int
-    prompt_len: int
-    output_len: int
 
 
 def make_loads(max_batch_size: int, max_model_len: int, *, quick: bool) -> tuple[Load, ...]:
-    """What is asked of the cluster: prompts alone, short and long, then decode batches of several sizes."""
-    prompt, output = max(1, min(256, max_model_len // 4)), max(2, min(128, max_model_len // 8))
+    """What is asked of the cluster: prompts alone, short and long; decode batches alone; both at once."""
+    prompt, output = max(1, min(256, max_model_len // 4)), max(3, min(128, max_model_len // 8))
     long = max(1, min(1024, max_model_len // 2))
-    few = 2 if quick else 1
-    batches = (1, 4) if quick else (1, 4, 12, 32)
+    batches = (1, 4) if quick else (1, 2, 4, 12)
+    service = [
+        (2, 12, prompt, output // 4),
+        (4, 24, prompt, output // 2),
+        (8, 32, prompt // 2, output // 2),
+        (3, 15, long // 2, output // 4),
+    ]
     return (
-        Load(1, 40 // few, 16, _PROMPTS_ALONE),
-        Load(1, 16 // few, long, _PROMPTS_ALONE),
-        *(
-            Load(b, b if b > 1 else 4 // few, prompt // (1 if b < 8 else 2), output)
-            for b in batches
-            if b <= max_batch_size
-        ),
+        Load(1, 12 if quick else 24, 16, PROMPTS_ALONE),
+        Load(1, 6 if quick else 12, long, PROMPTS_ALONE),
+        *(Load(b, b if b > 1 else 3, prompt // (1 if b < 8 else 2), output) for b in batches if b <= max_batch_size),
+        *(Load(b, n, max(1, p), max(3, o)) for b, n, p, o in service[: 1 if quick else None] if b <= max_batch_size),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """One load as it went: ``cpu`` is processor seconds of all but the engines, beyond what they take when idle."""
-
-    load: Load
-    records: list[RequestRecord]
-    cpu: float
-    idle_cores: float
-    offset: float
-    """The client's clock plus this is the cluster's."""
-
-    @property
-    def timelines(self) -> list[dict[str, Any]]:
-        return [record.timeline for record in self.records if record.timeline is not None]
 
 
 def measure_costs(
@@ -117,7 +86,7 @@ def measure_costs(
     pull, pull_per_byte = measure_pulls(layout)
     with _serving(model_dir, flags, show) as (url, root):
         samples = asyncio.run(_load(url, root, loads, vocab_size, show))
-    return _work_out(samples, step_time, pull, pull_per_byte)
+    return work_out(samples, step_time, pull, pull_per_byte)
 
 
 def measure_pulls(layout: KvLayout, num_blocks: int = 64, num_rounds: int = 30) -> tuple[float, float]:
@@ -194,7 +163,7 @@ def _wait_for_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
 
 async def _load(
     url: str, root: psutil.Process, loads: tuple[Load, ...], vocab_size: int, show: Callable[[str], None]
-) -> list[_Sample]:
+) -> list[Sample]:
     samples = []
     target = Target(url, _NAME, return_timeline=True)
     async with open_client(target, None) as client:
@@ -202,7 +171,8 @@ async def _load(
         await _run(runner, Load(1, 3, loads[0].prompt_len, 8), vocab_size)
         before, start = _threads(root), time.perf_counter()
         await asyncio.sleep(_IDLE_SECONDS)
-        idle = _other_cpu(before, _threads(root)) / (time.perf_counter() - start)
+        rest = _cpu(before, _threads(root))
+        idle = (rest.light + sum(beside for _, beside in rest.instances.values())) / (time.perf_counter() - start)
         for load in loads:
             show(
                 f"{load.num_clients} client{'s' if load.num_clients > 1 else ''}, {load.prompt_len} tokens in, "
@@ -210,12 +180,12 @@ async def _load(
             )
             before, start = _threads(root), time.perf_counter()
             run = await _run(runner, load, vocab_size)
-            cpu = _other_cpu(before, _threads(root)) - idle * (time.perf_counter() - start)
+            cpu, seconds = _cpu(before, _threads(root)), time.perf_counter() - start
             offset = cluster_time() - time.perf_counter() + run.started
             failed = [record for record in run.records if record.status is not Status.OK]
             if failed:
                 raise InstanceError(f"the cluster to be profiled failed a request: {failed[0].error}")
-            samples.append(_Sample(load, run.records, max(cpu, 0.0), idle, offset))
+            samples.append(Sample(load, run.records, cpu, seconds, idle, offset))
     return samples
 
 
@@ -248,100 +218,15 @@ def _threads(root: psutil.Process) -> _Threads:
     return found
 
 
-def _other_cpu(before: _Threads, after: _Threads) -> float:
-    """Processor seconds of all but the engines: of each instance, the thread that did most is left out."""
-    total = 0.0
-    most: dict[int, float] = {}
+def _cpu(before: _Threads, after: _Threads) -> Cpu:
+    """What was spent between two looks. An instance's engine is the thread that did most."""
+    light = 0.0
+    instances: dict[int, tuple[float, float]] = {}
     for thread_id, (process_id, is_instance, seconds) in after.items():
         spent = seconds - before.get(thread_id, (0, False, 0.0))[2]
-        total += spent
-        if is_instance:
-            most[process_id] = max(most.get(process_id, 0.0), spent)
-    return total - sum(most.values())
-
-
-# -- what follows from it ----------------------------------------------------------------------------------------------
-
-
-def _work_out(samples: list[_Sample], step_time: MeasuredStepTime, pull: float, pull_per_byte: float) -> ClusterCosts:
-    short, long = samples[0], samples[1]
-    requests = [
-        median(t["arrival"] - (r.scheduled + s.offset) for r, t in zip(s.records, s.timelines, strict=True))
-        for s in (short, long)
-    ]
-    per_token = (requests[1] - requests[0]) / max(1, long.load.prompt_len - short.load.prompt_len)
-    per_token = max(0.0, per_token)
-    token = median(
-        r.event_times[i] + s.offset - at
-        for s in samples
-        for r, t in zip(s.records, s.timelines, strict=True)
-        for i, at in enumerate(t["tokens"][: len(r.event_times)])
-    )
-    # Owner to router to instance, nothing else being under way; and back.
-    message = median((t["prefill_start"] - t["arrival"]) / 2 for t in short.timelines)
-    step, per_sequence = _step_costs(samples, step_time)
-    counts = np.array([_counts(sample.load) for sample in samples], dtype=float)
-    scale = counts.max(axis=0)
-    solution, _ = nnls(counts / scale, np.array([sample.cpu for sample in samples]))
-    cpu_per_request, cpu_per_prompt_token, cpu_per_step, cpu_per_token = (solution / scale).tolist()
-    return ClusterCosts(
-        step=step,
-        step_per_sequence=per_sequence,
-        message=max(0.0, message),
-        request=max(0.0, requests[0] - per_token * short.load.prompt_len),
-        request_per_token=per_token,
-        token=max(0.0, token),
-        pull=pull,
-        pull_per_byte=pull_per_byte,
-        cpu_per_request=cpu_per_request,
-        cpu_per_prompt_token=cpu_per_prompt_token,
-        cpu_per_step=cpu_per_step,
-        cpu_per_token=cpu_per_token,
-        idle_cores=samples[0].idle_cores,
-    )
-
-
-def _counts(load: Load) -> tuple[int, int, float, int]:
-    """(requests, prompt tokens, steps, tokens) of a load: clients that start together step together."""
-    num = load.num_requests
-    return num, num * load.prompt_len, num * load.output_len / load.num_clients, num * load.output_len
-
-
-def _step_costs(samples: list[_Sample], step_time: MeasuredStepTime) -> tuple[float, float]:
-    """(per step, per sequence of it) seconds beyond the engine's own, from decode batches; relative least squares."""
-    rows, extras = [], []
-    for sample in samples:
-        gap = None if sample.load.output_len == _PROMPTS_ALONE else _steady_gap(sample)
-        if gap is not None:
-            seconds, context = gap
-            batch = sample.load.num_clients
-            shape = StepShape(num_decodes=batch, decode_context=round(batch * context))
-            rows.append([1.0 / seconds, batch / seconds])
-            # No cluster makes a step shorter: where it seems so, the engine alone was measured too slow.
-            extras.append(max(0.0, 1.0 - step_time.seconds(shape) / seconds))
-    if not rows:
-        raise ConfigError("the model's context is too short to tell what a cluster adds to a step")
-    solution, _ = nnls(np.array(rows), np.array(extras))
-    return float(solution[0]), float(solution[1])
-
-
-def _steady_gap(sample: _Sample) -> tuple[float, float] | None:
-    """Mean seconds per step while every sequence decoded and no prompt was computed, and the mean context then.
-
-    The mean, as a request's TPOT is one; but for steps of which the machine, not the cluster, made something else.
-    """
-    together = [sample.timelines] if sample.load.num_clients > 1 else [[t] for t in sample.timelines]
-    gaps, contexts = [], []
-    for group in together:
-        begin = max(t["tokens"][0] for t in group)
-        end = min(t["tokens"][-1] for t in group)
-        for t in group:
-            inside = [i for i, at in enumerate(t["tokens"]) if begin <= at <= end]
-            steps = [t["tokens"][i] - t["tokens"][i - 1] for i in inside[2:]]
-            if steps:
-                gaps += steps
-                contexts += [sample.load.prompt_len + i for i in inside[2:]]
-    if not gaps:
-        return None
-    usual = [gap for gap in gaps if gap < _OUTLIER * median(gaps)]
-    return sum(usual) / len(usual), sum(contexts) / len(contexts)
+        if not is_instance:
+            light += spent
+            continue
+        engine, beside = instances.get(process_id, (0.0, 0.0))
+        instances[process_id] = (max(engine, spent), beside + min(engine, spent))
+    return Cpu(light, instances)

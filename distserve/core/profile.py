@@ -4,9 +4,11 @@ How the figures are taken is :mod:`distserve.engine.profile`'s and :mod:`distser
 are fitted :mod:`distserve.engine.fit`'s. Nothing here reads files or clocks.
 
 A step of B decoding sequences alone takes ``decode(B, c)`` seconds, c being the mean of their cached tokens: bilinear
-between what was measured. One with prompt tokens takes ``prefill(T) + per_pair * pairs + per_prompt * (prompts - 1) +
-per_decode * B + per_context * context``, where T counts all tokens and ``prefill`` is piecewise linear. They are apart
-because engines run a pure decode batch on a shorter path.
+between what was measured. One with prompt tokens takes ``prefill(T) + per_pair * own pairs + per_cached_pair * cached
+pairs + per_prompt * (prompts - 1) + per_decode * B + per_context * context``, where T counts all tokens and ``prefill``
+is piecewise linear. They are apart because engines run a pure decode batch on a shorter path. Of a step's pairs of
+query and key, as many as one prompt of so many tokens has are counted as its own, the others as with cached tokens:
+engines read those from blocks.
 """
 
 from bisect import bisect_right
@@ -84,6 +86,11 @@ class Surface:
         return Table(self.contexts, tuple(self.at_context(c)(num_sequences) for c in range(len(self.contexts))))
 
 
+def own_pairs(num_tokens: int) -> int:
+    """Pairs of query and key in one prompt of ``num_tokens`` without cached ones."""
+    return num_tokens * (num_tokens + 1) // 2
+
+
 @dataclass(frozen=True, slots=True)
 class StepFit:
     """The coefficients, in seconds, of the formulas at the top of this module."""
@@ -91,6 +98,7 @@ class StepFit:
     decode: Surface
     prefill: Table
     per_pair: float
+    per_cached_pair: float
     per_prompt: float
     per_decode: float
     per_context: float
@@ -135,11 +143,14 @@ class MeasuredStepTime:
             context = shape.decode_context
             slope, base = pieces[bisect_right(self._inner_contexts, context / num_decodes)]
             return base + slope * context
-        count = shape.num_prefill_tokens + num_decodes
+        num_prefill_tokens, pairs = shape.num_prefill_tokens, shape.prefill_pairs
+        count = num_prefill_tokens + num_decodes
         fit = self.fit
+        num_cached = max(0, pairs - own_pairs(num_prefill_tokens))
         return (
             (self._prefill[count] if count < len(self._prefill) else fit.prefill(count))
-            + fit.per_pair * shape.prefill_pairs
+            + fit.per_pair * (pairs - num_cached)
+            + fit.per_cached_pair * num_cached
             + fit.per_prompt * (shape.num_prefills - 1)
             + fit.per_decode * num_decodes
             + fit.per_context * shape.decode_context
@@ -186,9 +197,10 @@ class ClusterCosts:
     ``pull`` and ``pull_per_byte``.
 
     The others are processor time of all but the engines: client, API, router, and the instances' further threads. They
-    are no delays, but on a machine whose cores are all busy the steps wait for them: ``idle_cores`` are busy without
-    any request; ``cpu_per_request``, ``cpu_per_prompt_token``, ``cpu_per_step`` and ``cpu_per_token`` (emitted) come
-    on top.
+    are no delays, but on a machine whose cores are all busy the steps wait for them. ``cpu_per_pull`` and
+    ``cpu_per_pulled_token`` are spent beside the decode instance's engine on taking KV in. ``idle_cores`` are busy
+    without any request; ``cpu_per_request``, ``cpu_per_prompt_token``, ``cpu_per_step`` and ``cpu_per_token`` (emitted)
+    come on top.
     """
 
     step: float
@@ -204,6 +216,8 @@ class ClusterCosts:
     cpu_per_step: float
     cpu_per_token: float
     idle_cores: float
+    cpu_per_pull: float = 0.0
+    cpu_per_pulled_token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -237,5 +251,5 @@ class Profile:
         return MeasuredStepTime(self.fit.raised(self.cluster.step, self.cluster.step_per_sequence))
 
 
-FORMAT = "distserve-profile/1"
+FORMAT = "distserve-profile/2"
 """What ``Profile.format`` says of this version of the file."""

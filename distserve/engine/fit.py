@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from distserve.core.errors import ConfigError
-from distserve.core.profile import Measurement, StepFit, Surface, Table
+from distserve.core.latency import StepShape
+from distserve.core.profile import Measurement, StepFit, Surface, Table, own_pairs
 
 Floats = NDArray[np.float64]
 
@@ -28,13 +29,25 @@ def fit_steps(measurements: Sequence[Measurement]) -> StepFit:
         raise ConfigError("a profile needs decode steps and prefill steps: the KV memory held no point of the grid")
     alone = {m.shape.num_prefill_tokens for m in prefills if m.shape.num_decodes == 0}
     shapes = [m.shape for m in prefills]
-    prefill, (per_pair, per_prompt, per_decode, per_context) = _solve(
+    prefill, coefficients = _solve(
         sorted(alone),
         [shape.num_prefill_tokens + shape.num_decodes for shape in shapes],
-        [[s.prefill_pairs, s.num_prefills - 1, s.num_decodes, s.decode_context] for s in shapes],
+        [_features(shape) for shape in shapes],
         [m.median for m in prefills],
     )
-    return StepFit(_surface(decodes), prefill, per_pair, per_prompt, per_decode, per_context)
+    return StepFit(_surface(decodes), prefill, *coefficients)
+
+
+def _features(shape: StepShape) -> list[int]:
+    """What a step with prompts is made of, in the order of StepFit's coefficients."""
+    num_cached = max(0, shape.prefill_pairs - own_pairs(shape.num_prefill_tokens))
+    return [
+        shape.prefill_pairs - num_cached,
+        num_cached,
+        shape.num_prefills - 1,
+        shape.num_decodes,
+        shape.decode_context,
+    ]
 
 
 def _surface(decodes: Sequence[Measurement]) -> Surface:

@@ -59,9 +59,9 @@ def make_grid(max_batch_tokens: int, max_batch_size: int, max_model_len: int, *,
     mixed = [
         (b, c, num, 0)
         for b in batches[1::2]
-        for num in tokens[2 :: 4 if quick else 2]
+        for num in (*tokens[2 :: 4 if quick else 2], top // 2 + top // 4, max_batch_tokens - b)
         for c in contexts[: 1 if quick else 2]
-        if b + num <= max_batch_tokens
+        if b + num <= max_batch_tokens and 0 < num < max_model_len
     ]
     return Grid(tuple((b, c) for b in batches for c in contexts), tuple(prefill), tuple(mixed))
 

@@ -75,4 +75,6 @@ class ProfileLatencyModel:
             cpu_per_prompt_token=costs.cpu_per_prompt_token / num_threads,
             cpu_per_step=costs.cpu_per_step / num_threads,
             cpu_per_token=costs.cpu_per_token / num_threads,
+            cpu_per_pull=costs.cpu_per_pull / num_threads,
+            cpu_per_pulled_block=costs.cpu_per_pulled_token * self.profile.block_size / num_threads,
         )

@@ -36,7 +36,7 @@ def test_a_profile_says_what_it_was_taken_of(engine_profile):
 
 
 def test_a_profile_survives_its_file(engine_profile, tmp_path):
-    costs = ClusterCosts(*(0.001 * (i + 1) for i in range(13)))
+    costs = ClusterCosts(*(0.001 * (i + 1) for i in range(15)))
     profile = replace(read_profile(engine_profile), cluster=costs)
     write_profile(profile, tmp_path / "again.json")
     again = read_profile(tmp_path / "again.json")
@@ -50,7 +50,7 @@ def test_files_that_are_no_profiles_are_named(engine_profile, tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         read_profile(tmp_path / "nowhere.json")
     broken = tmp_path / "broken.json"
-    for text in ("{", "[]", '{"format": "distserve-profile/1"}', "\xff"):
+    for text in ("{", "[]", '{"format": "distserve-profile/2"}', "\xff"):
         broken.write_text(text, encoding="latin-1")
         with pytest.raises(ConfigError, match=r"broken\.json is no profile.*distserve profile"):
             read_profile(broken)

@@ -10,6 +10,7 @@ FIT = StepFit(
     decode=Surface((1, 4, 16), (10, 100, 1000), ((1.0, 2.0, 8.0), (2.0, 4.0, 20.0), (3.0, 9.0, 60.0))),
     prefill=Table((2, 8, 64), (1.0, 1.5, 6.0)),
     per_pair=1e-3,
+    per_cached_pair=5e-4,
     per_prompt=0.25,
     per_decode=0.125,
     per_context=2e-3,
@@ -41,7 +42,9 @@ def test_between_and_beyond_what_was_measured():
 
 def test_every_kind_of_work_in_a_step_counts():
     shape = StepShape(num_prefill_tokens=5, prefill_pairs=400, num_decodes=3, decode_context=500, num_prefills=2)
-    assert MeasuredStepTime(FIT).seconds(shape) == pytest.approx(1.5 + 0.4 + 0.25 + 3 * 0.125 + 1.0)
+    # A prompt of five tokens has fifteen pairs of its own.
+    pairs = 15 * 1e-3 + 385 * 5e-4
+    assert MeasuredStepTime(FIT).seconds(shape) == pytest.approx(1.5 + pairs + 0.25 + 3 * 0.125 + 1.0)
 
 
 @given(
@@ -59,7 +62,7 @@ def test_a_cluster_adds_to_every_step(tokens, pairs, num_decodes, context, promp
 
 
 def test_one_knot_is_a_constant():
-    step_time = MeasuredStepTime(StepFit(Surface((2,), (7,), ((3.0,),)), Table((4,), (5.0,)), 0, 0, 0, 0))
+    step_time = MeasuredStepTime(StepFit(Surface((2,), (7,), ((3.0,),)), Table((4,), (5.0,)), 0, 0, 0, 0, 0))
     assert step_time.seconds(decode(9, 1000)) == 3.0
     assert step_time.seconds(StepShape(99, 0, num_prefills=1)) == 5.0
 

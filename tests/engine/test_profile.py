@@ -51,6 +51,7 @@ def test_a_fit_finds_the_formula_the_times_were_made_of():
         decode=Surface((1, 8, 64), (35, 259), ((0.01, 0.02), (0.015, 0.03), (0.03, 0.09))),
         prefill=Table((16, 64, 256), (0.02, 0.03, 0.08)),
         per_pair=1e-7,
+        per_cached_pair=8e-8,
         per_prompt=1e-4,
         per_decode=2e-4,
         per_context=3e-6,

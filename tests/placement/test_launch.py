@@ -138,7 +138,7 @@ def test_the_planner_answers_placement_auto_of_serve(tmp_path: Path, monkeypatch
     ((_, value),) = project["project"]["entry-points"][GROUP].items()
     declared = EntryPoints([EntryPoint("auto", value, GROUP)])
     monkeypatch.setattr("distserve.cluster.planner.entry_points", lambda group: declared.select(group=group))
-    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.01), (0.01, 0.01))), Table((1, 64), (0.01, 0.01)), 0, 0, 0, 0)
+    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.01), (0.01, 0.01))), Table((1, 64), (0.01, 0.01)), 0, 0, 0, 0, 0)
     profile = Profile(FORMAT, "", {"cores": 2}, "model", "", "float32", 1, 16, 2048, {}, (), fit, {})
     write_profile(profile, tmp_path / "p.json")
     (tmp_path / "service.yaml").write_text(SERVICE)

@@ -70,7 +70,7 @@ def test_a_prediction_of_a_placement_as_it_was_started_counts_every_request() ->
 
 
 def test_a_profiled_machine_is_shared_with_what_surrounds_the_instances() -> None:
-    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.01), (0.01, 0.01))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0)
+    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.01), (0.01, 0.01))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0, 0)
     nothing = ClusterCosts(**{field.name: 0.0 for field in fields(ClusterCosts)})
     placed = [instance("prefill-0", Role.PREFILL, 1, [(0, 0)]), instance("decode-0", Role.DECODE, 1, [(0, 1)])]
     workload = WorkloadSpec(Gamma(), Fixed(64), Fixed(20), num_requests=40).at(2.0)

@@ -273,7 +273,7 @@ def test_without_a_rate_the_one_that_was_planned_for_counts(write: Callable[...,
 
 
 def test_instances_that_share_a_host_are_as_its_profile_says(write: Callable[..., Path], tmp_path: Path) -> None:
-    fit = StepFit(Surface((1, 512), (1, 1024), ((0.01, 0.02), (0.1, 0.2))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0)
+    fit = StepFit(Surface((1, 512), (1, 1024), ((0.01, 0.02), (0.1, 0.2))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0, 0)
     costs = ClusterCosts(1e-3, 1e-5, 5e-4, 2e-3, 1e-5, 3e-4, 1e-3, 1e-9, 1e-3, 1e-6, 1e-4, 1e-5, 0.1)
     # Fewer cores than instances: what they compute at the same time takes longer.
     for cores in (2, 8):

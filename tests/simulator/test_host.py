@@ -64,6 +64,16 @@ def test_what_surrounds_the_engines_takes_its_share():
     assert lines.finish - lines.first_token == pytest.approx([2 * (0.011 + 0.005)])
 
 
+def test_a_pull_takes_its_time_on_the_decode_instances_core():
+    # Two steps of 0.011 s; the first pull ends long before, the second comes while they are computed.
+    host = HostModel(2, cpu_per_pull=0.004, cpu_per_pulled_block=0.001)
+    apart = run([Role.PREFILL, Role.DECODE], HostModel(2), [1.0, 1.12], output=30)
+    lines = run([Role.PREFILL, Role.DECODE], host, [1.0, 1.12], output=30)
+    assert lines.ttft == pytest.approx(apart.ttft)
+    # Seven blocks of prompt: 0.011 s of work, all of it while the first request decodes.
+    assert lines.finish[0] - apart.finish[0] == pytest.approx(0.011, abs=2e-3)
+
+
 def test_light_work_keeps_away_from_engines_while_a_core_is_idle():
     lines = run([Role.MIXED], HostModel(2, cpu_per_request=10.0), [1.0])
     assert lines.ttft == pytest.approx([0.11])

@@ -15,12 +15,12 @@ from simulator.simulation import CLIENT
 COSTS = ClusterCosts(
     step=1e-3, step_per_sequence=1e-5, message=5e-4, request=2e-3, request_per_token=1e-5, token=3e-4, pull=1e-3,
     pull_per_byte=1e-9, cpu_per_request=1e-3, cpu_per_prompt_token=1e-6, cpu_per_step=1e-4, cpu_per_token=1e-5,
-    idle_cores=0.1,
+    cpu_per_pull=2e-3, cpu_per_pulled_token=1e-6,    idle_cores=0.1,
 )  # fmt: skip
 
 
 def make_profile(costs: ClusterCosts | None = COSTS) -> Profile:
-    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.02), (0.02, 0.03))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0)
+    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.02), (0.02, 0.03))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0, 0)
     machine = {"cpu": "a processor"}
     return Profile(FORMAT, "2026-11-21T00:00:00", machine, "tiny", "", "float32", 2, 16, 128, {}, (), fit, {}, costs)
 
