@@ -154,6 +154,7 @@ def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) 
         max_batch_size=said.max_batch_size or engine.max_batch_size,
         max_in_flight=wanted.parallel.pp,
         max_model_len=engine.max_model_len or _ANY_LENGTH,
+        prefix_caching=engine.prefix_caching,
     )
     model.check(wanted.parallel)
     kv_tokens = said.kv_tokens or engine.kv_tokens

@@ -210,6 +210,9 @@ def _notes(spec: WorkloadSpec, workload: Workload, model: ClusterModel) -> list[
         notes.append(spec.trace.note)
     if workload.length_factor != 1.0:
         notes.append(f"all lengths were multiplied by {workload.length_factor:.4g}")
-    if workload.prefix_blocks is not None:
-        notes.append("the trace's shared prefixes are not used: every prompt is computed whole")
+    caches = any(instance.spec.scheduler.prefix_caching for instance in model.instances)
+    if workload.prefix_blocks is not None and not caches:
+        notes.append(
+            "the trace's shared prefixes are not used: every prompt is computed whole (engine: prefix_caching)"
+        )
     return notes

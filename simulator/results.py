@@ -105,7 +105,8 @@ class InstanceUsage:
     """What one instance did.
 
     ``busy`` is seconds its first pipeline stage worked, ``num_steps`` and ``num_tokens`` (computed) are totals,
-    ``peak_kv_blocks`` the most blocks in use, ``mean_batch`` the sequences per step.
+    ``peak_kv_blocks`` the most blocks in use, ``mean_batch`` the sequences per step. ``num_hit_tokens`` are prompt
+    tokens that were not computed, because their KV was there.
     """
 
     instance_id: str
@@ -117,6 +118,7 @@ class InstanceUsage:
     num_preempted: int
     peak_kv_blocks: int
     num_kv_blocks: int
+    num_hit_tokens: int = 0
 
     @property
     def mean_batch(self) -> float:

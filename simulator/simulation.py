@@ -13,6 +13,7 @@ from distserve.core.errors import ConfigError
 from distserve.core.events import ClientRequest, InstanceDraining, InstanceUp
 from distserve.core.mixed import MixedScheduler
 from distserve.core.prefill import PrefillScheduler
+from distserve.core.prefix import split_keys
 from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER, InstanceScheduler
@@ -58,9 +59,11 @@ def simulate(
 
     Deterministic: the same arguments give the same result, bit for bit. ``jump`` handles stretches of decode steps
     that nothing can change as one event; the timelines are the same without it, later. ``on_progress`` is told the
-    number of requests that have ended, now and then.
+    number of requests that have ended, now and then. Prompts have a prefix in common where the workload says so;
+    it is computed once where the instances' ``prefix_caching`` is on.
 
-    Raises ConfigError for a workload without arrivals, or a fault of an unknown instance.
+    Raises ConfigError for a workload without arrivals, a fault of an unknown instance, or common prefixes on instances
+    of several block sizes.
     """
     run = _Run(model, workload, jump=jump, recorder=recorder, on_progress=on_progress)
     with _no_garbage_collection():
@@ -102,6 +105,9 @@ class _Run:
         self._arrivals: list[float] = workload.arrivals.tolist()
         self._prompts: list[int] = workload.prompt_lens.tolist()
         self._outputs: list[int] = workload.output_lens.tolist()
+        self._prefix_blocks = workload.prefix_blocks
+        self._tokens_per_block = workload.block_tokens
+        self._block_size = _block_size_of_prefixes(model)
         self._next = 0
         self._num_ended = 0
         self._progress: dict[str, int] = {}
@@ -163,8 +169,16 @@ class _Run:
             prompt_token_ids=range(self._prompts[index]),
             sampling=SamplingParams(max_tokens=self._outputs[index], ignore_eos=True),
             arrival=arrival,
+            block_keys=self._block_keys(index),
         )
         self._loop.post(arrival, CLIENT, ClientRequest(request))
+
+    def _block_keys(self, index: int) -> tuple[int, ...]:
+        """What a prompt's blocks hold, as far as the workload says; its tokens say nothing."""
+        if self._prefix_blocks is None or self._block_size is None:
+            return ()
+        blocks = self._prefix_blocks[index]
+        return split_keys(blocks, self._tokens_per_block, self._prompts[index], self._block_size)
 
     def _start(self, instance_id: str) -> None:
         model = self._models[instance_id]
@@ -230,7 +244,16 @@ class _Run:
             num_preempted=scheduler.num_preempted,
             peak_kv_blocks=scheduler.blocks.peak_used,
             num_kv_blocks=spec.kv.num_blocks,
+            num_hit_tokens=scheduler.num_hit_tokens,
         )
+
+
+def _block_size_of_prefixes(model: ClusterModel) -> int | None:
+    """The block size of the instances that look for prefixes; None if there are none."""
+    sizes = {instance.spec.kv.block_size for instance in model.instances if instance.spec.scheduler.prefix_caching}
+    if len(sizes) > 1:
+        raise ConfigError(f"instances that cache prefixes need one block size, not {sorted(sizes)}")
+    return sizes.pop() if sizes else None
 
 
 def _scheduler(spec: InstanceSpec, model: InstanceModel) -> InstanceScheduler:

@@ -17,7 +17,9 @@ _POOL = 100_000
 class Workload:
     """Requests with their lengths, and their arrivals for open-loop load (None: closed loop).
 
-    ``length_factor`` is what every length was multiplied by. All arrays have one entry per request.
+    ``length_factor`` is what every length was multiplied by. ``prefix_blocks`` are the identities of each prompt's
+    blocks of ``tokens_per_block`` tokens (before lengths were multiplied): equal ones stand for equal tokens up to the
+    block's end. All arrays have one entry per request.
     """
 
     prompt_lens: Lengths
@@ -25,6 +27,7 @@ class Workload:
     arrivals: Times | None
     length_factor: float = 1.0
     prefix_blocks: tuple[tuple[int, ...], ...] | None = None
+    tokens_per_block: int = MOONCAKE_BLOCK_TOKENS
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -32,7 +35,7 @@ class Workload:
     @property
     def block_tokens(self) -> float:
         """Tokens that one of ``prefix_blocks`` stands for, at the scaled lengths."""
-        return MOONCAKE_BLOCK_TOKENS * self.length_factor
+        return self.tokens_per_block * self.length_factor
 
 
 @dataclass(frozen=True)

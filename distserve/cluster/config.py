@@ -49,6 +49,7 @@ class EngineSection(_Section):
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
     max_batch_tokens: Positive = 512
     max_batch_size: Positive = 64
+    prefix_caching: bool = False
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
@@ -98,6 +99,7 @@ class EngineSettings:
     max_batch_tokens: int
     max_batch_size: int
     threads: int | None
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ def load_config(
             max_batch_tokens=engine.max_batch_tokens,
             max_batch_size=engine.max_batch_size,
             threads=engine.threads,
+            prefix_caching=engine.prefix_caching,
         ),
         host=serving.host,
         port=serving.port,

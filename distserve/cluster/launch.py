@@ -147,6 +147,7 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
             max_batch_size=planned.max_batch_size or engine.max_batch_size,
             max_in_flight=instance.parallel.pp,
             max_model_len=max_model_len,
+            prefix_caching=engine.prefix_caching,
         )
         name = f"{instance.role}-{numbers[instance.role]}"
         numbers[instance.role] += 1

@@ -19,6 +19,7 @@ from distserve.core.config import KvConfig, SchedulerConfig
 from distserve.core.owner import Owner
 from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router
+from distserve.core.scheduler import InstanceScheduler
 from distserve.demo import model_dir
 
 PROMPTS = [list(range(20 + 7 * number, 20 + 7 * number + 3 + 11 * number)) for number in range(6)]
@@ -123,6 +124,41 @@ async def test_preempted_sequences_still_give_the_same_tokens(
     assert status is not None
     assert sum(report.num_preempted for _, report in status.instances) > 0
     assert [tokens for tokens, _ in answers] == expected
+
+
+@pytest.mark.parametrize(("prefill", "decode", "mixed"), [(1, 1, 0), (0, 0, 1)])
+async def test_prompts_with_a_common_prefix_give_the_same_tokens(
+    prefill: int, decode: int, mixed: int, tmp_path: Path
+) -> None:
+    """Repeated prompts, longer ones, and the next turn of a conversation; some at once, some later."""
+    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+
+    def generate(prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        output = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return output[0, len(prompt) :].tolist()
+
+    system = list(range(50, 115))
+    first = [[*system, *range(20, 20 + length)] for length in (7, 7, 30)] + [system[:64], system[:40]]
+    turns = [[*first[0], *generate(first[0]), *range(30, 40)], first[2]]
+    kv = KvConfig(num_blocks=64)
+    scheduler = SchedulerConfig(max_batch_tokens=48, report_interval=0.02, prefix_caching=True)
+    cluster = LocalCluster(model_dir(), prefill, decode, mixed=mixed, kv=kv, scheduler=scheduler, log_dir=tmp_path)
+    answers = []
+    async with cluster as backend:
+        for prompts in (first, turns):
+            calls = [collect(backend, greedy(f"r{len(answers) + at}", prompt)) for at, prompt in enumerate(prompts)]
+            answers += await asyncio.gather(*calls)
+        assert await idle(backend, kv)
+    assert [tokens for tokens, _ in answers] == [generate(prompt) for prompt in first + turns]
+    # What was found is in the log: the machine goes through the same states again.
+    machine = scheduler_for(cluster.specs[0])
+    assert isinstance(machine, InstanceScheduler)
+    for _, event, live, again in replay(tmp_path / f"{cluster.specs[0].instance_id}.log", machine):
+        assert live == again, event
+    shared_turn = (len(first[0]) + NUM_TOKENS - 1 if mixed else len(first[0])) // 16 * 16
+    assert machine.num_hit_tokens == 64 + 64 + 48 + 32 + shared_turn + (len(first[2]) - 1) // 16 * 16
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
