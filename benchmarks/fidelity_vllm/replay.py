@@ -2,11 +2,14 @@
 
 The files are those of LLMServingSim's examples: ``vllm/requests.jsonl`` (when each request arrived and when the engine
 had its first and last token), ``vllm/meta.json`` (the engine's settings), ``profile/tp1`` (times of the same card's
-layers, one by one) and ``validation/summary.txt`` (how far that simulator's replay was off).
+layers, one by one) and ``validation/summary.txt`` (how far that simulator's replay was off). ``prefixes.csv`` beside
+this module says which prompts begin like an earlier one: both runs were offered the same requests.
 """
 
+import csv
 import json
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,8 @@ COSTS = EngineCosts(
 
 KERNELS_ALONE = EngineCosts(graph_sizes=COSTS.graph_sizes)
 """Nothing but what was measured of the kernels."""
+
+PREFIXES = Path(__file__).parent / "prefixes.csv"
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def deployment(run: Run, costs: EngineCosts = COSTS) -> ClusterModel:
         lookahead=True,
         headroom=0.0,
         max_model_len=32768,
+        prefix_caching=True,
     )
     profile = LayerProfile(run.directory / "profile" / "tp1", run.card, LLAMA_8B.num_layers, costs)
     spec = InstanceSpec("vllm", Role.MIXED, run.kv, config)
@@ -141,5 +147,22 @@ def deployment(run: Run, costs: EngineCosts = COSTS) -> ClusterModel:
 
 def replay(run: Run, costs: EngineCosts = COSTS) -> Simulation:
     """Offer the run's requests, at their times, to the simulated instance."""
-    workload = Workload(run.prompt_lens, run.output_lens, run.arrival)
+    size = run.kv.block_size
+    keys = block_keys(run.prompt_lens.tolist(), size)
+    workload = Workload(run.prompt_lens, run.output_lens, run.arrival, prefix_blocks=keys, tokens_per_block=size)
     return simulate(deployment(run, costs), workload)
+
+
+def block_keys(prompt_lens: list[int], block_size: int) -> tuple[tuple[int, ...], ...]:
+    """Keys of the prompts' full blocks: those of an earlier prompt as far as ``PREFIXES`` has it, then new ones."""
+    with PREFIXES.open(encoding="utf-8", newline="") as file:
+        shares = {
+            int(row["request"]): (int(row["shares_with"]), int(row["shared_tokens"])) for row in csv.DictReader(file)
+        }
+    fresh = count()
+    keys: list[tuple[int, ...]] = []
+    for index, length in enumerate(prompt_lens):
+        other, num_tokens = shares.get(index, (index, 0))
+        shared = keys[other][: num_tokens // block_size] if num_tokens else ()
+        keys.append((*shared, *islice(fresh, length // block_size - len(shared))))
+    return tuple(keys)
