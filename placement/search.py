@@ -150,13 +150,16 @@ class _Searcher:
             if not leaders:
                 break
             self._progress("measuring the leaders with intervals", len(measured), len(measured) + len(leaders))
-            for (index, _), evaluation in zip(leaders, self._measure([entry for _, entry in leaders]), strict=True):
+            floors = [(1 - _TIE) * best[index] * entry.candidate.num_gpus for index, entry in leaders]
+            evaluations = self._measure([entry for _, entry in leaders], floors)
+            for (index, _), evaluation in zip(leaders, evaluations, strict=True):
                 if evaluation.goodput.estimate > 0:
                     measured.append(evaluation)
                     best[index] = max(best[index], evaluation.goodput_per_gpu)
         return measured
 
-    def _measure(self, leaders: Sequence[Ranked]) -> list[Evaluation]:
+    def _measure(self, leaders: Sequence[Ranked], floors: Sequence[float]) -> list[Evaluation]:
+        """Goodputs with intervals; one that turns out below its floor (requests/s) is only known to be."""
         problem = self._setting.problem
         tasks = [
             JointGoodput(
@@ -164,9 +167,10 @@ class _Searcher:
                 entry.candidate.pools[0][0].policy,
                 self._bounds.of_candidate(entry.candidate),
                 _SHORT_RUNS_FLATTER * entry.goodput.interval.estimate,
+                floor,
                 fine=True,
             )
-            for entry in leaders
+            for entry, floor in zip(leaders, floors, strict=True)
         ]
         goodputs: list[Goodput] = self._workers.run(tasks)
         self.count.requests += sum(goodput.num_simulated for goodput in goodputs)
