@@ -7,6 +7,7 @@ import itertools
 import mmap
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from distserve.core.errors import TransferError
 from distserve.core.events import Migrated
 from distserve.transfer import progress
 from distserve.transfer.mover import Mover, Source
-from distserve.transfer.plan import layout_difference
+from distserve.transfer.plan import Part, layout_difference, whole
 from distserve.transfer.source import SourceSide
 from distserve.transfer.transport import Clock
 
@@ -51,7 +52,7 @@ class LocalNetwork:
 
 
 class LocalTransport(SourceSide):
-    """Implements :class:`~distserve.transfer.transport.Transport` among the members of ``network``."""
+    """Implements :class:`~distserve.transfer.transport.PartTransport` among the members of ``network``."""
 
     def __init__(self, layout: KvLayout, *, network: LocalNetwork, clock: Clock) -> None:
         self._layout = layout
@@ -61,14 +62,17 @@ class LocalTransport(SourceSide):
         self._progress.open()
         memory = np.frombuffer(self._pool, dtype=np.uint8)
         self._mover = Mover(layout, memory, clock)
-        self._address = network.publish(Source(layout, memory, self._progress, self._progress.generation))
+        self._address = network.publish(
+            Source(layout, memory, self._progress, self._progress.generation, whole(layout))
+        )
 
-    def connect(self, instance_id: str, address: str) -> None:
+    def connect(self, instance_id: str, address: str, part: Part | None = None) -> None:
         """Find the peer in the network."""
+        part = part or whole(self._layout)
         source = self._network.find(address)
-        if (difference := layout_difference(self._layout, source.layout)) is not None:
+        if (difference := layout_difference(part.source_layout(self._layout), source.layout)) is not None:
             raise TransferError(f"cannot connect to instance {instance_id}: {difference}")
-        self._mover.attach(instance_id, source)
+        self._mover.attach(instance_id, replace(source, part=part))
 
     def pull(self, migrate: Migrate, done: Callable[[Migrated], None]) -> None:
         """Queue a pull."""

@@ -2,10 +2,13 @@
 
 A layer's keys, or its values, are a *plane*: ``num_blocks`` blocks in a row. All planes of a pool are alike and
 follow one another, so a pull is planned once, for one plane, and repeated with a stride.
+
+Between ranks of different shapes a :class:`Part` of a block moves: some layers, which are planes, and some heads,
+which are a span of every token of a block (a *row*), since a block is ``[P, K, D]``.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +18,40 @@ from distserve.core.errors import TransferError
 
 Pieces = NDArray[np.int64]
 """``[num_pieces, 3]`` rows (src_offset, dst_offset, num_bytes), in bytes from the start of a plane on either side."""
+
+Starts = NDArray[np.int64]
+"""``[num_rows]`` offsets of equally long rows, in bytes from the start of a plane."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The layers and heads of a source rank's KV that go to a destination rank; each side counts within its own.
+
+    ``src_layers`` and ``dst_layers`` are equally long ranges, and so are the heads'. ``src_num_layers`` and
+    ``src_num_kv_heads`` are all that the source has, by which its layout is known before it is asked.
+    """
+
+    src_num_layers: int
+    src_num_kv_heads: int
+    src_layers: range
+    src_heads: range
+    dst_layers: range
+    dst_heads: range
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that move."""
+        return len(self.src_layers)
+
+    def source_layout(self, ours: KvLayout) -> KvLayout:
+        """How the source's KV must be laid out for the part to fit ``ours``; its ``num_blocks`` may be any."""
+        return replace(ours, num_layers=self.src_num_layers, num_kv_heads=self.src_num_kv_heads)
+
+
+def whole(layout: KvLayout) -> Part:
+    """All of a source whose blocks are the same bytes as those of ``layout``."""
+    layers, heads = range(layout.num_layers), range(layout.num_kv_heads)
+    return Part(layout.num_layers, layout.num_kv_heads, layers, heads, layers, heads)
 
 
 def layout_difference(ours: KvLayout, theirs: KvLayout) -> str | None:
@@ -32,56 +69,91 @@ def plane_bytes(layout: KvLayout) -> int:
     return layout.num_blocks * layout.block_bytes
 
 
-def plane_pieces(src_blocks: Sequence[int], dst_blocks: Sequence[int], src: KvLayout, dst: KvLayout) -> Pieces:
-    """Pieces that move block ``src_blocks[i]`` to ``dst_blocks[i]`` within a plane.
+def token_bytes(layout: KvLayout, heads: range) -> int:
+    """Bytes of ``heads`` of one token in a plane."""
+    return layout.block_bytes // layout.block_size // layout.num_kv_heads * len(heads)
 
-    Neighbours whose blocks follow each other on both sides share a piece. The layouts may differ in ``num_blocks``
-    only. Raises TransferError if the lists differ in length or name blocks outside of the pools.
+
+def plane_pieces(
+    src_blocks: Sequence[int], dst_blocks: Sequence[int], src: KvLayout, dst: KvLayout, part: Part | None = None
+) -> Pieces:
+    """Pieces that move ``part`` (default: all) of block ``src_blocks[i]`` to ``dst_blocks[i]`` within a plane.
+
+    Neighbours that follow each other on both sides share a piece. Raises TransferError if the lists differ in length
+    or name blocks outside of the pools.
     """
+    part = part or whole(dst)
+    check_blocks(src_blocks, dst_blocks, src, dst)
+    per_token = _is_split(src, part.src_heads) or _is_split(dst, part.dst_heads)
+    src_starts, row_bytes = _row_starts(src_blocks, src, part.src_heads, per_token=per_token)
+    dst_starts, _ = _row_starts(dst_blocks, dst, part.dst_heads, per_token=per_token)
+    return _merged(src_starts, dst_starts, row_bytes)
+
+
+def stream_pieces(blocks: Sequence[int], layout: KvLayout, heads: range) -> Pieces:
+    """Pieces that move ``heads`` of ``blocks`` of a plane into one run of bytes, in order: what a wire carries.
+
+    The run is the same for every layout and place the blocks have, so that either end plans with its own alone.
+    """
+    starts, row_bytes = _row_starts(blocks, layout, heads, per_token=_is_split(layout, heads))
+    return _merged(starts, np.arange(len(starts), dtype=np.int64) * row_bytes, row_bytes)
+
+
+def check_blocks(src_blocks: Sequence[int], dst_blocks: Sequence[int], src: KvLayout, dst: KvLayout) -> None:
+    """Raise TransferError if the lists differ in length or name blocks outside of the pools."""
     if len(src_blocks) != len(dst_blocks):
         raise TransferError(f"{len(src_blocks)} source blocks cannot go into {len(dst_blocks)} destination blocks")
-    if not src_blocks:
-        return np.empty((0, 3), dtype=np.int64)
     for side, blocks, layout in (("source", src_blocks, src), ("destination", dst_blocks, dst)):
+        if not blocks:
+            continue
         low, high = min(blocks), max(blocks)
         if low < 0 or high >= layout.num_blocks:
             raise TransferError(f"{side} blocks {low}..{high} are not all within 0..{layout.num_blocks - 1}")
-    pairs = np.array((src_blocks, dst_blocks), dtype=np.int64)
-    steps = pairs[:, 1:] - pairs[:, :-1]
-    jumps = np.flatnonzero((steps[0] != 1) | (steps[1] != 1)) + 1
-    pieces = np.empty((len(jumps) + 1, 3), dtype=np.int64)
-    pieces[0] = (*pairs[:, 0], len(src_blocks))
-    pieces[1:, :2] = pairs[:, jumps].T
-    # A piece ends where the next one starts: first the position of the end, then the length.
-    pieces[1:, 2] = len(src_blocks)
-    pieces[:-1, 2] = jumps
-    pieces[1:, 2] -= jumps
-    pieces *= src.block_bytes
-    return pieces
 
 
 def portions(pieces: Pieces, max_bytes: int) -> list[Pieces]:
-    """Cut ``pieces`` in order into portions of about ``max_bytes``, each at least one piece.
+    """Cut ``pieces`` in order at every multiple of ``max_bytes`` of their bytes.
 
-    A piece longer than ``max_bytes`` is cut too, so no portion reaches twice that.
+    Where the cuts lie depends on how many bytes there are and not on how they are divided into pieces, so both ends
+    of a wire cut alike.
     """
     if len(pieces) == 0:
         return []
-    if pieces[:, 2].sum() <= max_bytes:
-        return [pieces]
-    if pieces[:, 2].max() > max_bytes:
-        pieces = _cut(pieces, max_bytes)
     ends = np.cumsum(pieces[:, 2])
-    cuts = np.searchsorted(ends, np.arange(max_bytes, ends[-1], max_bytes), side="left") + 1
-    return [portion for portion in np.split(pieces, np.unique(cuts)) if portion.size]
+    num_bytes = int(ends[-1])
+    if num_bytes <= max_bytes:
+        return [pieces]
+    starts = ends - pieces[:, 2]
+    cuts = np.arange(0, num_bytes, max_bytes)
+    bounds = np.unique(np.concatenate((starts, cuts)))
+    of = np.searchsorted(ends, bounds, side="right")
+    cut = pieces[of]
+    cut[:, :2] += (bounds - starts[of])[:, None]
+    cut[:, 2] = np.diff(bounds, append=num_bytes)
+    return np.split(cut, np.searchsorted(bounds, cuts[1:]))
 
 
-def _cut(pieces: Pieces, max_bytes: int) -> Pieces:
-    """Cut pieces longer than ``max_bytes``."""
-    num_parts = -(-pieces[:, 2] // max_bytes)
-    part = np.arange(num_parts.sum()) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)
-    cut = np.repeat(pieces, num_parts, axis=0)
-    skipped = part * max_bytes
-    cut[:, :2] += skipped[:, None]
-    cut[:, 2] = np.minimum(cut[:, 2] - skipped, max_bytes)
-    return cut
+def _is_split(layout: KvLayout, heads: range) -> bool:
+    return len(heads) != layout.num_kv_heads
+
+
+def _row_starts(blocks: Sequence[int], layout: KvLayout, heads: range, *, per_token: bool) -> tuple[Starts, int]:
+    """Where the rows of ``blocks`` start, in order, and the bytes of a row: a whole block, or a token's ``heads``."""
+    starts = np.asarray(blocks, dtype=np.int64) * layout.block_bytes
+    if not per_token:
+        return starts, layout.block_bytes
+    tokens = np.arange(layout.block_size, dtype=np.int64) * (layout.block_bytes // layout.block_size)
+    first_head = token_bytes(layout, range(heads.start))
+    return (starts[:, None] + (tokens + first_head)).ravel(), token_bytes(layout, heads)
+
+
+def _merged(src_starts: Starts, dst_starts: Starts, row_bytes: int) -> Pieces:
+    """Rows as pieces, as few as can be."""
+    if len(src_starts) == 0:
+        return np.empty((0, 3), dtype=np.int64)
+    jumps = np.flatnonzero((np.diff(src_starts) != row_bytes) | (np.diff(dst_starts) != row_bytes)) + 1
+    first = np.concatenate((np.zeros(1, dtype=np.int64), jumps))
+    pieces = np.empty((len(first), 3), dtype=np.int64)
+    pieces[:, 0], pieces[:, 1] = src_starts[first], dst_starts[first]
+    pieces[:, 2] = np.diff(first, append=len(src_starts)) * row_bytes
+    return pieces

@@ -1,4 +1,4 @@
-"""The source side that transports of one host share: a pool, where peers find it, and how far its step is."""
+"""The source side that transports share: a pool, where peers find it, and how far its step is."""
 
 import mmap
 

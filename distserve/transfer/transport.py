@@ -1,4 +1,4 @@
-"""The interface every transport implements, both sides of it, and what its callers may rely on.
+"""The interfaces every transport implements, both sides of it, and what its callers may rely on.
 
 A rank is a *source* to the instances that decode what it prefilled and a *destination* for what it pulls itself. It
 is pull-based: the destination reads memory of the source, which only publishes progress and never waits for a reader.
@@ -11,6 +11,7 @@ from typing import Protocol
 from distserve.core.commands import Migrate
 from distserve.core.config import KvLayout
 from distserve.core.events import Migrated
+from distserve.transfer.plan import Part
 
 Clock = Callable[[], float]
 """Seconds on the clock that deadlines are given on."""
@@ -47,7 +48,10 @@ class Transport(Protocol):
         ...
 
     def layer_done(self, step_id: int, layer: int) -> None:
-        """The step's KV of layer ``layer`` and all before it is in memory. One store, cheap enough for every layer."""
+        """The step's KV of layer ``layer`` and all before it is in memory. One store, cheap enough for every layer.
+
+        A rank counts its own layers, from 0.
+        """
         ...
 
     def end_step(self, step_id: int) -> None:
@@ -82,4 +86,16 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Fail all pulls, refuse peers, and fail the pulls that peers have under way here. Idempotent."""
+        ...
+
+
+class PartTransport(Transport, Protocol):
+    """A transport whose peers may be ranks of another shape: all that move bytes between two ranks are."""
+
+    def connect(self, instance_id: str, address: str, part: Part | None = None) -> None:
+        """Do as :meth:`Transport.connect`, with a peer of which ``part`` is pulled.
+
+        Without a part the two layouts must be alike, and all of a block is pulled. Raises TransferError too if the
+        peer's layers, heads, block size, head dimension or data type are not those that the part implies.
+        """
         ...

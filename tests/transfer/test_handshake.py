@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distserve.core.errors import TransferError
-from distserve.transfer import handshake
+from distserve.transfer import greeting, handshake
 from distserve.transfer.shm import ShmTransport
 from tests.transfer.pools import LAYOUT, SECRET, Ended, migrate
 
@@ -33,7 +33,7 @@ def exchange(address: str, packet: bytes) -> bytes:
 
 def test_an_older_client_is_told_both_versions(transport):
     answer = exchange(transport.address, json.dumps({"protocol": 0}).encode())
-    assert json.loads(answer) == {"error": f"KV transfer protocol {handshake.PROTOCOL} there, 0 here"}
+    assert json.loads(answer) == {"error": f"KV transfer protocol {greeting.PROTOCOL} there, 0 here"}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_server_that_knows_no_secret_is_not_read(transport):
     def answer():
         connection, _ = server.accept()
         with connection, Path("/dev/null").open() as null:
-            connection.send(json.dumps({"protocol": handshake.PROTOCOL, "nonce": "0"}).encode())
+            connection.send(json.dumps({"protocol": greeting.PROTOCOL, "nonce": "0"}).encode())
             connection.recv(4096)
             packet = json.dumps({"proof": "0" * 64, "generation": 1}).encode()
             socket.send_fds(connection, [packet], [null.fileno(), null.fileno()])

@@ -1,4 +1,4 @@
-"""What every transport promises, on both: pools of one process, and shared memory (both ends in this process)."""
+"""What every transport promises, on each: pools of one process, shared memory, TCP (both ends in this process)."""
 
 import dataclasses
 import threading
@@ -10,6 +10,7 @@ import pytest
 from distserve.core.errors import TransferError
 from distserve.transfer.local import LocalNetwork, LocalTransport
 from distserve.transfer.shm import ShmTransport
+from distserve.transfer.tcp import TcpTransport
 from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, fill, migrate
 
 
@@ -26,7 +27,7 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(params=["local", "shm"])
+@pytest.fixture(params=["local", "shm", "tcp"])
 def make(request, clock):
     """A factory of transports that can reach each other."""
     network = LocalNetwork()
@@ -35,8 +36,10 @@ def make(request, clock):
     def factory(layout=LAYOUT):
         if request.param == "local":
             transport = LocalTransport(layout, network=network, clock=clock)
-        else:
+        elif request.param == "shm":
             transport = ShmTransport(layout, secret=SECRET, clock=clock)
+        else:
+            transport = TcpTransport(layout, host="127.0.0.1", secret=SECRET, clock=clock)
         made.append(transport)
         return transport
 
