@@ -4,7 +4,10 @@ Every rank of an instance owns one :class:`~distserve.transfer.transport.Transpo
 cache lives in, publishes how far the running step is, and pulls blocks out of other ranks' memory:
 
 - :class:`~distserve.transfer.shm.ShmTransport`: between processes of one host, over memory shared by descriptor;
-- :class:`~distserve.transfer.local.LocalTransport`: between pools of one process, for tests and single processes.
+- :class:`~distserve.transfer.tcp.TcpTransport`: between hosts;
+- :class:`~distserve.transfer.choose.HostTransport`: either, by where the peer is;
+- :class:`~distserve.transfer.local.LocalTransport`: between pools of one process, for tests and single processes;
+- :class:`~distserve.transfer.sharded.ShardedTransport`: on top of any of them, between instances of different shapes.
 
 The package knows nothing of schedulers, requests or Ray.
 """

@@ -7,8 +7,41 @@ gets exactly the layers and heads it holds, each once; where several ranks of th
 
 from dataclasses import dataclass
 
-from distserve.core.config import ParallelConfig
+from distserve.core.config import KvConfig, KvLayout, ParallelConfig
 from distserve.core.shards import check_shards, shard_heads, stage_layers
+from distserve.transfer.plan import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of a model that one rank of an instance has: its layers and KV heads, counted within the model.
+
+    ``num_layers`` and ``num_kv_heads`` are the whole model's. Raises ConfigError for a shape that the model cannot be
+    cut into.
+    """
+
+    parallel: ParallelConfig
+    rank: int
+    num_layers: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        check_shards(self.parallel, self.num_layers, self.num_kv_heads)
+        assert 0 <= self.rank < self.parallel.num_ranks, f"rank {self.rank} of {self.parallel}"
+
+    @property
+    def layers(self) -> range:
+        """The rank's layers."""
+        return stage_layers(self.num_layers, self.parallel.pp, self.rank // self.parallel.tp)
+
+    @property
+    def heads(self) -> range:
+        """The rank's KV heads."""
+        return shard_heads(self.num_kv_heads, self.parallel.tp, self.rank % self.parallel.tp)
+
+    def layout(self, kv: KvConfig, head_dim: int, dtype: str) -> KvLayout:
+        """How the rank's KV memory is laid out."""
+        return KvLayout(len(self.layers), kv.num_blocks, kv.block_size, len(self.heads), head_dim, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +88,26 @@ def reshard(src: ParallelConfig, dst: ParallelConfig, num_layers: int, num_kv_he
     return tuple(shares)
 
 
+def parts(src: ParallelConfig, dst: Shard) -> dict[int, Part]:
+    """What ``dst`` pulls from each rank of an instance of shape ``src`` that sends it anything.
+
+    Raises ConfigError for a shape that the model cannot be cut into.
+    """
+    found = {}
+    for share in reshard(src, dst.parallel, dst.num_layers, dst.num_kv_heads):
+        if share.dst_rank == dst.rank:
+            source = Shard(src, share.src_rank, dst.num_layers, dst.num_kv_heads)
+            found[share.src_rank] = Part(
+                len(source.layers),
+                len(source.heads),
+                _within(share.layers, source.layers),
+                _within(share.heads, source.heads),
+                _within(share.layers, dst.layers),
+                _within(share.heads, dst.heads),
+            )
+    return found
+
+
 def _sources(src_tp: int, dst_tp: int, dst_shard: int, num_kv_heads: int, shift: int) -> list[tuple[int, range]]:
     """The source's shards that send to ``dst_shard``, with the heads of each."""
     wanted = shard_heads(num_kv_heads, dst_tp, dst_shard)
@@ -71,6 +124,10 @@ def _sources(src_tp: int, dst_tp: int, dst_shard: int, num_kv_heads: int, shift:
 def _first_stage(layer: int, num_layers: int, pp: int) -> int:
     """The stage that has ``layer``."""
     return next(stage for stage in range(pp) if layer in stage_layers(num_layers, pp, stage))
+
+
+def _within(some: range, whole: range) -> range:
+    return range(some.start - whole.start, some.stop - whole.start)
 
 
 def _common(a: range, b: range) -> range:

@@ -1,4 +1,7 @@
-"""What every transport promises, on each: pools of one process, shared memory, TCP (both ends in this process)."""
+"""What every transport promises, on each: pools of one process, shared memory, TCP, and what chooses of the two.
+
+Both ends are in this process.
+"""
 
 import dataclasses
 import threading
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 from distserve.core.errors import TransferError
+from distserve.transfer.choose import HostTransport
 from distserve.transfer.local import LocalNetwork, LocalTransport
 from distserve.transfer.shm import ShmTransport
 from distserve.transfer.tcp import TcpTransport
@@ -27,7 +31,7 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(params=["local", "shm", "tcp"])
+@pytest.fixture(params=["local", "shm", "tcp", "near", "far"])
 def make(request, clock):
     """A factory of transports that can reach each other."""
     network = LocalNetwork()
@@ -38,8 +42,11 @@ def make(request, clock):
             transport = LocalTransport(layout, network=network, clock=clock)
         elif request.param == "shm":
             transport = ShmTransport(layout, secret=SECRET, clock=clock)
-        else:
+        elif request.param == "tcp":
             transport = TcpTransport(layout, host="127.0.0.1", secret=SECRET, clock=clock)
+        else:
+            machine = "here" if request.param == "near" else f"host-{len(made)}"
+            transport = HostTransport(layout, secret=SECRET, clock=clock, host="127.0.0.1", machine=machine)
         made.append(transport)
         return transport
 
@@ -232,8 +239,9 @@ def test_layouts_that_differ_are_refused_and_both_named(make, source):
 def test_connecting_to_nothing_says_so(make, source):
     address = source.address
     source.close()
-    with pytest.raises(TransferError, match=address):
+    with pytest.raises(TransferError, match=r"no KV memory to be reached at|nothing to connect to at") as caught:
         make().connect("source", address)
+    assert any(name in str(caught.value) for name in address.split(" "))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -1,0 +1,174 @@
+"""Which transport a pair of ranks uses, by where they are: shared memory on one host, TCP between hosts.
+
+One pool is offered on all of them at once, so a rank can have peers near and far.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from distserve.core.commands import Migrate
+from distserve.core.config import KvLayout
+from distserve.core.errors import ConfigError, TransferError
+from distserve.core.events import Migrated
+from distserve.transfer.plan import Part
+from distserve.transfer.pool import Pool
+from distserve.transfer.shm import ShmTransport
+from distserve.transfer.source import SourceSide
+from distserve.transfer.tcp import TcpTransport
+from distserve.transfer.transport import Clock
+
+
+class TransportKind(StrEnum):
+    """What a user may ask for."""
+
+    AUTO = "auto"
+    """Shared memory where both ranks can reach it, else TCP."""
+    SHM = "shm"
+    """Shared memory only; no port is opened, and ranks of other hosts cannot be connected to."""
+    TCP = "tcp"
+    """TCP only, also on one host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where a rank is and how it is reached; ``shm`` and ``tcp`` are empty where it is not offered."""
+
+    machine: str
+    shm: str = ""
+    tcp: str = ""
+
+    def encode(self) -> str:
+        """As the text that :meth:`decode` reads."""
+        return f"{self.machine} {self.shm or '-'} {self.tcp or '-'}"
+
+    @classmethod
+    def decode(cls, text: str) -> "Whereabouts":
+        """Read what :meth:`encode` wrote; raises TransferError for anything else."""
+        fields = text.split(" ")
+        if len(fields) != 3:
+            raise TransferError(f"{text!r} is not the address of a rank")
+        machine, shm, tcp = ("" if field == "-" else field for field in fields)
+        return cls(machine, shm, tcp)
+
+
+def this_machine() -> str:
+    """Name what shares memory by descriptor with this process: a boot of a kernel, network namespace and user."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespace = Path("/proc/self/ns/net").stat().st_ino
+    return f"{boot_id}/{namespace}/{os.geteuid()}"
+
+
+def choose(kind: TransportKind, ours: Whereabouts, theirs: Whereabouts) -> TransportKind:
+    """Return SHM or TCP for a pair; raises TransferError, saying what to do, if the two have no way in common."""
+    is_near = bool(ours.machine == theirs.machine and theirs.shm)
+    if is_near and kind is not TransportKind.TCP:
+        return TransportKind.SHM
+    if kind is TransportKind.SHM:
+        raise TransferError("the peer's memory is not on this host: use the transport auto or tcp")
+    if not ours.tcp or not theirs.tcp:
+        which = "this rank" if not ours.tcp else "the peer"
+        raise TransferError(
+            f"the peer's memory is not on this host, and {which} is not on TCP: start it with the transport auto or "
+            "tcp, and a host"
+        )
+    return TransportKind.TCP
+
+
+class HostTransport(SourceSide):
+    """Implements :class:`~distserve.transfer.transport.PartTransport` by the transport that suits each peer.
+
+    ``host`` is the interface to listen on for peers of other hosts, as they reach it; None opens no port, which is
+    what an installation on one host wants. ``kind`` may overrule the choice. ``machine`` says who is on one host
+    (default: :func:`this_machine`).
+
+    Raises TransferError if memory for ``layout`` cannot be had, or the interface; ConfigError for ``tcp`` without a
+    ``host``.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        *,
+        secret: bytes,
+        clock: Clock,
+        host: str | None = None,
+        kind: TransportKind = TransportKind.AUTO,
+        machine: str | None = None,
+    ) -> None:
+        if kind is TransportKind.TCP and host is None:
+            raise ConfigError("the transport tcp needs a host: the address of the interface that peers reach")
+        self._layout = layout
+        self._kind = kind
+        pool = Pool(layout)
+        self._pool, self._progress = pool.memory, pool.progress
+        self._shm: ShmTransport | None = None
+        self._tcp: TcpTransport | None = None
+        try:
+            if kind is not TransportKind.TCP:
+                self._shm = ShmTransport(layout, secret=secret, clock=clock, pool=pool)
+            if kind is not TransportKind.SHM and host is not None:
+                self._tcp = TcpTransport(layout, host=host, secret=secret, clock=clock, pool=pool)
+        except BaseException:
+            self.close()
+            pool.close()
+            raise
+        self._where = Whereabouts(
+            this_machine() if machine is None else machine,
+            self._shm.address if self._shm else "",
+            self._tcp.address if self._tcp else "",
+        )
+        self._address = self._where.encode()
+        # Which transport has a peer.
+        self._lock = threading.Lock()
+        self._chosen: dict[str, TransportKind] = {}
+
+    def connect(self, instance_id: str, address: str, part: Part | None = None) -> None:
+        """Connect by shared memory or TCP."""
+        try:
+            theirs = Whereabouts.decode(address)
+            chosen = choose(self._kind, self._where, theirs)
+        except TransferError as error:
+            raise TransferError(f"cannot connect to instance {instance_id}: {error}") from error
+        self._by(chosen).connect(instance_id, theirs.shm if chosen is TransportKind.SHM else theirs.tcp, part)
+        with self._lock:
+            former, self._chosen[instance_id] = self._chosen.get(instance_id), chosen
+        if former is not None and former is not chosen:
+            self._by(former).forget(instance_id)
+
+    def pull(self, migrate: Migrate, done: Callable[[Migrated], None]) -> None:
+        """Queue a pull."""
+        with self._lock:
+            chosen = self._chosen.get(migrate.source_id)
+        # Any transport can say of a peer that it is not connected.
+        transport = self._transports[0] if chosen is None else self._by(chosen)
+        transport.pull(migrate, done)
+
+    def cancel(self, pull_id: int) -> None:
+        """End a pull."""
+        for transport in self._transports:
+            transport.cancel(pull_id)
+
+    def forget(self, instance_id: str) -> None:
+        """Drop a peer."""
+        with self._lock:
+            chosen = self._chosen.pop(instance_id, None)
+        if chosen is not None:
+            self._by(chosen).forget(instance_id)
+
+    def close(self) -> None:
+        """Close all transports."""
+        for transport in self._transports:
+            transport.close()
+
+    @property
+    def _transports(self) -> list[ShmTransport | TcpTransport]:
+        return [transport for transport in (self._shm, self._tcp) if transport is not None]
+
+    def _by(self, chosen: TransportKind) -> ShmTransport | TcpTransport:
+        transport = self._shm if chosen is TransportKind.SHM else self._tcp
+        assert transport is not None, f"{chosen} was chosen without being there"
+        return transport
