@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from distserve_kernels import native, reference
-from distserve_kernels.reference import write_kv
+from distserve_kernels.gpu.support import runs_here
 
 __all__ = [
     "add_rms_norm",
     "native_available",
     "paged_attention",
     "rms_norm",
+    "rope",
     "rope_and_write_kv",
     "silu_mul",
     "write_kv",
@@ -47,7 +48,26 @@ def paged_attention(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over a paged cache; see `reference.paged_attention` for arguments and result."""
+    """Causal attention over a paged cache; see `reference.paged_attention` for arguments and result.
+
+    On a GPU every sequence must have a query, one of context length 0 (padding) yields zeros, and the host never waits.
+    """
+    if runs_here(q, k_cache, v_cache):
+        from distserve_kernels.gpu import attention
+
+        return attention.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            query_starts,
+            context_lens,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            out=out,
+        )
     library = native.library
     _, num_heads, head_dim = q.shape
     if (
@@ -105,6 +125,25 @@ def paged_attention(
     return result
 
 
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Stores keys and values; see `reference.write_kv`. On a GPU tokens with negative slots (padding) are skipped."""
+    if runs_here(k, v, k_cache, v_cache):
+        from distserve_kernels.gpu import kv_write
+
+        kv_write.write_kv(k, v, k_cache, v_cache, slots)
+    else:
+        reference.write_kv(k, v, k_cache, v_cache, slots)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of each head; see `reference.rope`."""
+    if runs_here(x, cos, sin):
+        from distserve_kernels.gpu import rotary
+
+        return rotary.rope(x, cos, sin)
+    return reference.rope(x, cos, sin)
+
+
 def rope_and_write_kv(
     qkv: Tensor,
     cos: Tensor,
@@ -118,7 +157,16 @@ def rope_and_write_kv(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Splits, rotates and stores a fused projection; see `reference.rope_and_write_kv`."""
+    """Splits, rotates and stores a fused projection; see `reference.rope_and_write_kv`.
+
+    On a GPU tokens with negative slots (padding) are not stored.
+    """
+    if runs_here(qkv, k_cache, v_cache):
+        from distserve_kernels.gpu import rotary
+
+        return rotary.rope_and_write_kv(
+            qkv, cos, sin, k_cache, v_cache, slots, num_heads, q_norm=q_norm, k_norm=k_norm, eps=eps
+        )
     library = native.library
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
     if (
@@ -158,6 +206,10 @@ def rope_and_write_kv(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dimension; see `reference.rms_norm`."""
+    if runs_here(x, weight):
+        from distserve_kernels.gpu import norm
+
+        return norm.rms_norm(x, weight, eps)
     library = native.library
     if library is None or not (native.is_native(x, weight) and x.dim() == 2 and x.stride(1) == 1):
         return reference.rms_norm(x, weight, eps)
@@ -178,6 +230,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Adds x to ``residual`` in place and norms the sum; see `reference.add_rms_norm`."""
+    if runs_here(x, residual, weight):
+        from distserve_kernels.gpu import norm
+
+        return norm.add_rms_norm(x, residual, weight, eps)
     library = native.library
     if (
         library is None
@@ -204,6 +260,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see `reference.silu_mul`."""
+    if runs_here(gate_up):
+        from distserve_kernels.gpu import gate
+
+        return gate.silu_mul(gate_up)
     library = native.library
     if library is None or not (native.is_native(gate_up) and gate_up.dim() == 2 and gate_up.stride(1) == 1):
         return reference.silu_mul(gate_up)
