@@ -130,9 +130,12 @@ class Engine:
     def _decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
         if self._run_time is not None:
             return self._run_time.decode_run(num_decodes, context, num_steps)
-        contexts = range(context, context + num_steps * num_decodes, num_decodes)
+        steps_ahead = (context - self._shape.decode_context) // num_decodes
+        longest = self._shape.longest_context + steps_ahead
+        seconds = self.step_time.seconds
         return [
-            self.step_time.seconds(StepShape(num_decodes=num_decodes, decode_context=tokens)) for tokens in contexts
+            seconds(StepShape(0, 0, num_decodes, context + step * num_decodes, 0, longest + step))
+            for step in range(num_steps)
         ]
 
     def cut(self, num_more: int) -> tuple[float, StretchPoint] | None:
@@ -163,10 +166,12 @@ class Engine:
         shape = self._shape
         for index in range(settled, reached):
             start, end = ends[index], ends[index + 1]
-            context = shape.decode_context + shape.num_decodes * (index + 1)
             self._count(shape, end - start)
             if self.recorder is not None:
-                self.recorder.on_step(self.name, 0, start, end, StepShape(0, 0, shape.num_decodes, context))
+                context = shape.decode_context + shape.num_decodes * (index + 1)
+                longest = shape.longest_context + index + 1
+                step = StepShape(0, 0, shape.num_decodes, context, 0, longest)
+                self.recorder.on_step(self.name, 0, start, end, step)
         self._free_at[0] = ends[reached]
 
     def end_stretch(self) -> Event:

@@ -78,10 +78,11 @@ class SimulatedWorker:
             self._num_ticks += 1
             shape = self._shape
             context = shape.decode_context + shape.num_decodes * self._num_ticks
-            return StepShape(0, 0, shape.num_decodes, context), UnseenStepDone(step.step_id)
+            longest = shape.longest_context + self._num_ticks
+            return StepShape(0, 0, shape.num_decodes, context, 0, longest), UnseenStepDone(step.step_id)
         self._catch_up()
         lines = self._lines
-        prefill_tokens = pairs = decodes = context = prefills = 0
+        prefill_tokens = pairs = decodes = context = prefills = longest = 0
         batch = []
         for chunk in chunks:
             line = lines[chunk.seq_id]
@@ -91,6 +92,7 @@ class SimulatedWorker:
             if count == 1 and line.num_output:
                 decodes += 1
                 context += end
+                longest = max(longest, end)
             else:
                 prefills += 1
                 prefill_tokens += count
@@ -98,7 +100,7 @@ class SimulatedWorker:
             if chunk.samples:
                 line.num_output += 1
             batch.append(line)
-        shape = StepShape(prefill_tokens, pairs, decodes, context, prefills)
+        shape = StepShape(prefill_tokens, pairs, decodes, context, prefills, longest)
         if not prefills:
             self._chunks, self._batch, self._shape = chunks, batch, shape
         return shape, UnseenStepDone(step.step_id)

@@ -50,7 +50,7 @@ def first_wave(run: Run, simulation: Simulation) -> Wave:
     """The run before the longest time that it gave nobody a first token comes to its end.
 
     Where memory holds only some of the requests, those of the first wave run among themselves that long, preempting
-    each other, before what later prompts have in common with earlier ones matters.
+    each other.
     """
     order = np.sort(run.first_token)
     until = float(order[np.diff(order).argmax() + 1])

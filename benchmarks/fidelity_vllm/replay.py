@@ -8,7 +8,7 @@ this module says which prompts begin like an earlier one: both runs were offered
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from distserve.bench.workload import Workload
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
+from distserve.core.latency import StepShape, StepTime
 from distserve.core.router import RouterConfig
 from simulator.latency.gpus import find_gpu
 from simulator.latency.layer_profile import EngineCosts, LayerProfile
@@ -36,24 +37,37 @@ LLAMA_8B = ModelShape(
     vocab=128256,
 )
 
-COSTS = EngineCosts(
-    per_step=0.25e-3,
-    unequal_contexts=0.045,
-    graph_sizes=(1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)),
-)
-"""For every card alike. The sizes are vLLM's (``cudagraph_capture_sizes``); the other two are fitted, see README.md."""
-
-KERNELS_ALONE = EngineCosts(graph_sizes=COSTS.graph_sizes)
-"""Nothing but what was measured of the kernels."""
+KERNELS_ALONE = EngineCosts(graph_sizes=(1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)))
+"""Nothing but what was measured of the kernels. The sizes are vLLM's (``cudagraph_capture_sizes``)."""
 
 PREFIXES = Path(__file__).parent / "prefixes.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card and how the run on it differs from the sum of its kernels; the constants are fitted, see README.md.
+
+    ``gpu`` is its name in the GPU table. ``cold_start`` is how long the engine's first step took beyond what such a
+    step takes later, in seconds, as the run shows it.
+    """
+
+    name: str
+    gpu: str
+    per_step: float
+    unequal_contexts: float
+    cold_start: float = 0.0
+
+    @property
+    def costs(self) -> EngineCosts:
+        """The engine around the kernels."""
+        return replace(KERNELS_ALONE, per_step=self.per_step, unequal_contexts=self.unequal_contexts)
 
 
 @dataclass(frozen=True)
 class Run:
     """A measured run. Times in seconds, one entry per request in order of arrival, on the engine's clock."""
 
-    card: str
+    card: Card
     directory: Path
     prompt_lens: Counts
     output_lens: Counts
@@ -80,8 +94,8 @@ class Run:
         return self.finish - self.arrival
 
 
-def read_run(directory: Path, card: str, gpu: str) -> Run:
-    """Read a run of Llama-3.1-8B on one ``gpu`` (a name of the GPU table), called ``card`` in reports.
+def read_run(directory: Path, card: Card) -> Run:
+    """Read a run of Llama-3.1-8B on one ``card``.
 
     Arrivals were stamped by the wall clock, tokens by the engine's own. The offset between the two is taken from the
     request that the engine took up soonest after its arrival.
@@ -106,7 +120,7 @@ def read_run(directory: Path, card: str, gpu: str) -> Run:
         finish=last - start,
         max_num_seqs=settings["max_num_seqs"],
         max_batch_tokens=settings["max_num_batched_tokens"],
-        kv=_memory(meta, gpu, settings["max_num_batched_tokens"]),
+        kv=_memory(meta, card.gpu, settings["max_num_batched_tokens"]),
     )
 
 
@@ -120,7 +134,24 @@ def _memory(meta: dict[str, dict[str, int]], gpu: str, max_batch_tokens: int) ->
     return memory
 
 
-def deployment(run: Run, costs: EngineCosts = COSTS) -> ClusterModel:
+class _FirstStep:
+    """Step times of which the first is given."""
+
+    def __init__(self, seconds: float, later: StepTime) -> None:
+        self._first: float | None = seconds
+        self._later = later
+
+    def seconds(self, shape: StepShape) -> float:
+        """See :class:`distserve.core.latency.StepTime`."""
+        first, self._first = self._first, None
+        return self._later.seconds(shape) if first is None else first
+
+    def handover(self, shape: StepShape) -> float:
+        """See :class:`distserve.core.latency.StepTime`."""
+        return self._later.handover(shape)
+
+
+def deployment(run: Run, costs: EngineCosts) -> ClusterModel:
     """One mixed instance as vLLM was set up.
 
     vLLM starts a step before the tokens of the one before it are known (``async_scheduling``): lookahead. It admits a
@@ -135,22 +166,35 @@ def deployment(run: Run, costs: EngineCosts = COSTS) -> ClusterModel:
         max_model_len=32768,
         prefix_caching=True,
     )
-    profile = LayerProfile(run.directory / "profile" / "tp1", run.card, LLAMA_8B.num_layers, costs)
+    profile = LayerProfile(run.directory / "profile" / "tp1", run.card.name, LLAMA_8B.num_layers, costs)
     spec = InstanceSpec("vllm", Role.MIXED, run.kv, config)
+    step_time = _FirstStep(run.card.cold_start, profile.step_time(spec.parallel))
     return ClusterModel(
-        (InstanceModel(spec, profile.step_time(spec.parallel)),),
+        (InstanceModel(spec, step_time),),
         # Times are taken at the engine. It sheds nothing, however long the queue.
         delays=Delays(message=0.0),
         router=RouterConfig(max_wait=float("inf")),
     )
 
 
-def replay(run: Run, costs: EngineCosts = COSTS) -> Simulation:
-    """Offer the run's requests, at their times, to the simulated instance."""
+def replay(run: Run, costs: EngineCosts | None = None) -> Simulation:
+    """Offer the run's requests, at their times, to the simulated instance, by default with the card's ``costs``.
+
+    A request of one token goes before them, whose step is the cold start: until that is over the engine launches
+    nothing else.
+    """
     size = run.kv.block_size
-    keys = block_keys(run.prompt_lens.tolist(), size)
-    workload = Workload(run.prompt_lens, run.output_lens, run.arrival, prefix_blocks=keys, tokens_per_block=size)
-    return simulate(deployment(run, costs), workload)
+    workload = Workload(
+        np.concatenate(([1], run.prompt_lens)),
+        np.concatenate(([1], run.output_lens)),
+        np.concatenate(([0.0], run.arrival)),
+        prefix_blocks=((), *block_keys(run.prompt_lens.tolist(), size)),
+        tokens_per_block=size,
+    )
+    simulation = simulate(deployment(run, costs or run.card.costs), workload)
+    lines = simulation.timelines
+    columns = {field.name: getattr(lines, field.name)[1:] for field in fields(lines)}
+    return replace(simulation, timelines=replace(lines, **columns))
 
 
 def block_keys(prompt_lens: list[int], block_size: int) -> tuple[tuple[int, ...], ...]:

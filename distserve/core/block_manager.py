@@ -10,6 +10,7 @@ that was given up longest ago, of one table its last (the head of a prompt is wh
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from distserve.core.prefix import BlockKey
 
@@ -61,8 +62,8 @@ class BlockManager:
     def _evict(self, count: int) -> None:
         """Forget what the ``count`` least recently used of the known free blocks hold."""
         assert count <= len(self._known), "allocation was not checked against num_free"
-        for _ in range(count):
-            block, _ = self._known.popitem(last=False)
+        for block in list(islice(self._known, count)):
+            del self._known[block]
             del self._blocks[self._keys.pop(block)]
             self._free.append(block)
 

@@ -14,7 +14,8 @@ class StepShape:
 
     ``num_prefill_tokens`` query tokens belong to the chunks of ``num_prefills`` prompts, ``prefill_pairs`` is the
     number of (query, key) pairs their attention evaluates; ``num_decodes`` sequences take one token each over
-    ``decode_context`` cached tokens in all, the new ones included.
+    ``decode_context`` cached tokens in all, the new ones included, of which the longest sequence has
+    ``longest_context`` (0: not known, then they are taken as equal).
     """
 
     num_prefill_tokens: int = 0
@@ -22,6 +23,7 @@ class StepShape:
     num_decodes: int = 0
     decode_context: int = 0
     num_prefills: int = 0
+    longest_context: int = 0
 
 
 class StepTime(Protocol):

@@ -33,10 +33,12 @@ Points = Sequence[tuple[float, float]]
 class EngineCosts:
     """What serving adds to kernels measured one by one.
 
-    ``per_step`` is the seconds a GPU idles from one step to the next. Decode attention was measured over contexts of
-    equal lengths; over unequal ones its last blocks run alone: it takes longer by the share ``unequal_contexts``.
-    ``graph_sizes`` are the batch sizes of the captured CUDA graphs, ascending: a step of fewer tokens than the largest
-    is padded to the next of them.
+    ``per_step`` is the seconds a step takes beyond the sum of its kernels: what the GPU idles from one to the next,
+    less the gaps between kernels that a captured graph does not have. Decode attention was measured over contexts of
+    equal lengths; over unequal ones the blocks of the longest run alone at last: ``unequal_contexts`` are seconds for
+    each token that the longest context of a step exceeds the mean one by, and twice that in a step with prompts, where
+    contexts are not split over blocks. ``graph_sizes`` are the batch sizes of the captured CUDA graphs, ascending: a
+    step of fewer tokens than the largest is padded to the next of them.
     """
 
     per_step: float = 0.0
@@ -138,6 +140,7 @@ class LayerProfileStepTime:
             num_tokens = sizes[bisect_left(sizes, num_tokens)]
         return (
             self._costs.per_step
+            + self._costs.unequal_contexts * _inequality(shape)
             + _beyond(self._dense, num_tokens)
             + _beyond(self._per_sequence, shape.num_prefills + shape.num_decodes)
             + self._num_layers * self._attention(shape) * _MICROSECOND
@@ -155,7 +158,7 @@ class LayerProfileStepTime:
         """
         context = shape.decode_context / shape.num_decodes if shape.num_decodes else 0.0
         if shape.num_prefill_tokens == 0:
-            return (1 + self._costs.unequal_contexts) * self._decode_attention.at((shape.num_decodes, context))
+            return self._decode_attention.at((shape.num_decodes, context))
         num = shape.num_prefills
         chunk = shape.num_prefill_tokens / num
         cached = max(0.0, shape.prefill_pairs / shape.num_prefill_tokens - (chunk + 1) / 2)
@@ -163,6 +166,14 @@ class LayerProfileStepTime:
         if num > 1:
             time += (num - 1) * max(0.0, self._chunk_attention.at((chunk, cached, 0, 0)) - self._launch)
         return time
+
+
+def _inequality(shape: StepShape) -> float:
+    """Tokens by which the longest decoding context exceeds the mean one; twice as many in a step with prompts."""
+    if shape.num_decodes == 0:
+        return 0.0
+    tokens = max(0.0, shape.longest_context - shape.decode_context / shape.num_decodes)
+    return 2 * tokens if shape.num_prefills else tokens
 
 
 def _beyond(table: list[float], count: int) -> float:

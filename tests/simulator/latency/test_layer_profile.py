@@ -62,9 +62,15 @@ def test_prompts_of_one_step_share_one_launch() -> None:
 
 
 def test_what_the_engine_adds() -> None:
-    costs = EngineCosts(per_step=1e-3, unequal_contexts=0.5, graph_sizes=(1, 5, 8))
+    costs = EngineCosts(per_step=1e-3, unequal_contexts=3e-6, graph_sizes=(1, 5, 8))
     # Padded to a graph of 5: its dense layers take 18.
-    assert microseconds(StepShape(0, 0, 2, 48), costs) == pytest.approx(1000 + 7 + 10 * (18 + 2 + 1.5 * 5) + 101)
+    alike = 1000 + 7 + 10 * (18 + 2 + 5) + 101
+    assert microseconds(StepShape(0, 0, 2, 48), costs) == pytest.approx(alike)
+    assert microseconds(StepShape(0, 0, 2, 48, 0, 24), costs) == pytest.approx(alike)
+    # One of 40 tokens and one of 8: 16 above the mean.
+    assert microseconds(StepShape(0, 0, 2, 48, 0, 40), costs) == pytest.approx(alike + 3 * 16)
+    with_prompt = [microseconds(StepShape(16, 136, 2, 48, 1, longest), costs) for longest in (24, 40)]
+    assert with_prompt[1] - with_prompt[0] == pytest.approx(2 * 3 * 16)
 
 
 def test_other_shapes_than_one_rank_are_refused() -> None:
