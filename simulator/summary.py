@@ -28,7 +28,10 @@ _REASONS = {"400": "400: longer than an instance takes", "503": "503: no instanc
 
 @dataclass(frozen=True, slots=True)
 class InstanceFigures:
-    """``busy``: share of the run its first stage worked. ``peak_kv``: share of its KV blocks in use at the most."""
+    """``busy``: share of the run its first stage worked. ``peak_kv``: share of its KV blocks in use at the most.
+
+    ``num_hit_tokens``: prompt tokens that were not computed, because their KV was there.
+    """
 
     instance_id: str
     role: str
@@ -41,6 +44,7 @@ class InstanceFigures:
     peak_kv: float
     num_kv_blocks: int
     num_preempted: int
+    num_hit_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,7 @@ def _instances(simulation: Simulation, placement: Placement) -> tuple[InstanceFi
             peak_kv=usage.peak_kv_blocks / usage.num_kv_blocks,
             num_kv_blocks=usage.num_kv_blocks,
             num_preempted=usage.num_preempted,
+            num_hit_tokens=usage.num_hit_tokens,
         )
         for usage, placed in zip(simulation.instances, placement.instances, strict=True)
     )
@@ -226,6 +231,9 @@ def print_summary(console: Console, summary: RunSummary, run: dict[str, Any], sl
         f"{summary.request_throughput:.3g}/s, {summary.output_token_throughput:,.0f} output tokens/s, in "
         f"{summary.duration:,.1f} s"
     )
+    num_hits = sum(figures.num_hit_tokens for figures in summary.instances)
+    if num_hits:
+        console.print(f"{num_hits:,} prompt tokens were not computed: prompts that began alike shared their KV")
     if summary.backlog_grows:
         middle, last = summary.backlog
         console.print(

@@ -82,6 +82,23 @@ def refused(config: Path, *arguments: str) -> str:
     return result.output
 
 
+def test_prompts_of_a_trace_share_the_prefixes_it_names(write: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [
+        {"timestamp": 1000 * at, "input_length": 1200, "output_length": 5, "hash_ids": [0, 1, 2 + at]}
+        for at in range(4)
+    ]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for caching in (False, True):
+        workload = {"trace": "trace.jsonl"}
+        config = write(workload=workload, engine={**CONFIG["engine"], "prefix_caching": caching})
+        instances = json.loads(run(config, "--json").stdout)["summary"]["instances"]
+        # Two Mooncake blocks of 512 tokens, each 32 of the instances' blocks.
+        assert [figures["num_hit_tokens"] for figures in instances] == [3 * 1024 * caching, 0, 0]
+        text = " ".join(run(config).output.split())
+        assert ("3,072 prompt tokens were not computed" in text) == caching
+        assert ("prefixes are not used" in text) != caching
+
+
 def figures(config: Path, *arguments: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(run(config, "--requests", "120", "--json", *arguments).stdout)
     assert document["schema"] == SCHEMA
