@@ -5,7 +5,7 @@ that memory never holds them twice. Every tensor must find its place: nothing is
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,39 @@ _MOST_NAMES = 5
 
 
 def load_module(config: PreTrainedConfig, model_dir: Path, dtype: str) -> PreTrainedModel:
-    """Load the weights in ``model_dir``, cast to ``dtype``, into transformers' class for ``config``.
+    """Load the weights in ``model_dir``, cast to ``dtype``, into the class that transformers has for ``config``.
 
     Raises:
         UnsupportedModelError: transformers has no language model for the configuration, or its attention or state
             cannot be paged.
         ConfigError: the weights are missing, damaged, or do not fit the configuration.
     """
-    model_class = _model_class(config)
+    model_class = model_class_for(config)
     inspect_checkpoint(model_dir)
+    return from_weights(model_class, config, dtype, None, model_dir)
+
+
+def from_weights(
+    model_class: Any,
+    config: PreTrainedConfig,
+    dtype: str,
+    weights: dict[str, Any] | None,
+    model_dir: Path,
+    is_absent: Callable[[str], bool] = lambda _: False,
+) -> PreTrainedModel:
+    """Fill a ``model_class`` with ``weights``, cast to ``dtype``; None takes the files in ``model_dir``.
+
+    A tensor that has no place in the model is none too many if ``is_absent(name)``.
+
+    Raises:
+        ConfigError: the weights are damaged or do not fit the configuration.
+    """
     with _quiet_transformers():
         try:
             module, report = model_class.from_pretrained(
-                str(model_dir),
+                str(model_dir) if weights is None else None,
                 config=config,
+                state_dict=weights,
                 dtype=TORCH_DTYPES[dtype],
                 attn_implementation=IMPLEMENTATION,
                 local_files_only=True,
@@ -46,13 +65,19 @@ def load_module(config: PreTrainedConfig, model_dir: Path, dtype: str) -> PreTra
             )
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise ConfigError(f"the weights in {model_dir} cannot be loaded: {error}") from error
+    report["unexpected_keys"] = {name for name in report["unexpected_keys"] if not is_absent(name)}
     _check_report(report, model_dir)
     module.eval().requires_grad_(requires_grad=False)
     model: PreTrainedModel = module
     return model
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
+def model_class_for(config: PreTrainedConfig) -> Any:
+    """The language model class that transformers has for ``config``.
+
+    Raises:
+        UnsupportedModelError: there is none, or its attention or state cannot be paged.
+    """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"transformers has no causal language model for {config.model_type}")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -4,6 +4,7 @@ A few tokens go through the model's own attention at once, and through the paged
 sequence. Position biases, masks or states that the paged path does not know of show as a difference.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,6 @@ from distserve.core.errors import ConfigError, UnsupportedModelError
 from distserve.engine.attention import IMPLEMENTATION
 from distserve.engine.inputs import StepInputs
 from distserve.engine.kv import KvPool
-from distserve.engine.model import LanguageModel
 
 _LENGTH = 24
 _LEAST_LENGTH = 6
@@ -51,9 +51,13 @@ class AttentionSettings:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a module's own attention made of the trial tokens (logits [T, V]), and each layer's settings."""
+    """What a module's own attention made of the trial's ``tokens`` [T], and each layer's settings.
 
-    logits: Tensor
+    ``logits`` are [T, V], or None on a rank whose part of the model computes none.
+    """
+
+    tokens: Tensor
+    logits: Tensor | None
     settings: tuple[AttentionSettings, ...]
 
 
@@ -66,38 +70,48 @@ def run_trial(module: PreTrainedModel, kv: KvPool) -> Trial:
         ConfigError: the logits are not finite, or the pool has no room for a trial.
     """
     config: Any = module.config
-    tokens = _trial_tokens(config.vocab_size, config.max_position_embeddings, kv).unsqueeze(0)
-    positions = torch.arange(tokens.shape[1]).unsqueeze(0)
-    recorder = _Recorder(module.config.model_type, kv)
-    module(input_ids=tokens, position_ids=positions, use_cache=False, paged=recorder)
+    tokens = trial_tokens(config.vocab_size, config.max_position_embeddings, kv)
+    positions = torch.arange(len(tokens)).unsqueeze(0)
+    recorder = AttentionRecorder(module.config.model_type, kv)
+    module(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False, paged=recorder)
     recorder.check_layers()
     module.set_attn_implementation("eager")
-    logits: Tensor = module(input_ids=tokens, position_ids=positions, use_cache=False).logits[0].clone()
+    logits: Tensor = module(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False).logits[0].clone()
     module.set_attn_implementation(IMPLEMENTATION)
+    check_finite(logits)
+    return Trial(tokens, logits, tuple(recorder.settings))
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise ConfigError if not all ``logits`` are finite."""
     if not bool(logits.isfinite().all()):
         raise ConfigError("the model computes logits that are not finite numbers: its weights are damaged")
-    return Trial(logits, tuple(recorder.settings))
 
 
 @torch.inference_mode()
-def check_agreement(model: LanguageModel, trial: Trial, kv: KvPool, model_type: str) -> None:
-    """Compare the paged path with what a trial gave. Leaves the first blocks of the pool with trial data.
+def check_agreement(
+    model: Callable[[StepInputs, None], Tensor | None], trial: Trial, kv: KvPool, model_type: str
+) -> None:
+    """Compare the paged path of a language model with what a trial gave: on a rank without logits, just run it.
+
+    Leaves the first blocks of the pool with trial data.
 
     Raises:
         UnsupportedModelError: the two differ by more than rounding.
     """
-    expected = trial.logits
-    tokens = _trial_tokens(expected.shape[-1], len(expected), kv)
+    expected, tokens = trial.logits, trial.tokens
     num_tokens = len(tokens)
     borders = [0, num_tokens // 3, num_tokens - 2, num_tokens - 1, num_tokens]
     # The other sequence runs the same tokens one piece behind, so its context is another length in every step.
     pieces = list(pairwise(borders))
-    found = torch.empty_like(expected)
+    found = None if expected is None else torch.empty_like(expected)
     for own, other in zip([*pieces, None], [None, *pieces], strict=True):
         spans = [(row, *span) for row, span in ((0, own), (1, other)) if span is not None]
         logits = model(_trial_inputs(tokens, spans, kv), None)
-        if own is not None:
+        if own is not None and found is not None and logits is not None:
             found[own[0] : own[1]] = logits[: own[1] - own[0]]
+    if found is None or expected is None:
+        return
     difference = ((found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)).median().item()
     # Written so that a difference that is no number refuses, too.
     if not difference <= _TOLERANCE[kv.layout.dtype]:
@@ -107,7 +121,12 @@ def check_agreement(model: LanguageModel, trial: Trial, kv: KvPool, model_type: 
         )
 
 
-def _trial_tokens(vocab_size: int, max_length: int, kv: KvPool) -> Tensor:
+def trial_tokens(vocab_size: int, max_length: int, kv: KvPool) -> Tensor:
+    """The tokens of a trial, [T].
+
+    Raises:
+        ConfigError: the pool has no room for one.
+    """
     room = kv.layout.num_blocks // 2 * kv.layout.block_size
     if room < _LEAST_LENGTH:
         raise ConfigError(
@@ -135,8 +154,11 @@ def _trial_inputs(tokens: Tensor, spans: list[tuple[int, int, int]], kv: KvPool)
     )
 
 
-class _Recorder:
-    """Stands in for paged attention and checks each layer's call; returns zeros."""
+class AttentionRecorder:
+    """Stands in for paged attention and checks each layer's call; returns zeros.
+
+    ``settings[l]`` is how layer l calls it.
+    """
 
     def __init__(self, model_type: str, kv: KvPool) -> None:
         self.model_type = model_type
@@ -145,6 +167,7 @@ class _Recorder:
         self.settings: list[AttentionSettings] = []
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """See :class:`distserve.engine.attention.PagedCall`; raises UnsupportedModelError."""
         self.layers.append(getattr(module, "layer_idx", None))
         unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _KNOWN_ARGUMENTS)
         if unknown:
@@ -170,6 +193,7 @@ class _Recorder:
         return query.transpose(1, 2).new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
 
     def check_layers(self) -> None:
+        """Raise UnsupportedModelError unless each layer has called once, in order."""
         if self.layers != list(range(self.layout.num_layers)):
             self._refuse(f"not each of its {self.layout.num_layers} layers has one attention over its own KV cache")
 

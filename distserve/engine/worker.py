@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distserve.core.commands import OpenSequence, RunStep
@@ -105,17 +106,9 @@ class Worker:
             return StepDone(step.step_id, ())
         batch = self._next_batch(step)
         logits = self._model(batch.inputs, on_layer)
-        num_prompt_rows = sum(last - first for _, first, last in batch.prompt_rows)
-        sampled = logits[num_prompt_rows:]
-        if len(batch.draw_rows) != len(sampled):
-            sampled = sampled[batch.draw_rows]
-        prompt_logprobs = self._prompt_logprobs(batch, logits[:num_prompt_rows])
-        if len(sampled) == 0:
-            batch.record(np.empty(0, dtype=np.int64))
-            return StepDone(step.step_id, (), None, prompt_logprobs)
-        draw = batch.sampler(sampled)
-        batch.record(draw.tokens.numpy())
-        return StepDone(step.step_id, tuple(draw.tokens.tolist()), draw.logprobs, prompt_logprobs)
+        done, tokens = draw_tokens(batch, logits, step.step_id)
+        batch.record(tokens)
+        return done
 
     def _next_batch(self, step: RunStep) -> Batch:
         batch = self._batch
@@ -128,13 +121,26 @@ class Worker:
         self._batch = Batch(step.chunks, sequences, self.layout.block_size, self.description.vocab_size)
         return self._batch
 
-    @staticmethod
-    def _prompt_logprobs(batch: Batch, logits: Tensor) -> tuple[tuple[int, tuple[TokenLogprobs, ...]], ...]:
-        result, start = [], 0
-        for sequence, first, last in batch.prompt_rows:
-            rows = logits[start : start + last - first]
-            tokens = torch.from_numpy(sequence.tokens[first:last])
-            num_top = [sequence.sampling.prompt_logprobs or 0] * (last - first)
-            result.append((sequence.seq_id, tuple(token_logprobs(rows, tokens, num_top))))
-            start += last - first
-        return tuple(result)
+
+def draw_tokens(batch: Batch, logits: Tensor, step_id: int) -> tuple[StepDone, NDArray[np.int64]]:
+    """What a step's logits [R, V] come to: its outcome, and the tokens drawn as ``batch.record`` takes them."""
+    num_prompt_rows = sum(last - first for _, first, last in batch.prompt_rows)
+    sampled = logits[num_prompt_rows:]
+    if len(batch.draw_rows) != len(sampled):
+        sampled = sampled[batch.draw_rows]
+    prompt_logprobs = _prompt_logprobs(batch, logits[:num_prompt_rows])
+    if len(sampled) == 0:
+        return StepDone(step_id, (), None, prompt_logprobs), np.empty(0, dtype=np.int64)
+    draw = batch.sampler(sampled)
+    return StepDone(step_id, tuple(draw.tokens.tolist()), draw.logprobs, prompt_logprobs), draw.tokens.numpy()
+
+
+def _prompt_logprobs(batch: Batch, logits: Tensor) -> tuple[tuple[int, tuple[TokenLogprobs, ...]], ...]:
+    result, start = [], 0
+    for sequence, first, last in batch.prompt_rows:
+        rows = logits[start : start + last - first]
+        tokens = torch.from_numpy(sequence.tokens[first:last])
+        num_top = [sequence.sampling.prompt_logprobs or 0] * (last - first)
+        result.append((sequence.seq_id, tuple(token_logprobs(rows, tokens, num_top))))
+        start += last - first
+    return tuple(result)

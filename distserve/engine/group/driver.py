@@ -1,0 +1,275 @@
+"""Rank 0's side of an instance of several ranks: it runs its own part of every step and drives the others.
+
+Commands go to every rank in one order; the rank that draws the tokens answers, and the tokens go out to all with the
+next command. So a step costs each rank one message and the instance no wait but that for its own result.
+"""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+
+from distserve.core.commands import OpenSequence, RunStep
+from distserve.core.config import KvConfig, KvLayout, ParallelConfig
+from distserve.core.errors import ConfigError, InstanceError, UnsupportedModelError
+from distserve.core.events import StepDone
+from distserve.engine.description import describe_config, load_config
+from distserve.engine.group.messages import (
+    Close,
+    Done,
+    Drawn,
+    Failed,
+    Loaded,
+    Open,
+    RankPlan,
+    Step,
+    ToRank,
+    encode,
+    receive_ended,
+    receive_report,
+)
+from distserve.engine.group.processes import RankProcesses, describe_status
+from distserve.engine.group.rank import make_worker
+from distserve.engine.kv import TORCH_DTYPES
+from distserve.engine.sharding.comm import PeerError
+from distserve.engine.sharding.shard import shard_of
+
+_GRACE = 1.0
+"""Seconds after the first sign of a loss in which its cause may still come in: a rank whose peer has died often says
+so before the kernel says that the peer has."""
+
+_CAUSE, _CONSEQUENCE, _SILENT = range(3)
+"""How much a sign of a loss explains, the best first."""
+
+Loss = InstanceError | ConfigError
+"""Why an instance has no use any more."""
+
+
+class RankGroup:
+    """An instance's ranks as one engine.
+
+    :meth:`launch` starts a step and returns when rank 0's own part is done; ``on_done`` is told the outcome, from
+    another thread where another rank draws the tokens. Up to ``parallel.pp`` steps may be on their way, of different
+    sequences. Methods are for one thread.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        parallel: ParallelConfig,
+        kv: KvConfig,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_threads: int = 1,
+        timeout: float = 60.0,
+        on_lost: Callable[[Loss], None] | None = None,
+    ) -> None:
+        """Start the ranks and load the model on all of them.
+
+        Args:
+            model_dir: a Hugging Face directory.
+            parallel: the instance's shape.
+            kv: blocks of the KV pool, the same on every rank.
+            dtype: of weights, activations and KV.
+            device: where to compute.
+            num_threads: threads that compute, per rank.
+            timeout: seconds that a rank waits for one that is alive but silent.
+            on_lost: told, once and from another thread, when the instance has lost a rank, with the cause.
+
+        Raises:
+            ConfigError: the model directory is damaged, or the shape does not divide the model.
+            UnsupportedModelError: the model cannot be served exactly, or only by one rank.
+            InstanceError: a rank died while loading; says which, and of what.
+        """
+        if dtype not in TORCH_DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+        path = Path(model_dir)
+        config = load_config(path)
+        self.description = describe_config(config, path)
+        shard_of(self.description, config.num_attention_heads, parallel, 0)  # a wrong shape is refused before a start
+        self.parallel = parallel
+        self._on_lost = on_lost
+        self._waiting: dict[int, Callable[[StepDone], None]] = {}
+        self._drawn: list[Drawn] = []
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._lost: Loss | None = None
+        self._ended = threading.Event()
+        self._loaded: set[int] = set()
+        self._all_loaded = threading.Event()
+        # Removed once all have met: the ranks hold what they need of it open.
+        self._directory = tempfile.TemporaryDirectory(prefix="distserve-ranks-")
+        plan = RankPlan(
+            model_dir=str(path),
+            dtype=dtype,
+            kv=kv,
+            parallel=parallel,
+            store_file=str(Path(self._directory.name) / "store"),
+            device=device,
+            num_threads=num_threads,
+            timeout=timeout,
+        )
+        torch.set_num_threads(num_threads)
+        self._processes = RankProcesses(plan)
+        self._reader = threading.Thread(target=self._read, name="ranks", daemon=True)
+        self._reader.start()
+        try:
+            self._worker = make_worker(plan, 0)
+            self._all_loaded.wait()
+            self._check()
+        except PeerError as error:
+            raise self._cause(error) from error
+        except BaseException:
+            self.shutdown()
+            raise
+
+    @property
+    def layout(self) -> KvLayout:
+        """Shape and type of rank 0's KV pool."""
+        return self._worker.layout
+
+    def open(self, command: OpenSequence) -> None:
+        """Take a sequence on."""
+        self._tell(Open(command))
+        self._worker.open(command)
+
+    def close(self, seq_id: int) -> None:
+        """Forget a sequence."""
+        self._tell(Close(seq_id))
+        self._worker.close(seq_id)
+
+    def launch(
+        self, step: RunStep, on_done: Callable[[StepDone], None], on_layer: Callable[[int], None] | None = None
+    ) -> None:
+        """Start a step; ``on_layer(l)`` is called once the KV of rank 0's layer l is in its pool.
+
+        Raises:
+            InstanceError: a rank is lost, with the cause; ``on_done`` of steps on their way are then never called.
+        """
+        self._check()
+        with self._lock:
+            drawn, self._drawn = self._drawn, []
+            self._waiting[step.step_id] = on_done
+        for tokens in drawn:
+            self._tell(tokens)
+            self._worker.record(tokens.step_id, tokens.tokens)
+        self._tell(Step(step))
+        try:
+            done = self._worker.run(step, on_layer)
+        except PeerError as error:
+            raise self._cause(error) from error
+        if done is not None:
+            self._finish(done)
+
+    def run(self, step: RunStep, on_layer: Callable[[int], None] | None = None) -> StepDone:
+        """Launch a step and wait for its outcome.
+
+        Raises:
+            InstanceError: a rank is lost, with the cause.
+        """
+        outcome: list[StepDone] = []
+        finished = threading.Event()
+
+        def on_done(done: StepDone) -> None:
+            outcome.append(done)
+            finished.set()
+
+        self.launch(step, on_done, on_layer)
+        while not finished.wait(0.05):
+            self._check()
+        return outcome[0]
+
+    def shutdown(self) -> None:
+        """End all other ranks. May be called twice, and from ``on_lost``."""
+        self._is_closed = True
+        self._processes.kill()
+        self._directory.cleanup()
+
+    def _tell(self, message: ToRank) -> None:
+        data = encode(message)
+        for end in self._processes.ranks.values():
+            try:
+                end.send_bytes(data)
+            except OSError as error:
+                raise self._cause(error) from error
+
+    def _finish(self, done: StepDone) -> None:
+        with self._lock:
+            self._drawn.append(Drawn(done.step_id, done.tokens))
+            on_done = self._waiting.pop(done.step_id)
+        on_done(done)
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def _cause(self, error: Exception) -> Loss:
+        """Why a rank is gone, as soon as that is known."""
+        self._ended.wait(2 * _GRACE)
+        self.shutdown()
+        return self._lost or InstanceError(f"a rank of the instance is gone: {error}")
+
+    def _read(self) -> None:
+        """What the other ranks say, until the instance is closed or one of them is gone."""
+        processes = self._processes
+        ranks = {end: rank for rank, end in processes.ranks.items()}
+        signs: list[tuple[int, Loss]] = []
+        deadline: float | None = None
+        ends: list[Connection] = [processes.nursery, *ranks]
+        while ends and not self._is_closed and (deadline is None or time.monotonic() < deadline):
+            try:
+                ready = wait(ends, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except (OSError, ValueError):
+                break  # closed under the wait: the instance is being closed
+            for end in ready:
+                assert isinstance(end, Connection)
+                try:
+                    sign = self._take_ended(end) if end is processes.nursery else self._take_report(end, ranks[end])
+                except (EOFError, OSError):
+                    ends.remove(end)
+                    what = "the process that started the ranks" if end is processes.nursery else f"rank {ranks[end]}"
+                    sign = (_SILENT, InstanceError(f"{what} is gone"))
+                if sign is not None:
+                    signs.append(sign)
+                    deadline = deadline or time.monotonic() + _GRACE
+            if any(weight == _CAUSE for weight, _ in signs):
+                break
+        if signs and not self._is_closed:
+            self._give_up(min(signs, key=lambda sign: sign[0])[1])
+
+    def _take_report(self, end: Connection, rank: int) -> tuple[int, Loss] | None:
+        match receive_report(end):
+            case Loaded():
+                self._loaded.add(rank)
+                if len(self._loaded) == self.parallel.num_ranks - 1:
+                    self._all_loaded.set()
+            case Done(done):
+                self._finish(done)
+            case Failed("UnsupportedModelError", reason):
+                return (_CAUSE, UnsupportedModelError(reason))
+            case Failed("ConfigError", reason):
+                return (_CAUSE, ConfigError(reason))
+            case Failed("PeerError", reason):
+                return (_CONSEQUENCE, InstanceError(f"rank {rank} lost another rank: {reason}"))
+            case Failed(kind, reason, trace):
+                return (_CAUSE, InstanceError(f"rank {rank} failed: {kind}: {reason}\n{trace}"))
+        return None
+
+    def _take_ended(self, nursery: Connection) -> tuple[int, Loss] | None:
+        ended = receive_ended(nursery)
+        error = InstanceError(f"rank {ended.rank} {describe_status(ended.status)}")
+        # A rank that ends by itself has said why; one that is killed has not.
+        return (_CAUSE if ended.status < 0 else _SILENT, error)
+
+    def _give_up(self, error: Loss) -> None:
+        self._lost = error
+        self._processes.kill()
+        self._ended.set()
+        self._all_loaded.set()
+        if self._on_lost is not None:
+            self._on_lost(error)

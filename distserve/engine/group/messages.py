@@ -1,0 +1,114 @@
+"""What rank 0 and the other ranks of its instance tell each other: msgpack over sockets that only they have.
+
+Each pair has a socket made before the process was, and inherited: nobody else can connect to it, so nothing needs to be
+proved. Decoding checks types and can make nothing but these messages.
+"""
+
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from distserve.core.commands import OpenSequence, RunStep
+from distserve.core.config import KvConfig, ParallelConfig
+from distserve.core.events import StepDone
+
+
+class RankPlan(msgspec.Struct, frozen=True):
+    """What the ranks of an instance need to know: the model, its shape, and the file in which they meet.
+
+    ``timeout`` is how many seconds a rank waits for one that is alive but silent.
+    """
+
+    model_dir: str
+    dtype: str
+    kv: KvConfig
+    parallel: ParallelConfig
+    store_file: str
+    device: str
+    num_threads: int
+    timeout: float
+
+
+class Open(msgspec.Struct, tag=True, frozen=True):
+    """To a rank: a sequence begins."""
+
+    command: OpenSequence
+
+
+class Close(msgspec.Struct, tag=True, frozen=True):
+    """To a rank: a sequence is over."""
+
+    seq_id: int
+
+
+class Step(msgspec.Struct, tag=True, frozen=True):
+    """To a rank: run your part of a step."""
+
+    step: RunStep
+
+
+class Drawn(msgspec.Struct, tag=True, frozen=True):
+    """To a rank: the tokens that a step drew, before any later step of its sequences."""
+
+    step_id: int
+    tokens: tuple[int, ...]
+
+
+class Loaded(msgspec.Struct, tag=True, frozen=True):
+    """From a rank: ready for steps."""
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """From the rank that draws the tokens: a step's outcome."""
+
+    done: StepDone
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """From a rank that ends: why. ``kind`` is the error's class, ``trace`` its traceback if it is not the user's."""
+
+    kind: str
+    reason: str
+    trace: str = ""
+
+
+class Ended(msgspec.Struct, tag=True, frozen=True):
+    """From the nursery: the process of a rank ended with this status (negative: killed by that signal)."""
+
+    rank: int
+    status: int
+
+
+ToRank = Open | Close | Step | Drawn
+FromRank = Loaded | Done | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+_from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
+_plan = msgspec.msgpack.Decoder(RankPlan)
+_ended = msgspec.msgpack.Decoder(Ended)
+
+
+def encode(message: ToRank | FromRank | Ended | RankPlan) -> bytes:
+    """Bytes of a message."""
+    return _encoder.encode(message)
+
+
+def receive_command(connection: Connection) -> ToRank:
+    """The next message to a rank; raises EOFError when rank 0 is gone."""
+    return _to_rank.decode(connection.recv_bytes())
+
+
+def receive_report(connection: Connection) -> FromRank:
+    """The next message from a rank; raises EOFError when it is gone."""
+    return _from_rank.decode(connection.recv_bytes())
+
+
+def receive_plan(connection: Connection) -> RankPlan:
+    """The nursery's first message; raises EOFError when rank 0 is gone."""
+    return _plan.decode(connection.recv_bytes())
+
+
+def receive_ended(connection: Connection) -> Ended:
+    """The nursery's next message; raises EOFError when it is gone."""
+    return _ended.decode(connection.recv_bytes())

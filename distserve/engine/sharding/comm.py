@@ -1,0 +1,109 @@
+"""What the ranks of one instance say to each other during a step: sums within a stage, activations between stages.
+
+Built on torch.distributed's process groups as objects (gloo for CPU tensors, NCCL for CUDA ones), never its global
+default group: a process may hold ranks of several instances. Ranks meet through a store in a directory that only their
+user can enter; on a host of its own, gloo listens on the loopback address alone.
+"""
+
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from distserve.core.errors import InstanceError
+from distserve.engine.sharding.shard import Shard
+
+c10d: Any = distributed
+"""torch.distributed; its stores and groups are not typed, and NCCL's is absent from builds without CUDA."""
+
+_SENDS_KEPT = 2
+"""Activations on their way to the next stage at once; a further send waits for the oldest."""
+
+
+class PeerError(InstanceError):
+    """A collective failed: most likely another rank of the instance has died, and its own report tells why."""
+
+
+class Communicator:
+    """One rank's connections to the others of its instance. Blocking; for one thread."""
+
+    def __init__(self, shard: Shard, store_file: Path, *, device: torch.device, timeout: float) -> None:
+        """Meet the other ranks, who all make theirs at the same time with the same ``store_file``.
+
+        ``timeout`` is how many seconds an operation may wait for a rank that is alive but silent.
+
+        Raises:
+            PeerError: they did not come in time.
+        """
+        parallel = shard.parallel
+        self._shard = shard
+        self._sends: deque[tuple[Any, Tensor]] = deque()
+        try:
+            store: Any = c10d.FileStore(str(store_file), parallel.num_ranks)
+            store.set_timeout(timedelta(seconds=timeout))
+            tp_store = c10d.PrefixStore(f"stage-{shard.stage}", store)
+            self._tp = _group(tp_store, shard.index, parallel.tp, device, timeout) if parallel.tp > 1 else None
+            # Stage neighbours with the same shard index exchange activations.
+            pp_store = c10d.PrefixStore(f"shard-{shard.index}", store)
+            self._pp = _group(pp_store, shard.stage, parallel.pp, device, timeout) if parallel.pp > 1 else None
+        except RuntimeError as error:
+            raise PeerError(f"the ranks of the instance did not find each other: {error}") from error
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of the stage's shards' tensors, the same to the bit on each; overwrites ``tensor``.
+
+        Raises:
+            PeerError: another rank is gone or silent.
+        """
+        if self._tp is None:
+            return tensor
+        tensor = tensor.contiguous()
+        _wait(lambda group: group.allreduce([tensor]), self._tp)
+        return tensor
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What the stage before sent next.
+
+        Raises:
+            PeerError: another rank is gone or silent.
+        """
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        _wait(lambda group: group.recv([tensor], self._shard.stage - 1, 0), self._pp)
+        return tensor
+
+    def send(self, tensor: Tensor) -> None:
+        """Send to the next stage; returns while the tensor is still on its way, unless others are.
+
+        Raises:
+            PeerError: another rank is gone or silent.
+        """
+        tensor = tensor.contiguous()
+        if len(self._sends) == _SENDS_KEPT:
+            work, _ = self._sends.popleft()
+            _wait(lambda _: work, self._pp)
+        assert self._pp is not None
+        try:
+            self._sends.append((self._pp.send([tensor], self._shard.stage + 1, 0), tensor))
+        except RuntimeError as error:
+            raise PeerError(f"another rank of the instance does not answer: {error}") from error
+
+
+def _wait(start: Any, group: Any) -> None:
+    try:
+        start(group).wait()
+    except RuntimeError as error:
+        raise PeerError(f"another rank of the instance does not answer: {error}") from error
+
+
+def _group(store: Any, rank: int, size: int, device: torch.device, timeout: float) -> Any:
+    if device.type == "cuda":
+        options = c10d.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout)  # noqa: SLF001 - torch's own name for it
+        return c10d.ProcessGroupNCCL(store, rank, size, options)
+    options = c10d.ProcessGroupGloo._Options()  # noqa: SLF001
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # noqa: SLF001
+    options._timeout = timedelta(seconds=timeout)  # noqa: SLF001
+    return c10d.ProcessGroupGloo(store, rank, size, options)
