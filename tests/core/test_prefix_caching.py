@@ -80,7 +80,7 @@ WORKLOAD = st.lists(
 
 @given(
     workload=WORKLOAD,
-    blocks=st.integers(27, 120),
+    blocks=st.integers(29, 120),
     policy=st.sampled_from(list(PrefillPolicy)),
     lookahead=st.booleans(),
     caching=st.booleans(),
