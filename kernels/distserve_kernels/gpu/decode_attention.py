@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distserve_kernels.gpu.support import sm_count
-from distserve_kernels.gpu.tiles import fold, log2_scores
+from distserve_kernels.gpu.tiles import LOG2E, fold, log2_scores
 
 _PROGRAMS_PER_SM = 8
 """Programs wanted in all: two waves at the four that fit at a time, so that the last wave's idle share is small."""
@@ -23,7 +23,8 @@ _FEWEST_KEYS = 256
 """Keys that a share should have at least; below, starting and combining cost more than the reading."""
 
 
-@triton.jit
+# What changes from step to step is not specialised on: no kernel is compiled while requests wait.
+@triton.jit(do_not_specialize=["table_stride"])
 def _share_kernel(
     q_ptr,
     k_ptr,
@@ -92,7 +93,7 @@ def _share_kernel(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     if HAS_SINKS and share == 0:
         # A sink is a key without a value; the first share counts it.
-        best = tl.load(sinks_ptr + query_heads, mask=head_ok, other=0.0).to(tl.float32) * 1.4426950408889634
+        best = tl.load(sinks_ptr + query_heads, mask=head_ok, other=0.0).to(tl.float32) * LOG2E
         total += 1.0
     for start in range(begin, end, BLOCK_N):
         positions = start + tl.arange(0, BLOCK_N)

@@ -15,7 +15,7 @@ _PROGRAM_BYTES = 32 * 1024
 _WORDS = (torch.int64, torch.int32, torch.int16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])  # not to compile another for each migration's size
 def _copy_kernel(
     pool_ptr,
     buffer_ptr,

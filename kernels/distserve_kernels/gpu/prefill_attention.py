@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distserve_kernels.gpu.tiles import find_segment, fold, log2_scores
+from distserve_kernels.gpu.tiles import LOG2E, find_segment, fold, log2_scores
 
 
 @triton.jit
@@ -78,7 +78,8 @@ def _attend(
     return best, total, acc
 
 
-@triton.jit
+# What changes from step to step is not specialised on: no kernel is compiled while requests wait.
+@triton.jit(do_not_specialize=["num_sequences", "table_stride"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -148,7 +149,7 @@ def _prefill_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_SINKS:
-        best = tl.load(sinks_ptr + query_heads, mask=row_ok, other=0.0).to(tl.float32) * 1.4426950408889634
+        best = tl.load(sinks_ptr + query_heads, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
         total += 1.0
 
     # Keys [all_begin, all_end) are seen by every row; both are multiples of BLOCK_N. [begin, end) by some.

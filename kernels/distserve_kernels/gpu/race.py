@@ -10,7 +10,7 @@ from torch import Tensor
 _BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _keys_kernel(seeds_ptr, choices_ptr, indices_ptr, out_ptr, size, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = at < size

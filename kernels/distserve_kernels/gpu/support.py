@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
@@ -35,8 +34,3 @@ def _multiprocessors(index: int | None) -> int:
         torch.cuda.current_device() if index is None else index
     ).multi_processor_count
     return count
-
-
-def interpreted() -> bool:
-    """Whether triton runs in its interpreter in this process."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

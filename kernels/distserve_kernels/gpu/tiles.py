@@ -8,7 +8,7 @@ Scores are kept in units of log2, since exp2 is what the hardware has: ``softmax
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def log2_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.c
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_SOFTCAP:
         scores = softcap * tanh(scores / softcap)
-    return scores * 1.4426950408889634
+    return scores * LOG2E
 
 
 @triton.jit
