@@ -82,13 +82,8 @@ class HeldOut:
     def without_card(self, held: Group) -> Array | None:
         """Nothing measured on the card is fitted; None if its engine was measured on no other."""
         kernels = self.kernels_of_others(held.gpu.kernels)
-        rest = [other for other in self.groups if _family(other) == _family(held) and other.gpu != held.gpu]
+        rest = [other for other in self.groups if other.engine == held.engine and other.gpu != held.gpu]
         return _predict(held, rest, kernels) if rest else None
-
-
-def _family(group: Group) -> str:
-    """The engine, on whatever host."""
-    return group.engine.split(",")[0]
 
 
 def _predict(held: Group, rest: list[Group], kernels: dict[str, Efficiency]) -> Array:
@@ -144,6 +139,8 @@ def evaluate(held_out: HeldOut) -> dict[str, Any]:
             for phase, rows in phases(group)
         }
     operators = {}
+    on_links = [(group, predicted) for group, predicted in pairs["card out"] if group.tp == 1 or group.gpu.nvlink]
+    pairs["card out, but for shards over PCIe"] = on_links
     totals = {way: asdict(pooled(found)) for way, found in pairs.items() if found}
     for table in held_out.tables:
         card = table.gpu.kernels
@@ -163,17 +160,8 @@ _INTRODUCTION = """\
 their median and 90th percentile over the rows; *ratio* is the median of predicted over measured.
 
 The measurements are other people's, see `operators.py` and `steps.py` beside this page; coefficients are fitted by
-`fit.py`. A *group* is one model, card and tensor-parallel degree under one engine.
-
-An engine's own costs (its host, and kernels of its time that are slower than the ones of the operators' tables) are
-parameters of the model, fitted with the group left out: SwiftTransformer (DistServe's engine) and the vLLM of 2023
-launch kernels one by one from Python or C++ and synchronise around collectives, which costs milliseconds a step.
-"Kernels" groups are sums of kernels and have no such parameters, except the unfused norms of the H100's.
-
-Left out, because they time something else: Splitwise's power-capped H100s and its batches of 64 at tp 2, which do not
-fit in memory; decode attention of the H100 profile that would have read its cache faster than the memory can.
-Splitwise's prompts of 4096 tokens and more at tp 4 and 8 are in: they took up to twice as long per token as those of
-2048, which no formula here explains. DistServe's fits are evaluated over steps that fit in memory.
+`fit.py`. A *group* is one model, card and tensor-parallel degree under one engine. [README](../README.md) says what is
+left out and why, where the errors come from, and what would reduce them.
 """
 
 _WAYS = {
@@ -191,9 +179,8 @@ The engine is fitted on its other model (engines measured with one model are mis
     "card": """\
 ## Whole steps, card left out
 
-No measurement on the card takes part: kernels are those of an average card, the engine is the same one on another
-card's host (engines measured on one card are missing). Hosts differ more than cards do: the machine with the H100s
-launches a layer of decodes in half the time.
+No measurement on the card takes part: its kernels are those of its kin, at the clock that its power allows, the engine
+is the one fitted on another card's host, at the speed of its own (engines measured on one card are missing).
 """,
 }
 
@@ -206,6 +193,7 @@ Against `aiconfigurator-core`, which interpolates and adds up kernels measured o
 _COEFFICIENTS = {
     "own": "with the card's own coefficients, fitted to the same kernels but not to steps",
     "card out": "with those of other cards alone",
+    "card out, but for shards over PCIe": "the latter, but for tp 4 over PCIe",
 }
 
 _OPERATORS = """\

@@ -7,17 +7,25 @@ tables, ``pip install aiconfigurator-core``. What is written are our own numbers
 """
 
 import argparse
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.latency_models.fitting import KINDS, fit_engine, fit_kernels, mean
+from benchmarks.latency_models.fitting import KINDS, coefficients, fit_engine, fit_kernels, mean
 from benchmarks.latency_models.operators import Table, load_tables
 from benchmarks.latency_models.steps import Group, load_groups
 from simulator.latency.efficiency import COEFFICIENTS, Efficiency, Engine
+from simulator.latency.gpus import BORROWED, GPUS
 
 CARDS = ("a100", "h100", "h200", "b200", "l40s", "rtx4090", "rtx-pro-6000")
-# Those of them that talk over PCIe.
-PCIE = ("l40s", "rtx4090", "rtx-pro-6000")
+# Cards are akin that share kernels and a memory system: the data centre's, with HBM, NVLink and the wide tensor
+# instructions of their kernels, and those made of graphics chips: GDDR behind a large L2 cache, PCIe between cards.
+GRAPHICS = ("l40s", "rtx4090", "rtx-pro-6000")
+DATA_CENTRE = tuple(card for card in CARDS if card not in GRAPHICS)
+
+# The kinds of kernel that tensor cores bound, and the share of the peak they reach there.
+_ARITHMETIC = {"gemm": "gemm_compute", "prefill": "attention_compute"}
+# The card that a set of coefficients is for; of those that differ in memory only, one.
+SPECS = {gpu.kernels: gpu for gpu in GPUS if gpu.kernels != "default"}
 
 # Where every fit starts, and what it stays near where the data say little.
 START = Efficiency(
@@ -38,8 +46,7 @@ _HOST = (*_COMMON, "host_prefill", "host_decode")
 ENGINES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "SwiftTransformer": (_COMMON, "distserve"),
     "vLLM 2023 (DistServe)": (_HOST, "vllm-2023"),
-    "vLLM 2023 (Splitwise, a100)": (_HOST, "vllm-2023-azure-a100"),
-    "vLLM 2023 (Splitwise, h100)": (_HOST, "vllm-2023-azure-h100"),
+    "vLLM 2023 (Splitwise)": ((*_HOST, "link_huge"), "vllm-2023-azure"),
     "unfused kernels": (("layer", "compute", "memory", "stream"), None),
     "vLLM 0.19 kernels": ((), None),
 }
@@ -52,9 +59,10 @@ _HEADER = """\
 # kernels.*: AIConfigurator's tables of vLLM's GEMMs, experts, attention and all-reduce (its package, Apache-2.0).
 # The RTX 4090, and beside them the RTX PRO 6000: LLMServingSim's layer profiles of Llama-3.1-8B (MIT). Kernels that
 # only move data on A100 and H100, sends between GPUs of a DGX A100: vidur's tables (MIT). What was not measured on a
-# card, and kernels.default: the geometric mean of the cards on which it was. *-pcie: the card with the links of others.
+# card: the geometric mean of its kin (data-centre cards, cards of graphics chips) on which it was, else of all, as
+# kernels.default. *-pcie: the card with the links of others.
 # engines.distserve, engines.vllm-2023: DistServe's fits for OPT on the A100 (Apache-2.0).
-# engines.vllm-2023-azure-*: Splitwise's measurements of Llama-2-70B and BLOOM-176B (MIT).
+# engines.vllm-2023-azure: Splitwise's measurements of Llama-2-70B and BLOOM-176B (MIT).
 # engines.vllm: assumed, not fitted; CUDA graphs hide the host but for scheduling and sampling of a step.
 """
 _VLLM = Engine(step=3e-4)
@@ -63,37 +71,61 @@ _VLLM = Engine(step=3e-4)
 def kernel_sets(tables: list[Table], known: dict[tuple[str, ...], Efficiency] | None = None) -> dict[str, Efficiency]:
     """Coefficients by card, and ``default``, from the tables that may take part in a fit.
 
-    What was not measured on a card is the geometric mean of the cards on which it was; of links, of those with the same
-    kind. ``known`` keeps the fits of cards by their tables' names, for calls with nearly the same ones.
+    What was not measured on a card is the geometric mean of its kin on which it was, else of all cards. ``known`` keeps
+    the fits of cards by their tables' names, for calls with nearly the same ones.
     """
     known = {} if known is None else known
     by_card = {card: [table for table in tables if table.fitted and table.gpu.kernels == card] for card in CARDS}
-    sets: dict[str, Efficiency] = {}
+    fitted: dict[str, Efficiency] = {}
     for card, found in by_card.items():
         names = tuple(table.name for table in found)
         if found and names not in known:
             known[names] = fit_kernels(found, START)
         if found:
-            sets[card] = known[names]
+            fitted[card] = known[names]
 
     def measured(kind: str, cards: tuple[str, ...]) -> list[Efficiency]:
-        return [sets[card] for card in cards if any(table.kind == kind for table in by_card[card])]
+        """At a power clock of 1; without the arithmetic of throttled cards, which says nothing of what cores reach."""
+        return [
+            _at_clock(fitted[card], 1 / SPECS[card].power_clock)
+            for card in cards
+            if any(table.kind == kind for table in by_card[card])
+            and not (kind in _ARITHMETIC and SPECS[card].throttle < 1)
+        ]
 
-    default = START
-    for kind in KINDS:
-        default = _with(default, kind, measured(kind, CARDS))
-    over_pcie = default
-    for kind in ("all_reduce", "send"):
-        over_pcie = _with(over_pcie, kind, measured(kind, PCIE))
-    for card in CARDS:
+    def expected(card: str, kin: tuple[str, ...]) -> Efficiency:
+        """Of a card, by what was measured on it and its kin."""
+        found = START
         for kind in KINDS:
-            own = measured(kind, (card,))
-            shared = over_pcie if card in PCIE and kind in {"all_reduce", "send"} else default
-            sets[card] = _with(sets.get(card, default), kind, own or [shared])
-    for card in ("a100", "h100"):
-        links = _with(sets[card], "all_reduce", [over_pcie])
-        sets[f"{card}-pcie"] = _with(links, "send", [over_pcie])
-    return sets | {"default": over_pcie}
+            if any(table.kind == kind for table in by_card.get(card, ())):
+                found = _with(found, kind, [fitted[card]])
+                continue
+            found = _with(found, kind, measured(kind, kin) or measured(kind, CARDS))
+            if card in SPECS and kind == "gemm":
+                found = _at_clock(found, SPECS[card].power_clock)
+            if card in SPECS and kind in _ARITHMETIC:
+                found = _throttled(found, _ARITHMETIC[kind], SPECS[card].throttle)
+        return found
+
+    sets = {card: expected(card, GRAPHICS if card in GRAPHICS else DATA_CENTRE) for card in CARDS}
+    sets["default"] = expected("default", CARDS)
+    for card, kin in BORROWED.items():
+        slower = SPECS[card].power_clock / SPECS[kin].power_clock
+        sets[card] = _at_clock(sets[kin], slower)
+    for name in ("default", "a100-pcie", "h100-pcie"):
+        links = _with(sets[name], "all_reduce", measured("all_reduce", GRAPHICS))
+        sets[name] = _with(links, "send", measured("send", GRAPHICS))
+    return sets
+
+
+def _at_clock(base: Efficiency, clock: float) -> Efficiency:
+    """``base`` where matrix products, which alone draw all of a card's power, run at another clock."""
+    return replace(base, gemm_compute=base.gemm_compute * clock)
+
+
+def _throttled(base: Efficiency, name: str, throttle: float) -> Efficiency:
+    """Kernels that reach some share of what cores can do reach twice that share of half of it, but no more than all."""
+    return replace(base, **{name: min(getattr(base, name) / throttle, 1.0)})
 
 
 def _with(base: Efficiency, kind: str, sources: list[Efficiency]) -> Efficiency:
@@ -101,8 +133,7 @@ def _with(base: Efficiency, kind: str, sources: list[Efficiency]) -> Efficiency:
     if not sources:
         return base
     average = mean(sources)
-    names = [field.name for field in fields(Efficiency) if field.name.startswith(KINDS[kind])]
-    return replace(base, **{name: getattr(average, name) for name in names})
+    return replace(base, **{name: getattr(average, name) for name in coefficients(KINDS[kind])})
 
 
 def engine_of(name: str, groups: list[Group], kernels: dict[str, Efficiency]) -> Engine:
@@ -118,7 +149,7 @@ def main() -> None:
     output: Path = parser.parse_args().output
     kernels = kernel_sets(load_tables())
     groups = load_groups()
-    sections = [_HEADER, *(_section(f"kernels.{card}", asdict(kernels[card])) for card in sorted(kernels))]
+    sections = [_HEADER, *(_section(f"kernels.{card}", _fitted(kernels[card])) for card in sorted(kernels))]
     sections.append(_section("engines.vllm", _changed(_VLLM)))
     for name, (_, shipped) in ENGINES.items():
         if shipped:
@@ -126,6 +157,11 @@ def main() -> None:
             sections.append(_section(f"engines.{shipped}", _changed(engine)))
     output.write_text("\n".join(sections), encoding="utf-8")
     print(f"wrote {output}")
+
+
+def _fitted(efficiency: Efficiency) -> dict[str, float]:
+    values = asdict(efficiency)
+    return {name: values[name] for name in coefficients("")}
 
 
 def _changed(engine: Engine) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Least squares on the logarithm of times, robust against single rows, held near a prior where data say little."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -47,12 +47,17 @@ def fit(
     return [float(value) for value in np.exp(found.x)]
 
 
+def coefficients(prefix: str) -> list[str]:
+    """The coefficients of one kind of kernel that tables of kernels decide; those with a default are an engine's."""
+    return [field.name for field in fields(Efficiency) if field.name.startswith(prefix) and field.default is MISSING]
+
+
 def fit_kernels(tables: list[Table], start: Efficiency) -> Efficiency:
     """``start`` with the coefficients of every kind of kernel in ``tables`` fitted, each table weighing the same."""
     fitted = start
     for kind, prefix in KINDS.items():
         chosen = [table.sample(_ROWS) for table in tables if table.kind == kind]
-        names = [field.name for field in fields(Efficiency) if field.name.startswith(prefix)]
+        names = coefficients(prefix)
         if not chosen:
             continue
         most = [_MOST.get(name, getattr(fitted, name) * 30) for name in names]
@@ -74,10 +79,7 @@ def fit_kernels(tables: list[Table], start: Efficiency) -> Efficiency:
 def mean(sets: Sequence[Efficiency]) -> Efficiency:
     """Geometric mean of every coefficient: what to expect of a card that was not measured."""
     return Efficiency(
-        **{
-            field.name: float(np.exp(np.mean([np.log(getattr(one, field.name)) for one in sets])))
-            for field in fields(Efficiency)
-        }
+        **{name: float(np.exp(np.mean([np.log(getattr(one, name)) for one in sets]))) for name in coefficients("")}
     )
 
 
@@ -95,6 +97,7 @@ ENGINE_BOUNDS = {
     "stream": (0.7, 0.05, 1.3),
     "link": (0.7, 0.1, 1.2),
     "link_latency": (1e-5, 1e-7, 2e-4),
+    "link_huge": (2.0, 0.1, 50.0),
 }
 
 

@@ -48,14 +48,19 @@ BLOOM_176B = ModelShape("bloom-176b", 70, 14336, 112, 112, 128, 57344, 250880, F
 LLAMA31_8B = ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256)
 LLAMA31_70B = ModelShape("llama-3.1-70b", 80, 8192, 64, 8, 128, 28672, 128256)
 _MOST = 160
+# One core of Splitwise's H100 machine (Azure ND H100 v5: Xeon 8480C, up to 3.8 GHz) beside one of its A100 machine
+# (ND A100 v4: EPYC 7V12, Zen 2, up to 3.3 GHz). Instructions per clock: Intel claims 18% from Skylake to Sunny Cove and
+# 19% from there to Golden Cove; Zen 2 is taken to equal Skylake. From data sheets, not from the step times.
+_H100_HOST = 3.8 / 3.3 * 1.18 * 1.19
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """Steps of one model on one card with one tensor-parallel degree under one engine.
 
-    ``collectives`` False: the times are sums of kernels without the shards' all-reduces. ``tables`` begins the names of
-    the operators' tables that the sums are made of, if coefficients are fitted to those.
+    ``host``: how fast one core of its machine is, beside that of the engine's first. ``collectives`` False: the times
+    are sums of kernels without the shards' all-reduces. ``tables`` begins the names of the operators' tables that the
+    sums are made of, if coefficients are fitted to those.
     """
 
     engine: str
@@ -64,6 +69,7 @@ class Group:
     tp: int
     steps: tuple[StepShape, ...]
     seconds: Array
+    host: float = 1.0
     collectives: bool = True
     tables: str = "none"
 
@@ -79,7 +85,7 @@ class Group:
                 efficiency, all_reduce_bandwidth=1e9, all_reduce_latency=1e-12, all_reduce_hop=0.0, all_reduce_large=0.0
             )
         cluster = ClusterSpec(self.gpu.name, 1, 8, self.gpu.link_bandwidth, 25e9)
-        model = AnalyticModel(self.model, cluster, engine=engine, efficiency=efficiency)
+        model = AnalyticModel(self.model, cluster, engine=engine.on_host(self.host), efficiency=efficiency)
         return model.seconds(ParallelConfig(self.tp), self.steps)
 
 
@@ -143,7 +149,8 @@ def _splitwise() -> Iterator[Group]:
             seconds.append(token)
         gpu = A100 if hardware.startswith("a100") else H100
         shape = LLAMA2_70B if model == "llama2-70b" else BLOOM_176B
-        yield Group(f"vLLM 2023 (Splitwise, {gpu.kernels})", gpu, shape, tp, tuple(steps), np.array(seconds))
+        host = _H100_HOST if gpu is H100 else 1.0
+        yield Group("vLLM 2023 (Splitwise)", gpu, shape, tp, tuple(steps), np.array(seconds), host)
 
 
 def _layer_sums() -> Iterator[Group]:

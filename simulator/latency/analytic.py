@@ -15,7 +15,7 @@ from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
 from distserve.core.topology import ClusterSpec
 from simulator.latency.efficiency import Efficiency, Engine, find_engine, kernels_of
-from simulator.latency.gpus import find_gpu
+from simulator.latency.gpus import BORROWED, find_gpu
 from simulator.latency.kernels import Array
 from simulator.latency.operations import Operation
 from simulator.latency.shape import ModelShape
@@ -48,7 +48,10 @@ class AnalyticModel:
     @property
     def source(self) -> str:
         """See :class:`simulator.latency.interface.LatencyModel`."""
-        fitted = "the nearest fitted card" if self.gpu.kernels == "default" else f"coefficients of {self.gpu.kernels}"
+        kernels = self.gpu.kernels
+        fitted = f"coefficients of {BORROWED.get(kernels, kernels)}" + ", at its own clock" * (kernels in BORROWED)
+        if kernels == "default":
+            fitted = "coefficients of an average card"
         return f"analytic roofline of {self.shape.name} on {self.gpu.name} ({fitted}, engine {self._engine_name})"
 
     def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> TabulatedStepTime:

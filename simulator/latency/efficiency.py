@@ -47,6 +47,8 @@ class Efficiency:
         all_reduce_latency: Seconds of the smallest all-reduce of two ranks, ``all_reduce_hop`` of each rank more.
         all_reduce_hop: See ``all_reduce_latency``.
         all_reduce_large: Seconds more of a large one: its ring is slower to start than the exchange of small ones.
+        all_reduce_huge: How many times as long as at the link's full bandwidth each byte beyond 64 MB takes on top; an
+            engine's (:class:`Engine`), nil in the kernels' own tables.
         all_reduce_sharing: Exponent by which pairs of ranks share that bandwidth; 0 where each has links of its own.
         send_bandwidth: Share of a link's bandwidth between two GPUs.
         send_latency: Seconds beside that.
@@ -82,6 +84,7 @@ class Efficiency:
     all_reduce_sharing: float
     send_bandwidth: float
     send_latency: float
+    all_reduce_huge: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +93,12 @@ class Engine:
 
     A step takes ``step`` + ``sequence`` for each sequence + per layer ``layer`` and the kernels' time, but no less than
     ``host_prefill`` (``host_decode`` in a step without prompts) per layer: the host launches them one by one. With CUDA
-    graphs that floor is nil. All in seconds.
+    graphs that floor is nil. All in seconds of one core of the machine it was measured on; :meth:`on_host` moves it.
 
     ``compute``, ``memory``, ``attention``, ``stream`` and ``link`` divide the time of products bound by arithmetic, of
     those bound by memory, of prompts' and
     of decodes' (``paged``) attention, of kernels that only move data, and of collectives'
-    bytes; ``link_latency`` is in addition to what a collective takes.
+    bytes; ``link_latency`` is in addition to what a collective takes, ``link_huge`` for each byte beyond 64 MB of one.
     """
 
     step: float = 0.0
@@ -110,6 +113,18 @@ class Engine:
     stream: float = 1.0
     link: float = 1.0
     link_latency: float = 0.0
+    link_huge: float = 0.0
+
+    def on_host(self, speed: float) -> "Engine":
+        """The engine where one core of the host is ``speed`` times as fast: the machine's property, not its GPUs'."""
+        return replace(
+            self,
+            step=self.step / speed,
+            sequence=self.sequence / speed,
+            layer=self.layer / speed,
+            host_prefill=self.host_prefill / speed,
+            host_decode=self.host_decode / speed,
+        )
 
     def applied(self, efficiency: Efficiency) -> Efficiency:
         """The coefficients of this engine's kernels."""
@@ -123,6 +138,7 @@ class Engine:
             stream_launch=efficiency.stream_launch / self.stream,
             all_reduce_bandwidth=efficiency.all_reduce_bandwidth * self.link,
             all_reduce_latency=efficiency.all_reduce_latency + self.link_latency,
+            all_reduce_huge=efficiency.all_reduce_huge + self.link_huge,
         )
 
 

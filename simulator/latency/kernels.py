@@ -16,8 +16,10 @@ Number = Array | float
 
 # Queries that one block of an attention kernel works on.
 _QUERY_BLOCK = 128
-# Bytes of an all-reduce at which a ring takes over from exchanging everything at once.
+# Bytes of an all-reduce at which a ring takes over from exchanging everything at once, and above which an engine's
+# collectives may lose bandwidth (`Efficiency.all_reduce_huge`).
 _LARGE_MESSAGE = 2e6
+_HUGE_MESSAGE = 64e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,9 @@ def all_reduce(bandwidth: float, eff: Efficiency, size: Array, ranks: Number) ->
     latency = eff.all_reduce_latency + eff.all_reduce_hop * (ranks - 2)
     latency = latency + eff.all_reduce_large * size / (size + _LARGE_MESSAGE)
     rate = bandwidth * eff.all_reduce_bandwidth / (ranks / 2.0) ** eff.all_reduce_sharing
-    return Cost(traffic / rate + latency, np.zeros_like(size), traffic)
+    beyond = 2.0 * (ranks - 1) / ranks * np.maximum(size - _HUGE_MESSAGE, 0.0)
+    seconds = traffic / rate + beyond / bandwidth * eff.all_reduce_huge + latency
+    return Cost(seconds, np.zeros_like(size), traffic)
 
 
 def send(bandwidth: float, eff: Efficiency, size: Array) -> Cost:

@@ -161,3 +161,20 @@ def test_an_explanation_shows_all_of_the_time(step):
     assert f"{TIMES[parallel].seconds(step) * 1e3:.2f} ms" in text
     assert "all-reduce" in text
     assert MODEL.source in text
+
+
+def test_a_faster_host_hastens_the_engine_and_not_the_kernels():
+    engine = Engine(step=0.002, sequence=1e-4, layer=1e-4)
+    slow, fast = (AnalyticModel(LLAMA_70B, cluster(), engine=one) for one in (engine, engine.on_host(2)))
+    step = decode(16, 1000)
+    saved = slow.step_time(ParallelConfig(tp=8)).seconds(step) - fast.step_time(ParallelConfig(tp=8)).seconds(step)
+    assert saved == pytest.approx((0.002 + 16 * 1e-4 + 80 * 1e-4) / 2)
+
+
+def test_an_engine_may_lose_bandwidth_in_huge_all_reduces_only():
+    plain, huge = (AnalyticModel(LLAMA_70B, cluster(), engine=Engine(link_huge=link)) for link in (0.0, 2.0))
+    parallel = ParallelConfig(tp=4)
+    below, above = prompt(64_000_000 // (2 * 8192)), prompt(8192)
+    assert huge.seconds(parallel, [below])[0] == plain.seconds(parallel, [below])[0]
+    lost = huge.seconds(parallel, [above])[0] - plain.seconds(parallel, [above])[0]
+    assert lost == pytest.approx(160 * 1.5 * (8192 * 2 * 8192 - 64e6) / 450e9 * 2)
