@@ -189,6 +189,9 @@ class RankGroup:
         self._is_closed = True
         self._processes.kill()
         self._directory.cleanup()
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+            self._processes.release()
 
     def _tell(self, message: ToRank) -> None:
         data = encode(message)
@@ -267,9 +270,10 @@ class RankGroup:
         return (_CAUSE if ended.status < 0 else _SILENT, error)
 
     def _give_up(self, error: Loss) -> None:
-        self._lost = error
         self._processes.kill()
+        if self._on_lost is not None and self._all_loaded.is_set():
+            self._on_lost(error)
+        # Last, so that whoever sees the error finds the instance ended and everyone told.
+        self._lost = error
         self._ended.set()
         self._all_loaded.set()
-        if self._on_lost is not None:
-            self._on_lost(error)

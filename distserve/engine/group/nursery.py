@@ -49,6 +49,8 @@ def _watch(parent: Connection, ranks: dict[int, tuple[int, int]]) -> None:
                 if key.fd == parent.fileno():
                     for _, pid in ranks.values():
                         os.kill(pid, signal.SIGKILL)
+                    for _, pid in ranks.values():
+                        os.waitpid(pid, 0)
                     return
                 rank, pid = ranks.pop(key.fd)
                 selector.unregister(key.fd)

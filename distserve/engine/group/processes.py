@@ -1,5 +1,6 @@
 """Starting and ending the processes of an instance's other ranks, and what became of each."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -26,16 +27,26 @@ class RankProcesses:
         )
         for _, other in pairs:
             other.close()
-        ends = [Connection(pair[0].detach()) for pair in pairs]
+        self._sockets = [own for own, _ in pairs]
+        ends = [Connection(os.dup(own.fileno())) for own, _ in pairs]
         self.nursery = ends[0]
         self.ranks = {rank: ends[rank] for rank in range(1, num_ranks)}
         self.nursery.send_bytes(encode(plan))
 
     def kill(self) -> None:
-        """End all processes and wait until they have ended. May be called twice."""
+        """End all processes and wait until they have ended; then every end reads as closed. May be called twice."""
+        # Closing would not do: a thread that waits on an end keeps its socket open.
+        for own in self._sockets:
+            with contextlib.suppress(OSError):  # shut already
+                own.shutdown(socket.SHUT_RDWR)
+        self._nursery_process.wait()
+
+    def release(self) -> None:
+        """Close the ends, which nobody reads any more."""
+        for own in self._sockets:
+            own.close()
         for end in (self.nursery, *self.ranks.values()):
             end.close()
-        self._nursery_process.wait()
 
 
 def describe_status(status: int) -> str:
