@@ -1,4 +1,4 @@
-"""A rank in a process of its own, driven line by line: run by ``test_shm_processes.py``.
+"""A rank in a process of its own, driven line by line: run by ``conftest.py``.
 
 Reads JSON commands from standard input, writes one JSON line per answer or ended pull.
 """
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from distserve.core.errors import TransferError
 from distserve.transfer.shm import ShmTransport
+from distserve.transfer.tcp import TcpTransport
 from tests.transfer.pools import LAYOUT, SECRET, fill, migrate
 
 _output = threading.Lock()
@@ -29,7 +30,10 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     layout = replace(LAYOUT, **options.get("layout", {}))
     secret = options["secret"].encode() if "secret" in options else SECRET
-    transport = ShmTransport(layout, secret=secret, clock=time.time)
+    if options.get("transport") == "tcp":
+        transport = TcpTransport(layout, host="127.0.0.1", secret=secret, clock=time.time)
+    else:
+        transport = ShmTransport(layout, secret=secret, clock=time.time)
     fill(transport.buffer, layout, options.get("seed", 0))
     say(address=transport.address)
     for line in sys.stdin:

@@ -1,10 +1,8 @@
 """Shared memory between real processes, and what is left when they are killed."""
 
 import fcntl
-import json
 import mmap
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,50 +14,6 @@ import pytest
 from distserve.core.errors import TransferError
 from distserve.transfer.shm import ShmTransport
 from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, fill, migrate
-
-_PEER = Path(__file__).with_name("peer.py")
-
-
-class Peer:
-    """A ``peer.py`` process."""
-
-    def __init__(self, **options):
-        self.process = subprocess.Popen(
-            [sys.executable, str(_PEER), json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.address = self.read()["address"]
-
-    def read(self):
-        return json.loads(self.process.stdout.readline())
-
-    def call(self, name, *arguments):
-        """Call a method of the peer's transport and return its answer."""
-        self.process.stdin.write(json.dumps([name, *arguments]) + "\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def release(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
-@pytest.fixture
-def start():
-    peers = []
-
-    def starter(**options):
-        peers.append(Peer(**options))
-        return peers[-1]
-
-    yield starter
-    for peer in peers:
-        peer.release()
 
 
 @pytest.fixture
