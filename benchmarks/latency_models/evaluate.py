@@ -1,6 +1,6 @@
 """How wrong the analytic latency model is, on measurements that its coefficients were not fitted to.
 
-    python -m benchmarks.latency_models.evaluate            # rewrites results/ beside this file; about a minute
+    python -m benchmarks.latency_models.evaluate            # rewrites results/ beside this file; two minutes
 
 Whole steps are held out by groups (one model, card and tensor-parallel degree under one engine), by models and by
 cards, each time with everything fitted anew on the rest; never single rows. Operators are reported apart. Needs the
