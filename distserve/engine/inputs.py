@@ -1,7 +1,8 @@
 """What a model's forward pass needs to know of a step's batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,9 @@ class StepInputs:
     """[B + 1] int32: sequence b owns tokens ``query_starts[b]:query_starts[b + 1]``"""
     context_lens: Tensor
     """[B] int32: tokens of each sequence, this step's included"""
+
+    def to(self, device: torch.device) -> "StepInputs":
+        """The same inputs on ``device``; these themselves where they are there already."""
+        if self.tokens.device.type == device.type:
+            return self
+        return StepInputs(*(getattr(self, field.name).to(device) for field in fields(self)))

@@ -46,13 +46,15 @@ def start() -> Iterator[Callable[..., RankGroup]]:
         group.shutdown()
 
 
+def nurseries() -> list[int]:
+    """Processes that this one started to start ranks."""
+    return [pid for pid in children_of(os.getpid()) if b"group.nursery" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def rank_pids() -> list[int]:
     """Processes of ranks 1, 2, ... of the one group that this process has."""
-    nurseries = [
-        pid for pid in children_of(os.getpid()) if b"group.nursery" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    assert len(nurseries) == 1
-    return children_of(nurseries[0])
+    (nursery,) = nurseries()
+    return children_of(nursery)
 
 
 def children_of(pid: int) -> list[int]:
@@ -162,3 +164,9 @@ def test_a_shape_that_does_not_divide_the_model(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         start(llama.path, tp, pp)
+
+
+def test_an_instance_without_room_is_refused_before_it_starts(llama: Served) -> None:
+    with pytest.raises(ConfigError, match=r"an instance of tp 2 and pp 1 needs .* are missing"):
+        RankGroup(llama.path, parallel=ParallelConfig(2, 1), kv=KvConfig(10**9, 16))
+    assert not nurseries()

@@ -18,6 +18,7 @@ from distserve.core.config import KvConfig, KvLayout, ParallelConfig
 from distserve.core.errors import ConfigError, InstanceError, UnsupportedModelError
 from distserve.core.events import StepDone
 from distserve.engine.description import describe_config, load_config
+from distserve.engine.group.memory import check_memory
 from distserve.engine.group.messages import (
     Close,
     Done,
@@ -33,7 +34,7 @@ from distserve.engine.group.messages import (
     receive_report,
 )
 from distserve.engine.group.processes import RankProcesses, describe_status
-from distserve.engine.group.rank import make_worker
+from distserve.engine.group.rank import make_worker, rank_device
 from distserve.engine.kv import TORCH_DTYPES
 from distserve.engine.sharding.comm import PeerError
 from distserve.engine.sharding.shard import shard_of
@@ -76,13 +77,14 @@ class RankGroup:
             parallel: the instance's shape.
             kv: blocks of the KV pool, the same on every rank.
             dtype: of weights, activations and KV.
-            device: where to compute.
+            device: where to compute: ``cpu``, or ``cuda``, of which rank r takes device r.
             num_threads: threads that compute, per rank.
             timeout: seconds that a rank waits for one that is alive but silent.
             on_lost: told, once and from another thread, when the instance has lost a rank, with the cause.
 
         Raises:
             ConfigError: the model directory is damaged, or the shape does not divide the model.
+            ConfigError: there is no room for weights and KV; says how much is missing.
             UnsupportedModelError: the model cannot be served exactly, or only by one rank.
             InstanceError: a rank died while loading; says which, and of what.
         """
@@ -91,7 +93,9 @@ class RankGroup:
         path = Path(model_dir)
         config = load_config(path)
         self.description = describe_config(config, path)
-        shard_of(self.description, config.num_attention_heads, parallel, 0)  # a wrong shape is refused before a start
+        # A wrong shape, or one without room, is refused before anything is started.
+        first = shard_of(self.description, config.num_attention_heads, parallel, 0)
+        check_memory(self.description, first, kv, dtype, rank_device(device, 0))
         self.parallel = parallel
         self._on_lost = on_lost
         self._waiting: dict[int, Callable[[StepDone], None]] = {}
@@ -102,6 +106,8 @@ class RankGroup:
         self._ended = threading.Event()
         self._loaded: set[int] = set()
         self._all_loaded = threading.Event()
+        if parallel.num_ranks == 1:
+            self._all_loaded.set()
         # Removed once all have met: the ranks hold what they need of it open.
         self._directory = tempfile.TemporaryDirectory(prefix="distserve-ranks-")
         plan = RankPlan(

@@ -28,6 +28,11 @@ from distserve.engine.sharding.comm import PeerError
 logger = logging.getLogger(__name__)
 
 
+def rank_device(device: str, rank: int) -> torch.device:
+    """Where rank ``rank`` computes if the instance's device is ``device`` (``cpu`` or ``cuda``)."""
+    return torch.device(device, rank) if device == "cuda" else torch.device(device)
+
+
 def make_worker(plan: RankPlan, rank: int) -> ShardWorker:
     """Load rank ``rank``'s part; raises what :class:`ShardWorker` does."""
     return ShardWorker(
@@ -37,7 +42,7 @@ def make_worker(plan: RankPlan, rank: int) -> ShardWorker:
         parallel=plan.parallel,
         rank=rank,
         store_file=Path(plan.store_file),
-        device=torch.device(plan.device),
+        device=rank_device(plan.device, rank),
         timeout=plan.timeout,
     )
 

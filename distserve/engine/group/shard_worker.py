@@ -64,9 +64,12 @@ class ShardWorker:
         self.description = describe_config(config, model_dir)
         self.shard = shard_of(self.description, config.num_attention_heads, parallel, rank)
         comm = Communicator(self.shard, store_file, device=device, timeout=timeout)
-        self.kv = KvPool(self.shard.layout(kv, dtype), kv_buffer)
+        layout = self.shard.layout(kv, dtype)
+        if kv_buffer is None:
+            kv_buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
+        self.kv = KvPool(layout, kv_buffer)
         module, cut = load_shard(config, model_dir, dtype, self.shard, comm)
-        self._model = StageModel(module, cut, self.kv, comm)
+        self._model = StageModel(module, cut, self.kv, comm, device)
         verify_stage(self._model)
         self._sequences: dict[int, SequenceState] = {}
         self._batches: list[Batch] = []
@@ -108,7 +111,7 @@ class ShardWorker:
         if not self.shard.samples:
             return None
         assert logits is not None
-        return draw_tokens(batch, logits, step.step_id)[0]
+        return draw_tokens(batch, logits.cpu(), step.step_id)[0]
 
     def record(self, step_id: int, tokens: tuple[int, ...]) -> None:
         """Note the tokens that a step drew."""

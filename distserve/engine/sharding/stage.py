@@ -17,8 +17,10 @@ from distserve.engine.verify import AttentionRecorder, Trial, check_agreement, c
 class StageModel:
     """A rank's part of a model bound to a KV pool: activations or tokens in, activations or logits out."""
 
-    def __init__(self, module: Any, cut: Cut, kv: KvPool, comm: Communicator) -> None:
-        self.module = module
+    def __init__(self, module: Any, cut: Cut, kv: KvPool, comm: Communicator, device: torch.device) -> None:
+        """``module`` is moved to ``device``, where ``kv`` is."""
+        self.module = module.to(device)
+        self._device = device
         self.kv = kv
         self._cut = cut
         self._comm = comm
@@ -36,6 +38,7 @@ class StageModel:
         Raises:
             PeerError: another rank is gone.
         """
+        inputs = inputs.to(self._device)
         paged = PagedAttention(inputs, self.kv.keys, self.kv.values, on_layer)
         return self.forward(inputs.tokens, inputs.positions, inputs.logits_rows, paged)
 
@@ -44,7 +47,9 @@ class StageModel:
         cut, config = self._cut, self.module.config
         if not cut.shard.is_first:
             shape = (1, len(tokens), config.hidden_size)
-            cut.entering = self._comm.receive(shape, self.module.dtype, tokens.device)
+            cut.entering = self._comm.receive(shape, self.module.dtype, self._device)
+        tokens, positions = tokens.to(self._device), positions.to(self._device)
+        logits_rows = logits_rows.to(self._device)
         more = {} if paged is None else {"paged": paged}
         output = self.module(
             input_ids=tokens.unsqueeze(0),
