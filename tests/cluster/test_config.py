@@ -37,7 +37,7 @@ cluster: {{gpu: h100-sxm, nodes: 4}}
 placement:
   prefill: {{instances: 3}}
   decode: {{instances: 2}}
-engine: {{dtype: bfloat16, kv_tokens: 4096, threads: 2}}
+engine: {{dtype: bfloat16, kv_tokens: 4096, threads: 2, prefix_caching: true}}
 serving: {{port: 9000, served_model_name: "a,b"}}
 """
     config = load(tmp_path, text, **{"placement.prefill.instances": 1, "serving.port": 9001, "engine.dtype": None})
@@ -45,6 +45,7 @@ serving: {{port: 9000, served_model_name: "a,b"}}
     assert config.port == 9001
     assert config.engine.dtype == "bfloat16"
     assert config.engine.kv == KvRequest(num_tokens=4096)
+    assert config.engine.prefix_caching
     assert config.served_model_names == ("a", "b")
 
 
