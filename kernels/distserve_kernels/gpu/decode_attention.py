@@ -199,7 +199,7 @@ def decode_attention(
     shares = num_shares(num_sequences * num_kv_heads, max_keys, sm_count(q.device))
     block_d = max(triton.next_power_of_2(head_dim), 16)
     wide = q.dtype == torch.float32
-    # 64 KiB of keys and values in flight per program at three stages: three programs fit a multiprocessor of 228 KiB.
+    # Two buffers of 32 KiB of keys and values per program: three programs fit a multiprocessor's 228 KiB.
     block_n = max(min(8192 // block_d // (2 if wide else 1), 64), 16)
     parts = torch.empty(0, dtype=torch.float32, device=q.device)
     part_logs = parts
@@ -244,7 +244,8 @@ def decode_attention(
         BLOCK_D=block_d,
         BLOCK_N=block_n,
         num_warps=4,
-        num_stages=3,
+        # The loads hang on the load of the block table, and each link takes a stage: 5 is one tile ahead.
+        num_stages=5,
     )
     if shares > 1:
         _combine_kernel[(num_heads, num_sequences)](

@@ -214,7 +214,7 @@ def prefill_attention(
     num_sequences = context_lens.shape[0]
     block_d = max(triton.next_power_of_2(head_dim), 16)
     wide = q.dtype == torch.float32
-    # A tile of 128 rows fills the tensor cores of two warp groups; keys and values of three stages fit beside it.
+    # A tile of 128 rows fills the tensor cores of two warp groups; three buffers of keys and values fit beside it.
     block_m = max(64 if wide else 128, triton.next_power_of_2(group))
     block_n = max(min(8192 // block_d // (2 if wide else 1), 64), 16)
     num_tiles = num_tokens // (block_m // group) + num_sequences
@@ -254,6 +254,7 @@ def prefill_attention(
         BLOCK_D=block_d,
         BLOCK_N=block_n,
         num_warps=8,
-        num_stages=2 if wide else 3,
+        # The loads hang on the load of the block table, and each link takes a stage: 5 is one tile ahead.
+        num_stages=2 if wide else 5,
     )
     return out

@@ -69,7 +69,10 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def facts(name: str, binary: bytes, shared: int) -> dict[str, object]:
-    """Registers, bytes of spilled registers, and which memory and matrix instructions a binary has."""
+    """Registers, bytes of spilled registers, and which memory and matrix instructions a binary has.
+
+    ``ahead`` counts the waits that leave loads in flight: without one, nothing is loaded while the tensor cores work.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -82,6 +85,7 @@ def facts(name: str, binary: bytes, shared: int) -> dict[str, object]:
             "wide_loads": r"LDG\.E\.128|LDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128",
             "loads": r"LDG\.E|LDGSTS",
             "async": "LDGSTS",
+            "ahead": r"DEPBAR\.LE SB0, 0x[1-9]",
             "wide_stores": r"STG\.E\.128",
             "stores": r"STG\.E",
             "wgmma": "HGMMA",

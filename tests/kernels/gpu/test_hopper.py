@@ -37,6 +37,7 @@ def test_in_bfloat16_with_tensor_cores_wide_loads_and_no_spilled_registers(tmp_p
             assert fact["wgmma"], fact
         if fact["kernel"] in {"_share_kernel", "_prefill_kernel", "_matmul_kernel"}:
             assert fact["async"], fact
+            assert fact["ahead"], fact
             assert fact["mma"] + fact["wgmma"], fact
 
 
