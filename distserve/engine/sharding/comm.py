@@ -64,6 +64,19 @@ class Communicator:
         _wait(lambda group: group.allreduce([tensor]), self._tp)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The stage's shards' tensors [..., columns] side by side, in order: [..., shards * columns].
+
+        Raises:
+            PeerError: another rank is gone or silent.
+        """
+        if self._tp is None:
+            return tensor
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self._shard.parallel.tp)]
+        _wait(lambda group: group.allgather([parts], [tensor]), self._tp)
+        return torch.cat(parts, dim=-1)
+
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """What the stage before sent next.
 

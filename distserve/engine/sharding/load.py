@@ -20,6 +20,8 @@ from distserve.engine.sharding.cut import Cut
 from distserve.engine.sharding.shard import Shard
 from distserve.engine.sharding.slicing import LazySlice
 
+_OLD_HEAD_WEIGHT = "embed_out.weight"
+"""What GPT-NeoX's checkpoints call the head."""
 _LAYER_KEY = re.compile(r"^(?P<before>(?:.*\.)?(?:layers|h)\.)(?P<layer>\d+)\.(?P<name>.+)$")
 
 
@@ -87,7 +89,8 @@ def _own_slices(stored: dict[str, Any], cut: Cut) -> dict[str, LazySlice]:
         match = _LAYER_KEY.match(name)
         if match is None:
             if not cut.is_absent(name):
-                result[name] = LazySlice(tensor, None)
+                is_head = name in {cut.head_weight, _OLD_HEAD_WEIGHT}
+                result[name] = LazySlice(tensor, cut.head_slicing if is_head else None)
             continue
         slicing = cut.slicings.get(int(match["layer"]))
         if slicing is not None:
