@@ -27,7 +27,7 @@ def grouped_matmul(x: Tensor, weights: Tensor, expert_starts: Tensor, out: Tenso
 
     Args:
         x: [A, in], rows of one expert together; rows before ``starts[0]`` or from ``starts[E]`` on are not computed.
-        weights: [E, out, in], as a linear layer has them.
+        weights: [E, out, in], as a linear layer has them; a transposed view of [E, in, out] will do.
         expert_starts: [E + 1] int32, ascending.
         out: [A, out] to write into.
 
@@ -40,7 +40,6 @@ def grouped_matmul(x: Tensor, weights: Tensor, expert_starts: Tensor, out: Tenso
         from distserve_kernels.gpu import grouped_matmul as gpu
 
         x = x if x.stride(1) == 1 else x.contiguous()
-        weights = weights if weights.stride(2) == 1 else weights.contiguous()
         return gpu.grouped_matmul(x, weights, expert_starts.int().contiguous(), out)
     result = torch.empty((x.shape[0], weights.shape[1]), dtype=x.dtype, device=x.device) if out is None else out
     starts = expert_starts.tolist()

@@ -26,6 +26,7 @@ def _matmul_kernel(
     x_stride,
     w_stride_e,
     w_stride_o,
+    w_stride_i,
     out_stride,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -51,7 +52,7 @@ def _matmul_kernel(
         inner = start + tl.arange(0, BLOCK_K)
         inner_ok = inner < num_inputs
         x = tl.load(x_rows + inner[None, :], mask=row_ok[:, None] & inner_ok[None, :], other=0.0)
-        w = tl.load(w_rows + inner[:, None], mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
+        w = tl.load(w_rows + inner[:, None] * w_stride_i, mask=inner_ok[:, None] & column_ok[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     out = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
@@ -80,6 +81,7 @@ def grouped_matmul(x: Tensor, weights: Tensor, expert_starts: Tensor, out: Tenso
         x.stride(0),
         weights.stride(0),
         weights.stride(1),
+        weights.stride(2),
         result.stride(0),
         PRECISION="tf32x3" if wide else "ieee",
         BLOCK_M=block_m,

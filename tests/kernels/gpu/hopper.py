@@ -135,6 +135,7 @@ def launch_all(dtype: torch.dtype) -> None:
     for num_rows in (8, 2048):
         rows, weights = torch.empty(num_rows, 1024, dtype=dtype), torch.empty(8, 512, 1024, dtype=dtype)
         grouped_matmul.grouped_matmul(rows, weights, starts)
+        grouped_matmul.grouped_matmul(rows, torch.empty(8, 1024, 512, dtype=dtype).mT, starts)
     keys = race.philox_keys(slots, slots, slots)
     race.race_uniforms(keys, 5000)
     race.race_draw(torch.empty(8, 128256), keys)

@@ -15,16 +15,19 @@ from tests.kernels.gpu.checking import DTYPES, NAN, SEEDS, assert_matches, bits,
     num_inputs=st.sampled_from([1, 16, 70, 130]),
     num_outputs=st.sampled_from([1, 32, 150]),
     around=st.sampled_from([(0, 0), (2, 3)]),
+    transposed=st.booleans(),
     dtype=DTYPES,
     seed=SEEDS,
 )
-def test_grouped_matmul(device, counts, num_inputs, num_outputs, around, dtype, seed):
+def test_grouped_matmul(device, counts, num_inputs, num_outputs, around, transposed, dtype, seed):
     starts = torch.tensor([around[0], *counts]).cumsum(0).int()
     num_rows = int(starts[-1]) + around[1]
     x = random(num_rows, num_inputs, dtype=dtype, seed=seed)
     weights = (random(len(counts), num_outputs, num_inputs, dtype=torch.float32, seed=seed + 1) / num_inputs**0.5).to(
         dtype
     )
+    if transposed:
+        weights = weights.mT.contiguous().mT
     exact = grouped_matmul(x.double(), weights.double(), starts)
     out = torch.full((num_rows, num_outputs), NAN, dtype=dtype, device=device)
     with pytest.MonkeyPatch.context() as patch:
