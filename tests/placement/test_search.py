@@ -144,6 +144,6 @@ def test_what_is_out_of_reach_says_why(problem, constraint, words):
 
 def test_a_model_that_fits_no_shape_says_so():
     problem = toy_problem()
-    limits = replace(problem.limits, kv_tokens=None, memory_bytes=500_000_000)
+    limits = replace(problem.limits, kv_tokens=None, memory_bytes=300_000_000)
     with pytest.raises(UnreachableError, match="fits no shape"):
         find_plan(replace(problem, limits=limits))
