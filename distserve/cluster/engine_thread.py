@@ -6,10 +6,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 
 from distserve.cluster.driver import EngineCommand
 from distserve.core.commands import CloseSequence, OpenSequence, RunStep
 from distserve.core.events import StepDone, StepFailed
+from distserve.engine.group.driver import RankGroup
 from distserve.engine.worker import Worker
 from distserve.transfer.transport import Transport
 
@@ -31,7 +33,7 @@ class EngineThread:
 
     def __init__(
         self,
-        load: Callable[[], Worker],
+        load: Callable[[], Worker | RankGroup],
         transport: Transport,
         feed: Callable[[StepDone | StepFailed], None],
         cores: Iterable[int] = (),
@@ -74,8 +76,23 @@ class EngineThread:
                     worker.open(command)
                 case CloseSequence(seq_id):
                     worker.close(seq_id)
+                case RunStep() if isinstance(worker, RankGroup):
+                    self._launch(worker, command)
                 case RunStep():
+                    assert isinstance(worker, Worker)
                     self._feed(self._step(worker, command))
+        if isinstance(worker, RankGroup):
+            worker.shutdown()
+
+    def _launch(self, group: RankGroup, command: RunStep) -> None:
+        """Start a step of several ranks, whose outcome may be fed by another thread.
+
+        A lost rank is not caught: the process ends, and supervision replaces the instance.
+        """
+        step_id = command.step_id
+        self._transport.begin_step(step_id)
+        group.launch(command, self._feed, partial(self._transport.layer_done, step_id))
+        self._transport.end_step(step_id)
 
     def _step(self, worker: Worker, command: RunStep) -> StepDone | StepFailed:
         step_id = command.step_id

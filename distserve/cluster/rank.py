@@ -12,6 +12,7 @@ from distserve.cluster.clock import TimerThread, cluster_time
 from distserve.cluster.driver import Driver, Log, Network
 from distserve.cluster.engine_thread import EngineThread
 from distserve.cluster.parts import EnginePlan
+from distserve.cluster.rank_memory import MEMORY, InstanceTransport
 from distserve.core.commands import CancelMigrate, Migrate
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.decode import DecodeScheduler
@@ -19,6 +20,7 @@ from distserve.core.events import Event, Machine, Received, Timer
 from distserve.core.messages import InstanceGone
 from distserve.core.mixed import MixedScheduler
 from distserve.core.prefill import PrefillScheduler
+from distserve.engine.group.driver import RankGroup
 from distserve.engine.worker import Worker
 from distserve.transfer.transport import Transport
 
@@ -35,7 +37,7 @@ def scheduler_for(spec: InstanceSpec) -> Machine:
 
 
 class Rank:
-    """The only rank of an instance.
+    """Rank 0 of an instance, which speaks for it; the other ranks, if any, are its child processes.
 
     Args:
         spec: The instance.
@@ -94,8 +96,24 @@ class Rank:
         self._engine.close()
         self._transport.close()
 
-    def _load(self) -> Worker:
+    def _load(self) -> Worker | RankGroup:
         buffer = torch.frombuffer(self._transport.buffer, dtype=torch.uint8)
+        transport = self._transport
+        if isinstance(transport, InstanceTransport):
+            group = RankGroup(
+                self._plan.model_dir,
+                parallel=self.spec.parallel,
+                dtype=self._plan.dtype,
+                kv=self.spec.kv,
+                num_threads=self._plan.num_threads,
+                kv_buffer=buffer,
+                memory=MEMORY,
+                memory_options=transport.secret,
+                on_told=transport.told,
+                on_lost=_end,
+            )
+            transport.attach(group)
+            return group
         return Worker(
             self._plan.model_dir,
             dtype=self._plan.dtype,
@@ -106,6 +124,11 @@ class Rank:
 
     def _feed(self, event: Event) -> None:
         self._driver.feed(event)
+
+
+def _end(error: Exception) -> None:
+    """A rank is lost, and with it the instance: uncaught on purpose, the process ends and supervision replaces it."""
+    raise error
 
 
 class _Migrator:

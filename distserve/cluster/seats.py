@@ -125,10 +125,10 @@ def match_nodes(groups: Iterable[NodeGroup], cluster: ClusterSpec, found: Sequen
 def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | None) -> None:
     """Raise ConfigError for what can be planned and reserved, but not be computed by the engine of this version."""
     for instance in instances:
-        if instance.parallel.num_ranks > 1:
+        if len({gpu.node for gpu in instance.gpus}) > 1:
             raise ConfigError(
-                f"{instance.role} instances of tp {instance.parallel.tp} x pp {instance.parallel.pp} cannot be started "
-                "yet: the engine runs one rank per instance; launch a placement with tp 1 and pp 1"
+                f"the ranks of a {instance.role} instance are planned on several nodes, and they speak to each other "
+                "within one so far: launch a placement that has each instance on one node"
             )
     if cluster is not None and cluster.gpu != CPU:
         raise ConfigError(

@@ -142,8 +142,9 @@ def test_a_damaged_placement_is_refused(instances: list[WantedInstance], expecte
 
 
 def test_what_the_engine_cannot_do_yet_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"decode instances of tp 2 x pp 3 .* one rank per instance"):
-        check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 3)], None)
+    with pytest.raises(ConfigError, match="ranks of a decode instance are planned on several nodes"):
+        check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 1, 2, (0, 0), (1, 0))], None)
+    check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 3)], None)
     apart = [instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (1, 0))]
     with pytest.raises(ConfigError, match="several nodes"):
         check_engine(apart, ClusterSpec("cpu", 2, 1, 1.0, 1.0))

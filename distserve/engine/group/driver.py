@@ -4,6 +4,7 @@ Commands go to every rank in one order; the rank that draws the tokens answers, 
 next command. So a step costs each rank one message and the instance no wait but that for its own result.
 """
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distserve.core.commands import OpenSequence, RunStep
 from distserve.core.config import KvConfig, KvLayout, ParallelConfig
@@ -20,6 +22,7 @@ from distserve.core.events import StepDone
 from distserve.engine.description import describe_config, load_config
 from distserve.engine.group.memory import check_memory
 from distserve.engine.group.messages import (
+    Ask,
     Close,
     Done,
     Drawn,
@@ -28,6 +31,7 @@ from distserve.engine.group.messages import (
     Open,
     RankPlan,
     Step,
+    Told,
     ToRank,
     encode,
     receive_ended,
@@ -69,6 +73,10 @@ class RankGroup:
         num_threads: int = 1,
         timeout: float = 60.0,
         on_lost: Callable[[Loss], None] | None = None,
+        kv_buffer: Tensor | None = None,
+        memory: str = "",
+        memory_options: bytes = b"",
+        on_told: Callable[[int, bytes], None] | None = None,
     ) -> None:
         """Start the ranks and load the model on all of them.
 
@@ -81,6 +89,10 @@ class RankGroup:
             num_threads: threads that compute, per rank.
             timeout: seconds that a rank waits for one that is alive but silent.
             on_lost: told, once and from another thread, when the instance has lost a rank, with the cause.
+            kv_buffer: rank 0's KV memory; None allocates it.
+            memory: the class that the other ranks keep theirs in (see :class:`RankPlan`).
+            memory_options: what it is made with.
+            on_told: told, from another thread, what the memory of a rank says.
 
         Raises:
             ConfigError: the model directory is damaged, or the shape does not divide the model.
@@ -98,13 +110,15 @@ class RankGroup:
         check_memory(self.description, first, kv, dtype, rank_device(device, 0))
         self.parallel = parallel
         self._on_lost = on_lost
+        self._on_told = on_told
+        self.addresses: dict[int, str] = {}
+        self._send_lock = threading.Lock()
         self._waiting: dict[int, Callable[[StepDone], None]] = {}
         self._drawn: list[Drawn] = []
         self._lock = threading.Lock()
         self._is_closed = False
         self._lost: Loss | None = None
         self._ended = threading.Event()
-        self._loaded: set[int] = set()
         self._all_loaded = threading.Event()
         if parallel.num_ranks == 1:
             self._all_loaded.set()
@@ -119,13 +133,15 @@ class RankGroup:
             device=device,
             num_threads=num_threads,
             timeout=timeout,
+            memory=memory,
+            memory_options=memory_options,
         )
         torch.set_num_threads(num_threads)
         self._processes = RankProcesses(plan)
         self._reader = threading.Thread(target=self._read, name="ranks", daemon=True)
         self._reader.start()
         try:
-            self._worker = make_worker(plan, 0)
+            self._worker = make_worker(plan, 0, kv_buffer)
             self._all_loaded.wait()
             self._check()
         except PeerError as error:
@@ -201,11 +217,17 @@ class RankGroup:
 
     def _tell(self, message: ToRank) -> None:
         data = encode(message)
-        for end in self._processes.ranks.values():
-            try:
-                end.send_bytes(data)
-            except OSError as error:
-                raise self._cause(error) from error
+        try:
+            with self._send_lock:
+                for end in self._processes.ranks.values():
+                    end.send_bytes(data)
+        except OSError as error:
+            raise self._cause(error) from error
+
+    def ask(self, rank: int, request: bytes) -> None:
+        """Have the memory of ``rank`` (not 0) do something. From any thread; lost with the rank."""
+        with self._send_lock, contextlib.suppress(OSError):
+            self._processes.ranks[rank].send_bytes(encode(Ask(request)))
 
     def _finish(self, done: StepDone) -> None:
         with self._lock:
@@ -253,9 +275,12 @@ class RankGroup:
 
     def _take_report(self, end: Connection, rank: int) -> tuple[int, Loss] | None:
         match receive_report(end):
-            case Loaded():
-                self._loaded.add(rank)
-                if len(self._loaded) == self.parallel.num_ranks - 1:
+            case Told(answer):
+                assert self._on_told is not None
+                self._on_told(rank, answer)
+            case Loaded(address):
+                self.addresses[rank] = address
+                if len(self.addresses) == self.parallel.num_ranks - 1:
                     self._all_loaded.set()
             case Done(done):
                 self._finish(done)

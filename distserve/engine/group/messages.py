@@ -16,7 +16,9 @@ from distserve.core.events import StepDone
 class RankPlan(msgspec.Struct, frozen=True):
     """What the ranks of an instance need to know: the model, its shape, and the file in which they meet.
 
-    ``timeout`` is how many seconds a rank waits for one that is alive but silent.
+    ``timeout`` is how many seconds a rank waits for one that is alive but silent. ``memory`` names (``module:class``)
+    the :class:`distserve.engine.group.memory_port.RankMemory` that each rank keeps its KV in, made with
+    ``memory_options``; without a name it is memory of its own.
     """
 
     model_dir: str
@@ -27,6 +29,8 @@ class RankPlan(msgspec.Struct, frozen=True):
     device: str
     num_threads: int
     timeout: float
+    memory: str = ""
+    memory_options: bytes = b""
 
 
 class Open(msgspec.Struct, tag=True, frozen=True):
@@ -54,8 +58,22 @@ class Drawn(msgspec.Struct, tag=True, frozen=True):
     tokens: tuple[int, ...]
 
 
+class Ask(msgspec.Struct, tag=True, frozen=True):
+    """To a rank: something for its memory."""
+
+    request: bytes
+
+
+class Told(msgspec.Struct, tag=True, frozen=True):
+    """From a rank: something that its memory says."""
+
+    answer: bytes
+
+
 class Loaded(msgspec.Struct, tag=True, frozen=True):
-    """From a rank: ready for steps."""
+    """From a rank: ready for steps. ``address`` is where its memory is reached, if it is to be."""
+
+    address: str = ""
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
@@ -79,8 +97,8 @@ class Ended(msgspec.Struct, tag=True, frozen=True):
     status: int
 
 
-ToRank = Open | Close | Step | Drawn
-FromRank = Loaded | Done | Failed
+ToRank = Open | Close | Step | Drawn | Ask
+FromRank = Loaded | Done | Failed | Told
 
 _encoder = msgspec.msgpack.Encoder()
 _to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

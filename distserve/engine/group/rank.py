@@ -1,15 +1,24 @@
 """The life of a rank that is not rank 0: load, then do what rank 0 says until it is gone."""
 
+import importlib
 import logging
 import os
+import threading
 import traceback
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from distserve.core.commands import RunStep
 from distserve.core.errors import ConfigError, UnsupportedModelError
+from distserve.core.events import StepDone
+from distserve.engine.group.memory_port import RankMemory
 from distserve.engine.group.messages import (
+    Ask,
     Close,
     Done,
     Drawn,
@@ -19,11 +28,13 @@ from distserve.engine.group.messages import (
     Open,
     RankPlan,
     Step,
+    Told,
     encode,
     receive_command,
 )
 from distserve.engine.group.shard_worker import ShardWorker
 from distserve.engine.sharding.comm import PeerError
+from distserve.engine.sharding.shard import shard_of_model
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +44,7 @@ def rank_device(device: str, rank: int) -> torch.device:
     return torch.device(device, rank) if device == "cuda" else torch.device(device)
 
 
-def make_worker(plan: RankPlan, rank: int) -> ShardWorker:
+def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> ShardWorker:
     """Load rank ``rank``'s part; raises what :class:`ShardWorker` does."""
     return ShardWorker(
         Path(plan.model_dir),
@@ -44,6 +55,7 @@ def make_worker(plan: RankPlan, rank: int) -> ShardWorker:
         store_file=Path(plan.store_file),
         device=rank_device(plan.device, rank),
         timeout=plan.timeout,
+        kv_buffer=kv_buffer,
     )
 
 
@@ -51,9 +63,17 @@ def run_rank(plan: RankPlan, rank: int, connection: Connection) -> int:
     """Serve rank ``rank``; returns the exit status of the process, which is its only thread."""
     torch.set_num_threads(plan.num_threads)
     try:
-        worker = make_worker(plan, rank)
-        _send(connection, Loaded())
-        _serve(worker, connection)
+        lock = threading.Lock()
+
+        def report(message: FromRank) -> None:
+            with lock:
+                _send(connection, message)
+
+        memory = make_memory(plan, rank, lambda answer: report(Told(answer)))
+        buffer = None if memory is None else torch.frombuffer(memory.buffer, dtype=torch.uint8)
+        worker = make_worker(plan, rank, buffer)
+        report(Loaded("" if memory is None else memory.address))
+        _serve(worker, connection, memory, report)
     except EOFError:
         return os.EX_OK  # rank 0 is gone, and the instance with it
     except (ConfigError, PeerError) as error:
@@ -65,7 +85,19 @@ def run_rank(plan: RankPlan, rank: int, connection: Connection) -> int:
     raise AssertionError("a rank serves until rank 0 is gone")
 
 
-def _serve(worker: ShardWorker, connection: Connection) -> None:
+def make_memory(plan: RankPlan, rank: int, tell: Callable[[bytes], None]) -> RankMemory | None:
+    """The memory that ``plan`` names for rank ``rank``, if it names one."""
+    if not plan.memory:
+        return None
+    module, _, name = plan.memory.partition(":")
+    kind: type[RankMemory] = getattr(importlib.import_module(module), name)
+    shard = shard_of_model(Path(plan.model_dir), plan.parallel, rank)
+    return kind(shard.layout(plan.kv, plan.dtype), shard, plan.memory_options, tell)
+
+
+def _serve(
+    worker: ShardWorker, connection: Connection, memory: RankMemory | None, report: Callable[[FromRank], None]
+) -> None:
     while True:
         match receive_command(connection):
             case Open(command):
@@ -73,11 +105,23 @@ def _serve(worker: ShardWorker, connection: Connection) -> None:
             case Close(seq_id):
                 worker.close(seq_id)
             case Step(step):
-                done = worker.run(step)
+                done = _run(worker, step, memory)
                 if done is not None:
-                    _send(connection, Done(done))
+                    report(Done(done))
             case Drawn(step_id, tokens):
                 worker.record(step_id, tokens)
+            case Ask(request):
+                assert memory is not None
+                memory.ask(request)
+
+
+def _run(worker: ShardWorker, step: RunStep, memory: RankMemory | None) -> StepDone | None:
+    if memory is None:
+        return worker.run(step)
+    memory.begin_step(step.step_id)
+    done = worker.run(step, partial(memory.layer_done, step.step_id))
+    memory.end_step(step.step_id)
+    return done
 
 
 def _send(connection: Connection, report: FromRank) -> None:

@@ -1,11 +1,12 @@
 """Which part of a model one rank has, in sizes. Pure arithmetic over :mod:`distserve.core.shards`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from distserve.core.config import KvConfig, KvLayout, ParallelConfig
 from distserve.core.errors import ConfigError
 from distserve.core.shards import check_shards, shard_heads, stage_layers
-from distserve.engine.description import ModelDescription
+from distserve.engine.description import ModelDescription, describe_config, load_config
 
 Span = tuple[int, int]
 """Rows ``[start, stop)`` of a dimension."""
@@ -87,6 +88,12 @@ class Shard:
     def layout(self, kv: KvConfig, dtype: str) -> KvLayout:
         """KV memory of the rank: its own layers and heads."""
         return KvLayout(len(self.layers), kv.num_blocks, kv.block_size, len(self.kv_heads), self.head_dim, dtype)
+
+
+def shard_of_model(model_dir: Path, parallel: ParallelConfig, rank: int) -> Shard:
+    """As :func:`shard_of`, of the model in ``model_dir``; raises what :func:`describe_config` does, too."""
+    config = load_config(model_dir)
+    return shard_of(describe_config(config, model_dir), config.num_attention_heads, parallel, rank)
 
 
 def shard_of(description: ModelDescription, num_heads: int, parallel: ParallelConfig, rank: int) -> Shard:
