@@ -39,7 +39,9 @@ class ShardedTransport:
         self._transport = transport
         self._shard = shard
         self._ids = itertools.count()
-        # Guards the two below, and keeps connecting and forgetting an instance apart.
+        # One instance is connected to at a time; a peer that does not answer must hold up nothing else.
+        self._connecting = threading.Lock()
+        # Guards the two below; held for no longer than it takes to look.
         self._lock = threading.Lock()
         self._peers: dict[str, list[str]] = {}
         self._parts: dict[int, list[int]] = {}
@@ -81,21 +83,23 @@ class ShardedTransport:
             wanted = parts(parallel, self._shard)
         except ConfigError as error:
             raise TransferError(f"cannot connect to instance {instance_id}: {error}") from error
-        with self._lock:
-            former = self._peers.pop(instance_id, [])
-            connected: list[str] = []
+        connected: list[str] = []
+        with self._connecting:
             try:
                 for rank, part in wanted.items():
                     peer = f"{instance_id} rank {rank}"
                     self._transport.connect(peer, addresses[rank], part)
                     connected.append(peer)
             except BaseException:
-                for peer in {*former, *connected}:
+                self.forget(instance_id)
+                for peer in connected:
                     self._transport.forget(peer)
                 raise
+            with self._lock:
+                former = self._peers.get(instance_id, [])
+                self._peers[instance_id] = connected
             for peer in set(former) - set(connected):
                 self._transport.forget(peer)
-            self._peers[instance_id] = connected
 
     def pull(self, migrate: Migrate, done: Callable[[Migrated], None]) -> None:
         """Pull this rank's layers and heads; ``done`` is called once, when the pulls from all ranks have ended."""
@@ -126,8 +130,9 @@ class ShardedTransport:
     def forget(self, instance_id: str) -> None:
         """Drop all ranks of an instance."""
         with self._lock:
-            for peer in self._peers.pop(instance_id, []):
-                self._transport.forget(peer)
+            peers = self._peers.pop(instance_id, [])
+        for peer in peers:
+            self._transport.forget(peer)
 
     def close(self) -> None:
         """Close the rank's transport."""

@@ -106,13 +106,15 @@ class Receiver(PullThread[Link]):
             self._waker.close()
 
     def _turn(self) -> None:
-        for key, events in self._selector.select(_LOOK if self._pulls else None):
-            if key.data is None:
-                with contextlib.suppress(BlockingIOError):
-                    self._waking.recv(4096)
-            else:
-                self._serve(key.data, events)
+        ready = self._selector.select(_LOOK if self._pulls else None)
+        # The bell before the inbox, or an order that comes between the two would not ring. Orders before what arrived:
+        # a pull that was asked for before its source closed fails for that reason.
+        with contextlib.suppress(BlockingIOError):
+            self._waking.recv(4096)
         self._take_orders(0.0)
+        for key, events in ready:
+            if key.data is not None:
+                self._serve(key.data, events)
         for pull in tuple(self._pulls.values()):
             if failure := self._invalidity(pull):
                 self._end(pull, failure)

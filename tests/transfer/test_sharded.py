@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import socket
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -288,6 +290,35 @@ def test_an_instance_comes_back_with_another_shape(instances):
         InstancePuller(sinks).pull(migrate(tuple(range(6)), tuple(range(6))), ended)
         assert ended.next().ok
         assert holds(sinks, ParallelConfig(2, 1), whole)
+
+
+def test_a_peer_that_does_not_answer_holds_up_no_pull():
+    """Connecting waits for it; pulls from others begin, end and are cancelled meanwhile."""
+    one = ParallelConfig()
+    with ExitStack() as stack:
+        instances = Instances("tcp", stack)
+        (source,), (sink,) = instances.start(one, 2, 2), instances.start(one, 2, 2)
+        sink.connect("prefill", address_of([source], one))
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = instance_address(one, [f"tcp://127.0.0.1:{silent.getsockname()[1]}/x"])
+
+        def connect() -> None:
+            with pytest.raises(TransferError, match="timed out"):
+                sink.connect("silent", address)
+
+        thread = threading.Thread(target=connect)
+        thread.start()
+        connection, _ = silent.accept()
+        with connection:
+            ended = Ended()
+            sink.pull(migrate((1,), (1,)), ended)
+            assert ended.next(timeout=4).ok
+            sink.pull(migrate((1,), (1,), ready=0), ended)
+            sink.cancel(7)
+            assert ended.next(timeout=4).reason == "cancelled"
+            sink.forget("prefill")
+            assert thread.is_alive()
+            thread.join()
 
 
 def test_models_that_differ_are_refused_with_both_values(instances):
