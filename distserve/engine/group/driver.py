@@ -71,7 +71,7 @@ class RankGroup:
         dtype: str = "float32",
         device: str = "cpu",
         num_threads: int = 1,
-        timeout: float = 60.0,
+        timeout: float = 300.0,
         on_lost: Callable[[Loss], None] | None = None,
         kv_buffer: Tensor | None = None,
         memory: str = "",
@@ -122,7 +122,7 @@ class RankGroup:
         self._all_loaded = threading.Event()
         if parallel.num_ranks == 1:
             self._all_loaded.set()
-        # Removed once all have met: the ranks hold what they need of it open.
+        # Removed once all have met, so that a process that is killed later leaves nothing.
         self._directory = tempfile.TemporaryDirectory(prefix="distserve-ranks-")
         plan = RankPlan(
             model_dir=str(path),
@@ -144,6 +144,7 @@ class RankGroup:
             self._worker = make_worker(plan, 0, kv_buffer)
             self._all_loaded.wait()
             self._check()
+            self._directory.cleanup()
         except PeerError as error:
             raise self._cause(error) from error
         except BaseException:
