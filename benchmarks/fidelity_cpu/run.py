@@ -1,6 +1,6 @@
 """Holds the simulator against our own cluster on this machine: attainment, median TTFT and median TPOT.
 
-    python -m benchmarks.fidelity_cpu.run --model MODEL            # from the repository's root; about 25 minutes
+    python -m benchmarks.fidelity_cpu.run --model MODEL            # from the repository's root; about 20 minutes
     python -m benchmarks.fidelity_cpu.run --model MODEL --quick    # a rehearsal
     python -m benchmarks.fidelity_cpu.run --again                  # predict anew what is committed, without measuring
 

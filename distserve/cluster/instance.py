@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from distserve.cluster.clock import cluster_time
 from distserve.cluster.network import Mailbox, ReceiverThread
 from distserve.cluster.parts import Card, InstanceConfig
 from distserve.cluster.process import own_cores, pin_process, return_freed_memory
@@ -21,18 +20,13 @@ from distserve.core.errors import InstanceError, TransferError
 from distserve.core.events import Received
 from distserve.core.messages import InstanceGone
 from distserve.core.scheduler import ROUTER
-from distserve.engine.description import describe
 from distserve.engine.sharding.shard import shard_of_model
-from distserve.transfer.shm import ShmTransport
 
 logger = logging.getLogger(__name__)
 
 
-def _transport_for(config: InstanceConfig, secret: bytes) -> ShmTransport | InstanceTransport:
+def _transport_for(config: InstanceConfig, secret: bytes) -> InstanceTransport:
     spec, plan = config.spec, config.plan
-    if spec.parallel.num_ranks == 1:
-        layout = describe(plan.model_dir).layout(spec.kv, plan.dtype)
-        return ShmTransport(layout, secret=secret, clock=cluster_time)
     shard = shard_of_model(plan.model_dir, spec.parallel, 0)
     own = rank_transport(shard.layout(spec.kv, plan.dtype), shard, secret)
     return InstanceTransport(own, spec.parallel, secret)

@@ -99,7 +99,7 @@ class Rank:
     def _load(self) -> Worker | RankGroup:
         buffer = torch.frombuffer(self._transport.buffer, dtype=torch.uint8)
         transport = self._transport
-        if isinstance(transport, InstanceTransport):
+        if isinstance(transport, InstanceTransport) and self.spec.parallel.num_ranks > 1:
             group = RankGroup(
                 self._plan.model_dir,
                 parallel=self.spec.parallel,

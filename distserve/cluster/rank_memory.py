@@ -1,4 +1,4 @@
-"""KV memory of an instance of several ranks: each rank moves its own layers and heads, rank 0 speaks for all.
+"""KV memory of an instance: each rank moves its own layers and heads, rank 0 speaks for all.
 
 :class:`RankMemory` is in every other rank's process, :class:`InstanceTransport` in rank 0's. They talk through the
 engine's sockets, in msgpack that can only become the messages below.

@@ -6,6 +6,7 @@ import signal
 import time
 import urllib.error
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,16 @@ PROMPT = [(7 * i + 11) % 3000 + 3 for i in range(90)]
 BODY = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 CONFIG = """
 placement:
-  prefill: {instances: 1, tp: 2, pp: 2}
-  decode: {instances: 1, tp: 1, pp: 2}
-engine: {dtype: float32, kv_tokens: 2048}
+  prefill: {{instances: 1, tp: {prefill[0]}, pp: {prefill[1]}}}
+  decode: {{instances: 1, tp: {decode[0]}, pp: {decode[1]}}}
+engine: {{dtype: float32, kv_tokens: 2048}}
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("sharded")
-    (directory / "config.yaml").write_text(CONFIG)
+@contextmanager
+def serving(directory: Path, prefill: tuple[int, int], decode: tuple[int, int]) -> Iterator[Server]:
+    """A cluster of one instance of each role, of these (tp, pp)."""
+    (directory / "config.yaml").write_text(CONFIG.format(prefill=prefill, decode=decode))
     server = Server("--config", str(directory / "config.yaml"), log=directory / "log")
     try:
         server.wait_ready()
@@ -38,6 +39,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     finally:
         server.kill()
         assert server.wait_gone() == {}
+
+
+def one_ranks_tokens() -> list[int]:
+    """What an engine of one rank generates."""
+    return Harness(Worker(model_dir(), kv=KvConfig(64))).generate(make_request(PROMPT), NUM_TOKENS).output
 
 
 def complete(server: Server, patience: float = 0.0) -> list[int]:
@@ -60,19 +66,29 @@ def ranks(server: Server) -> set[int]:
 
 
 @pytest.mark.slow
-def test_tokens_are_one_ranks_and_a_killed_rank_is_replaced(server: Server) -> None:
-    expected = Harness(Worker(model_dir(), kv=KvConfig(64))).generate(make_request(PROMPT), NUM_TOKENS).output
-    assert complete(server) == expected
-    # 3 ranks beside rank 0 of the prefill instance, 1 of the decode instance, and what started them.
-    before = ranks(server)
-    assert len(before) == 3 + 1 + 2
-    os.kill(max(before), signal.SIGKILL)
-    end = time.monotonic() + 10
-    while time.monotonic() < end and "was killed by SIGKILL" not in server.log.read_text():
-        time.sleep(0.1)
-    assert "was killed by SIGKILL" in server.log.read_text()
-    # One instance is another now; the other is as it was.
-    assert complete(server, patience=60) == expected
-    after = ranks(server)
-    assert len(after) == len(before)
-    assert len(after & before) in {2, 4}
+def test_tokens_are_one_ranks_and_a_killed_rank_is_replaced(tmp_path: Path) -> None:
+    expected = one_ranks_tokens()
+    with serving(tmp_path, prefill=(2, 2), decode=(1, 2)) as server:
+        assert complete(server) == expected
+        # 3 ranks beside rank 0 of the prefill instance, 1 of the decode instance, and what started them.
+        before = ranks(server)
+        assert len(before) == 3 + 1 + 2
+        os.kill(max(before), signal.SIGKILL)
+        end = time.monotonic() + 10
+        while time.monotonic() < end and "was killed by SIGKILL" not in server.log.read_text():
+            time.sleep(0.1)
+        assert "was killed by SIGKILL" in server.log.read_text()
+        # One instance is another now; the other is as it was.
+        assert complete(server, patience=60) == expected
+        after = ranks(server)
+        assert len(after) == len(before)
+        assert len(after & before) in {2, 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prefill", "decode"), [((2, 1), (1, 1)), ((1, 1), (2, 2))])
+def test_an_instance_of_one_rank_exchanges_kv_with_one_of_several(
+    tmp_path: Path, prefill: tuple[int, int], decode: tuple[int, int]
+) -> None:
+    with serving(tmp_path, prefill, decode) as server:
+        assert complete(server) == one_ranks_tokens()
