@@ -19,11 +19,13 @@ _WRONG = 3
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
-    """What the launcher plans with, for one data type: bytes of the weights, bytes of KV per token, context length."""
+    """What the launcher plans with, for one data type: bytes of weights and of KV per token, context length, sizes."""
 
     weight_bytes: int
     token_bytes: int
     max_model_len: int
+    num_layers: int
+    num_kv_heads: int
 
 
 class Description:
@@ -81,6 +83,8 @@ def main() -> None:
         weight_bytes=description.weight_bytes(dtype),
         token_bytes=description.token_bytes(dtype),
         max_model_len=description.max_model_len,
+        num_layers=description.num_layers,
+        num_kv_heads=description.num_kv_heads,
     )
     sys.stdout.write(msgspec.json.encode(facts).decode())
 

@@ -24,6 +24,7 @@ from distserve.cluster.sizing import KvRequest, check_processes, free_memory, si
 from distserve.cluster.supervise import Supervisor
 from distserve.core.config import InstanceSpec, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
+from distserve.core.shards import check_shards
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
     specs: list[InstanceSpec] = []
     numbers: Counter[Role] = Counter()
     for instance in config.instances:
+        check_shards(instance.parallel, facts.num_layers, facts.num_kv_heads)
         planned = instance.limits
         asked = engine.kv if planned.kv_tokens is None else KvRequest(planned.kv_tokens, None, engine.kv.block_size)
         kv = size_kv(

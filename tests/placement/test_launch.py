@@ -177,7 +177,7 @@ cluster: {{gpu: a100-80g-sxm, nodes: 4, gpus_per_node: 8, intra_node_bandwidth: 
         (DEMO.read_text().replace("gpu: cpu", "gpu: h100"), [], "h100-"),
         (ELSEWHERE, [], r"the plan needs 4 nodes of 8 a100-80g-sxm GPUs, the cluster has 1 node of \d+ CPU"),
         (ELSEWHERE, ["--ray-address", "127.0.0.1:1"], "cannot join the Ray cluster at 127.0.0.1:1"),
-        ("placement: {mixed: {tp: 2}}", [], "the engine runs one rank per instance"),
+        ("placement: {mixed: {tp: 5}}", [], "tp 5 does not divide the model's 2 KV heads"),
     ],
 )
 def test_what_cannot_be_launched_is_refused_before_anything_starts(
