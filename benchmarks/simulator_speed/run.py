@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+# One file measures two trees of sources, the installed one and a compiled copy: what is imported hangs on the path.
 sys.path[:0] = [os.environ.get("SIMULATOR_SOURCES", str(ROOT)), str(ROOT)]
 
 from benchmarks.common.machine import cpu_name  # noqa: E402
