@@ -6,10 +6,14 @@ times of all jobs are worked out anew whenever one starts or ends.
 
 The jobs of a core share it equally. Which core a job is on follows what the launcher and Linux do:
 
-- Where there are cores enough, every engine is bound to one of its own. Else it keeps to the core it was on, and when a
-  step begins while others are there it moves to an idle one, if there is any.
+- Where there are cores enough, every engine is bound to one of its own. Else an engine that wakes goes to an idle core,
+  or to the one that was idle most of late; a core that falls idle takes over an engine that shares another; and where
+  engines outnumber cores for long, the scheduler moves them about, so that all of them get on.
 - Light work goes to an idle core if there is one. If there is none it stays where it was, as threads do that wake: the
   more often a core was idle of late, the more of the light work is there.
+
+Who is interrupted loses more than the time of the other: what it had in the core's caches. A step's light work costs an
+engine ``crowding`` seconds more where it finds no idle core; engines that share one lose a part of what they share.
 
 The host is a part on the loop like the others, which is told by timers of its own when the next job ends.
 """
@@ -30,6 +34,12 @@ HOST = "host"
 """The host's name on the loop."""
 _MEMORY = 1.0
 """Seconds over which a core's idleness is looked back upon."""
+_BALANCE = 0.064
+"""Seconds for which engines share a core before one is moved, though no core is idle: the longest that Linux waits on
+two busy cores (sched_domain: a busy factor of 16 times 2 to 4 ms)."""
+_SHARING = 0.92
+"""What engines that share a core do of what one would: two loops of matrix products on one core lost 12% together where
+the weights' way from memory took the time, 3% where computing did."""
 _DONE = 1e-9
 """Seconds of work below which a job has ended: what rounding leaves of it."""
 
@@ -63,6 +73,10 @@ class Host:
         """Share of the last second or so that each core had nothing to do."""
         self._turns = [0.0] * self._num_cores
         self._now = 0.0
+        self._ended_at: dict[str, float] = {}
+        """When each engine's last step ended: it goes on without a sleep if the next begins then."""
+        self._balance_at = float("inf")
+        """When an engine is to be moved off the fullest core."""
         self._wake_at = float("inf")
         """The earliest timer pending; later ones that it superseded are ignored when they come."""
 
@@ -85,9 +99,8 @@ class Host:
     def run_step(self, now: float, name: str, seconds: float, event: Event, num_tokens: int) -> Sequence[Command]:
         """An engine's step of ``seconds`` on a core of its own, at whose end ``event`` happens to ``name``."""
         self._advance(now)
-        idle = self._idle_cores()
-        if idle and not self._is_bound and self._core_of[name] not in idle:
-            self._core_of[name] = idle[0]
+        if not self._is_bound:
+            self._core_of[name] = self._choose_core(now, name)
         aftermath = self.model.cpu_per_step + num_tokens * self.model.cpu_per_token if num_tokens else 0.0
         self._jobs.append(_Job(seconds, name, event, aftermath, self._core_of[name]))
         self._spread()
@@ -113,9 +126,21 @@ class Host:
         self._advance(now)
         self._jobs = [job for job in self._jobs if job.name != name]
 
+    def _choose_core(self, now: float, name: str) -> int:
+        """Where an engine's next step begins."""
+        idle, last = self._idle_cores(), self._core_of[name]
+        if idle:
+            return last if last in idle else idle[0]
+        goes_on = now - self._ended_at.get(name, float("-inf")) < _DONE
+        return last if goes_on else max(range(self._num_cores), key=self._idle.__getitem__)
+
     def _idle_cores(self) -> list[int]:
         busy = {job.core for job in self._jobs}
         return [core for core in range(self._num_cores) if core not in busy]
+
+    def _is_crowded(self, core: int) -> bool:
+        """Engines compute on every core, the one that has just ended a step on ``core`` and goes on among them."""
+        return len({job.core for job in self._jobs if job.name} | {core}) == self._num_cores
 
     def _add_light(self, work: float) -> None:
         """Light work begins, each piece of it on the core whose turn it is: turns come by how idle a core is."""
@@ -140,12 +165,41 @@ class Host:
                 job.core = idle.pop()
                 busy.append(job.core)
 
+    def _balance(self, now: float) -> None:
+        """Move engines off cores that they share: to an idle one now, to one where fewer are in time."""
+        engines: list[list[_Job]] = [[] for _ in range(self._num_cores)]
+        for job in self._jobs:
+            if job.name:
+                engines[job.core].append(job)
+        idle = self._idle_cores()
+        for core in idle:
+            shared = max(engines, key=len)
+            if len(shared) > 1:
+                engines[core].append(self._move(shared.pop(0), core))
+        fullest = max(engines, key=len)
+        least = min(range(self._num_cores), key=lambda core: len(engines[core]))
+        if len(fullest) < 2 or len(fullest) == len(engines[least]):
+            self._balance_at = float("inf")
+        elif self._balance_at == float("inf"):
+            self._balance_at = now + _BALANCE
+        elif now >= self._balance_at - _DONE:
+            self._move(fullest[0], least)
+            self._balance_at = now + _BALANCE
+
+    def _move(self, job: _Job, core: int) -> _Job:
+        """The engine of ``job`` goes to ``core``, and is the last there to be moved again."""
+        job.core = self._core_of[job.name] = core
+        self._jobs.remove(job)
+        self._jobs.append(job)
+        return job
+
     def _paces(self) -> list[float]:
         """Core seconds per second that each job gets."""
-        sharing = [0] * self._num_cores
+        sharing, engines = [0] * self._num_cores, [0] * self._num_cores
         for job in self._jobs:
             sharing[job.core] += 1
-        return [1.0 / sharing[job.core] for job in self._jobs]
+            engines[job.core] += bool(job.name)
+        return [(_SHARING if engines[job.core] > 1 else 1.0) / sharing[job.core] for job in self._jobs]
 
     def _advance(self, now: float) -> None:
         elapsed = now - self._now
@@ -161,17 +215,22 @@ class Host:
     def _go_on(self, now: float) -> Sequence[Command]:
         """Let go of the jobs that have ended, and say when to look again."""
         self._advance(now)
+        if not self._is_bound:
+            self._balance(now)
         ended = [job for job in self._jobs if job.work <= _DONE]
         if ended:
             self._jobs = [job for job in self._jobs if job.work > _DONE]
             for job in ended:
                 if job.event is not None:
                     self._loop.post(now, job.name, job.event)
+                    self._ended_at[job.name] = now
             for job in ended:
-                self._add_light(job.aftermath)
+                if job.aftermath > 0:
+                    self._add_light(job.aftermath + (self.model.crowding if self._is_crowded(job.core) else 0.0))
         if not self._jobs:
             return ()
         wake_at = now + min(job.work / pace for job, pace in zip(self._jobs, self._paces(), strict=True))
+        wake_at = min(wake_at, max(now, self._balance_at))
         if wake_at >= self._wake_at:
             return ()
         self._wake_at = wake_at

@@ -62,7 +62,8 @@ class HostModel:
     """Cores that instances on CPUs share with what surrounds them, see :mod:`simulator.host`.
 
     The core seconds are spent outside the engines, by client, API, router and the instances' other threads; those of a
-    pull are on the core of the decode instance.
+    pull are on the core of the decode instance. ``crowding`` seconds are lost beside a step's own light work where that
+    finds all cores computing.
     """
 
     num_cores: float
@@ -72,6 +73,7 @@ class HostModel:
     cpu_per_token: float = 0.0
     cpu_per_pull: float = 0.0
     cpu_per_pulled_block: float = 0.0
+    crowding: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

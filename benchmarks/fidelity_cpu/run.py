@@ -1,6 +1,6 @@
 """Holds the simulator against our own cluster on this machine: attainment, median TTFT and median TPOT.
 
-    python -m benchmarks.fidelity_cpu.run --model MODEL            # from the repository's root; about 20 minutes
+    python -m benchmarks.fidelity_cpu.run --model MODEL            # from the repository's root; about 25 minutes
     python -m benchmarks.fidelity_cpu.run --model MODEL --quick    # a rehearsal
     python -m benchmarks.fidelity_cpu.run --again                  # predict anew what is committed, without measuring
 
@@ -172,7 +172,7 @@ def plan_cases(model: ProfileLatencyModel, deployment: str, slos: Mapping[Mix, S
         goodput = find_goodput(cluster_model(model, DEPLOYMENTS[deployment], mix.mean_prompt), mix, slo)
         say(f"{deployment}, {mix.name}: TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s, predicted goodput {goodput:.2f}/s")
         for level, share in SHARES.items():
-            yield Case(deployment, mix, level, round(goodput * share, 2), 21 + index, slo)
+            yield Case(deployment, mix, level, round(goodput * share, 2), 31 + index, slo)
 
 
 def serving(model: Path, pools: dict[Role, int], directory: Path) -> Any:

@@ -69,10 +69,18 @@ class Sample:
         return [record.timeline for record in self.records if record.timeline is not None]
 
 
-def work_out(samples: list[Sample], step_time: MeasuredStepTime, pull: float, pull_per_byte: float) -> ClusterCosts:
+def work_out(
+    samples: list[Sample],
+    crowded: list[Sample],
+    num_engines: int,
+    step_time: MeasuredStepTime,
+    pull: float,
+    pull_per_byte: float,
+) -> ClusterCosts:
     """The costs that ``samples`` of :func:`distserve.cluster.costs.make_loads`' loads show, in their order.
 
-    ``step_time`` is the engine's own: what is beyond it is the cluster's. Seconds of pulls are measured apart.
+    ``crowded`` samples are of decode batches on ``num_engines`` mixed instances that left no core idle. ``step_time``
+    is the engine's own: what is beyond it is the cluster's. Seconds of pulls are measured apart.
     """
     short, long = samples[0], samples[1]
     requests = [
@@ -113,6 +121,11 @@ def work_out(samples: list[Sample], step_time: MeasuredStepTime, pull: float, pu
         cpu_per_pull=cpu_per_pull,
         cpu_per_pulled_token=cpu_per_pulled_token,
         idle_cores=samples[0].idle_cores,
+        crowding=_crowding(
+            crowded,
+            num_engines,
+            MeasuredStepTime(step_time.fit.raised(step + cpu_per_step, per_sequence + cpu_per_token)),
+        ),
     )
 
 
@@ -169,6 +182,18 @@ def _step_costs(samples: list[Sample], step_time: MeasuredStepTime) -> tuple[flo
         raise ConfigError("the model's context is too short to tell what a cluster adds to a step")
     solution, _ = nnls(np.array(rows), np.array(extras))
     return float(solution[0]), float(solution[1])
+
+
+def _crowding(samples: list[Sample], num_engines: int, step_time: MeasuredStepTime) -> float:
+    """Seconds that steps on engines on every core take beyond ``step_time``, which has their light work in it."""
+    extras = []
+    for sample in samples:
+        gap = _steady_gap(sample)
+        if gap is not None:
+            batch = sample.load.num_clients // num_engines
+            shape = StepShape(num_decodes=batch, decode_context=round(batch * gap[1]))
+            extras.append(gap[0] - step_time.seconds(shape))
+    return max(0.0, median(extras)) if extras else 0.0
 
 
 def _steady_gap(sample: Sample) -> tuple[float, float] | None:

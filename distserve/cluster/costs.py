@@ -1,8 +1,9 @@
 """What a cluster adds to its engines' own times, measured on a live one.
 
-One prefill and one decode instance are served as ``distserve serve`` does it, in processes of their own, and asked over
-HTTP from this one by ``distserve bench``'s client, one load after the other and never by Poisson arrivals: what is to
-be predicted from a profile is not what it was taken on. Times come from the timelines that the server returns.
+One prefill and one decode instance, and then a mixed one for each core, are served as ``distserve serve`` does it, in
+processes of their own, and asked over HTTP from this one by ``distserve bench``'s client, one load after the other and
+never by Poisson arrivals: what is to be predicted from a profile is not what it was taken on. Times come from the
+timelines that the server returns.
 """
 
 import asyncio
@@ -37,6 +38,8 @@ _START_SECONDS = 180.0
 _STOP_SECONDS = 30.0
 _IDLE_SECONDS = 3.0
 _REQUEST_SECONDS = 300.0
+_MOST_CROWDED = 4
+"""Cores up to which an engine on each is tried; beyond that some core is always free for what surrounds them."""
 _NAME = "profiled"
 
 
@@ -59,12 +62,22 @@ def make_loads(max_batch_size: int, max_model_len: int, *, quick: bool) -> tuple
     )
 
 
+def make_crowded_loads(num_engines: int, max_batch_size: int, max_model_len: int) -> tuple[Load, ...]:
+    """Decode batches on every one of ``num_engines``, the same on each."""
+    prompt, output = max(1, min(256, max_model_len // 4)), max(3, min(128, max_model_len // 8))
+    return tuple(
+        Load(batch * num_engines, batch * num_engines, prompt, output) for batch in (1, 2, 4) if batch <= max_batch_size
+    )
+
+
 def measure_costs(
     model_dir: Path,
     flags: Mapping[str, object],
     step_time: MeasuredStepTime,
     loads: tuple[Load, ...],
+    crowded_loads: tuple[Load, ...],
     *,
+    num_engines: int,
     layout: KvLayout,
     vocab_size: int,
     show: Callable[[str], None],
@@ -76,6 +89,8 @@ def measure_costs(
         flags: Of ``distserve serve``, by name.
         step_time: The engine's own times: what is beyond them is the cluster's.
         loads: As :func:`make_loads` makes them.
+        crowded_loads: As :func:`make_crowded_loads` makes them.
+        num_engines: That the machine's cores have room for.
         layout: The instances' KV memory, for the time of pulls.
         vocab_size: Token ids are drawn below it.
         show: Told what is going on.
@@ -84,9 +99,13 @@ def measure_costs(
         InstanceError: the cluster did not start, or did not answer.
     """
     pull, pull_per_byte = measure_pulls(layout)
-    with _serving(model_dir, flags, show) as (url, root):
+    with _serving(model_dir, {"prefill": 1, "decode": 1, **flags}, show) as (url, root):
         samples = asyncio.run(_load(url, root, loads, vocab_size, show))
-    return work_out(samples, step_time, pull, pull_per_byte)
+    crowded: list[Sample] = []
+    if 1 <= num_engines <= _MOST_CROWDED:
+        with _serving(model_dir, {"mixed": num_engines, **flags}, show) as (url, root):
+            crowded = asyncio.run(_load(url, root, crowded_loads, vocab_size, show))
+    return work_out(samples, crowded, num_engines, step_time, pull, pull_per_byte)
 
 
 def measure_pulls(layout: KvLayout, num_blocks: int = 64, num_rounds: int = 30) -> tuple[float, float]:
@@ -127,9 +146,9 @@ def _pull(destination: LocalTransport, pull_id: int, num_blocks: int) -> float:
 def _serving(
     model_dir: Path, flags: Mapping[str, object], show: Callable[[str], None]
 ) -> Iterator[tuple[str, psutil.Process]]:
-    """A cluster in processes of their own: its URL, and the process that started the others and answers HTTP."""
-    command = [sys.executable, "-m", "distserve.cli", "serve", str(model_dir), "--prefill", "1", "--decode", "1"]
-    command += ["--port", "0", "--served-model-name", _NAME]
+    """A cluster as ``flags`` say: its URL, and the process that started the others and answers HTTP."""
+    command = [sys.executable, "-m", "distserve.cli", "serve", str(model_dir), "--port", "0"]
+    command += ["--served-model-name", _NAME]
     for name, value in flags.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     show("starting a cluster")

@@ -200,7 +200,8 @@ class ClusterCosts:
     are no delays, but on a machine whose cores are all busy the steps wait for them. ``cpu_per_pull`` and
     ``cpu_per_pulled_token`` are spent beside the decode instance's engine on taking KV in. ``idle_cores`` are busy
     without any request; ``cpu_per_request``, ``cpu_per_prompt_token``, ``cpu_per_step`` and ``cpu_per_token`` (emitted)
-    come on top.
+    come on top. ``crowding`` is what a step takes longer, beyond this work's own time, where every core has an engine:
+    interrupted, it finds its data out of the core's caches.
     """
 
     step: float
@@ -218,6 +219,7 @@ class ClusterCosts:
     idle_cores: float
     cpu_per_pull: float = 0.0
     cpu_per_pulled_token: float = 0.0
+    crowding: float = 0.0
 
 
 @dataclass(frozen=True)
