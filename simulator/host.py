@@ -12,6 +12,7 @@ The jobs of a core share it equally. Which core a job is on follows what the lau
 - Light work goes to an idle core if there is one. If there is none it stays where it was, as threads do that wake: the
   more often a core was idle of late, the more of the light work is there.
 
+An engine that slept computes its next step ``waking`` seconds longer: the machine has put other things into the caches.
 Who is interrupted loses more than the time of the other: what it had in the core's caches. A step's light work costs an
 engine ``crowding`` seconds more where it finds no idle core; engines that share one lose a part of what they share.
 
@@ -34,6 +35,8 @@ HOST = "host"
 """The host's name on the loop."""
 _MEMORY = 1.0
 """Seconds over which a core's idleness is looked back upon."""
+_SLEEP = 0.05
+"""Seconds without a step after which an engine has slept. A prompt comes this soon after the last only under load."""
 _BALANCE = 0.064
 """Seconds for which engines share a core before one is moved, though no core is idle: the longest that Linux waits on
 two busy cores (sched_domain: a busy factor of 16 times 2 to 4 ms)."""
@@ -101,6 +104,8 @@ class Host:
         self._advance(now)
         if not self._is_bound:
             self._core_of[name] = self._choose_core(now, name)
+        if now - self._ended_at.get(name, float("-inf")) > _SLEEP:
+            seconds += self.model.waking
         aftermath = self.model.cpu_per_step + num_tokens * self.model.cpu_per_token if num_tokens else 0.0
         self._jobs.append(_Job(seconds, name, event, aftermath, self._core_of[name]))
         self._spread()

@@ -63,7 +63,7 @@ class HostModel:
 
     The core seconds are spent outside the engines, by client, API, router and the instances' other threads; those of a
     pull are on the core of the decode instance. ``crowding`` seconds are lost beside a step's own light work where that
-    finds all cores computing.
+    finds all cores computing, ``waking`` more by an engine's step after a sleep.
     """
 
     num_cores: float
@@ -74,6 +74,7 @@ class HostModel:
     cpu_per_pull: float = 0.0
     cpu_per_pulled_block: float = 0.0
     crowding: float = 0.0
+    waking: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 from distserve.bench.records import RequestRecord
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
-from distserve.core.profile import ClusterCosts, MeasuredStepTime
+from distserve.core.profile import ClusterCosts, MeasuredStepTime, StepFit
 
 Floats = NDArray[np.float64]
 
@@ -69,19 +69,22 @@ class Sample:
         return [record.timeline for record in self.records if record.timeline is not None]
 
 
-def work_out(
-    samples: list[Sample],
-    crowded: list[Sample],
-    num_engines: int,
-    step_time: MeasuredStepTime,
-    pull: float,
-    pull_per_byte: float,
-) -> ClusterCosts:
-    """The costs that ``samples`` of :func:`distserve.cluster.costs.make_loads`' loads show, in their order.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What came of :class:`distserve.cluster.costs.Loads`, in their order."""
 
-    ``crowded`` samples are of decode batches on ``num_engines`` mixed instances that left no core idle. ``step_time``
-    is the engine's own: what is beyond it is the cluster's. Seconds of pulls are measured apart.
+    usual: list[Sample]
+    rested: list[Sample]
+    crowded: list[Sample]
+    num_engines: int
+
+
+def work_out(found: Samples, step_time: MeasuredStepTime, *, pull: float, pull_per_byte: float) -> ClusterCosts:
+    """The costs that ``found`` shows.
+
+    ``step_time`` is the engine's own: what is beyond it is the cluster's. Seconds of pulls are measured apart.
     """
+    samples = found.usual
     short, long = samples[0], samples[1]
     requests = [
         median(t["arrival"] - (r.scheduled + s.offset) for r, t in zip(s.records, s.timelines, strict=True))
@@ -121,11 +124,8 @@ def work_out(
         cpu_per_pull=cpu_per_pull,
         cpu_per_pulled_token=cpu_per_pulled_token,
         idle_cores=samples[0].idle_cores,
-        crowding=_crowding(
-            crowded,
-            num_engines,
-            MeasuredStepTime(step_time.fit.raised(step + cpu_per_step, per_sequence + cpu_per_token)),
-        ),
+        crowding=_crowding(found, step_time.fit.raised(step + cpu_per_step, per_sequence + cpu_per_token)),
+        waking=_waking(found.rested, step_time.fit.raised(step, per_sequence), message),
     )
 
 
@@ -184,16 +184,26 @@ def _step_costs(samples: list[Sample], step_time: MeasuredStepTime) -> tuple[flo
     return float(solution[0]), float(solution[1])
 
 
-def _crowding(samples: list[Sample], num_engines: int, step_time: MeasuredStepTime) -> float:
-    """Seconds that steps on engines on every core take beyond ``step_time``, which has their light work in it."""
+def _crowding(found: Samples, fit: StepFit) -> float:
+    """Seconds that steps take with an engine on every core beyond ``fit``, which has their light work in it."""
     extras = []
-    for sample in samples:
+    for sample in found.crowded:
         gap = _steady_gap(sample)
         if gap is not None:
-            batch = sample.load.num_clients // num_engines
+            batch = sample.load.num_clients // found.num_engines
             shape = StepShape(num_decodes=batch, decode_context=round(batch * gap[1]))
-            extras.append(gap[0] - step_time.seconds(shape))
+            extras.append(gap[0] - MeasuredStepTime(fit).seconds(shape))
     return max(0.0, median(extras)) if extras else 0.0
+
+
+def _waking(samples: list[Sample], fit: StepFit, message: float) -> float:
+    """Seconds to the first token of prompts that come after a pause, beyond two messages and ``fit``."""
+    extras: list[float] = []
+    for sample in samples:
+        num = sample.load.prompt_len
+        usual = 2 * message + MeasuredStepTime(fit).seconds(StepShape(num, num * (num + 1) // 2, num_prefills=1))
+        extras += [t["first_token"] - t["arrival"] - usual for t in sample.timelines]
+    return max(0.0, median(extras))
 
 
 def _steady_gap(sample: Sample) -> tuple[float, float] | None:

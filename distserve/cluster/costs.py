@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -26,7 +27,7 @@ from distserve.bench.runner import Run, Runner
 from distserve.bench.target import Target
 from distserve.bench.workload import Workload
 from distserve.cluster.clock import cluster_time
-from distserve.cluster.cost_fit import PROMPTS_ALONE, Cpu, Load, Sample, work_out
+from distserve.cluster.cost_fit import PROMPTS_ALONE, Cpu, Load, Sample, Samples, work_out
 from distserve.core.commands import Migrate
 from distserve.core.config import KvLayout
 from distserve.core.errors import InstanceError
@@ -37,14 +38,29 @@ from distserve.transfer.local import LocalNetwork, LocalTransport
 _START_SECONDS = 180.0
 _STOP_SECONDS = 30.0
 _IDLE_SECONDS = 3.0
+_PAUSE_SECONDS = 0.3
 _REQUEST_SECONDS = 300.0
 _MOST_CROWDED = 4
 """Cores up to which an engine on each is tried; beyond that some core is always free for what surrounds them."""
 _NAME = "profiled"
 
 
-def make_loads(max_batch_size: int, max_model_len: int, *, quick: bool) -> tuple[Load, ...]:
-    """What is asked of the cluster: prompts alone, short and long; decode batches alone; both at once."""
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """What is asked of the cluster.
+
+    ``usual``: prompts alone, short and long; decode batches alone; both at once. ``rested``: single prompts, each after
+    a pause. ``crowded``: decode batches on mixed instances, ``num_engines`` of them, one for each core.
+    """
+
+    usual: tuple[Load, ...]
+    rested: tuple[Load, ...]
+    crowded: tuple[Load, ...]
+    num_engines: int
+
+
+def make_loads(num_engines: int, max_batch_size: int, max_model_len: int, *, quick: bool) -> Loads:
+    """Loads within the limits, for a machine whose cores have room for ``num_engines``; fewer if ``quick``."""
     prompt, output = max(1, min(256, max_model_len // 4)), max(3, min(128, max_model_len // 8))
     long = max(1, min(1024, max_model_len // 2))
     batches = (1, 4) if quick else (1, 2, 4, 12)
@@ -54,30 +70,28 @@ def make_loads(max_batch_size: int, max_model_len: int, *, quick: bool) -> tuple
         (8, 32, prompt // 2, output // 2),
         (3, 15, long // 2, output // 4),
     ]
-    return (
+    usual = (
         Load(1, 12 if quick else 24, 16, PROMPTS_ALONE),
         Load(1, 6 if quick else 12, long, PROMPTS_ALONE),
         *(Load(b, b if b > 1 else 3, prompt // (1 if b < 8 else 2), output) for b in batches if b <= max_batch_size),
         *(Load(b, n, max(1, p), max(3, o)) for b, n, p, o in service[: 1 if quick else None] if b <= max_batch_size),
     )
-
-
-def make_crowded_loads(num_engines: int, max_batch_size: int, max_model_len: int) -> tuple[Load, ...]:
-    """Decode batches on every one of ``num_engines``, the same on each."""
-    prompt, output = max(1, min(256, max_model_len // 4)), max(3, min(128, max_model_len // 8))
-    return tuple(
-        Load(batch * num_engines, batch * num_engines, prompt, output) for batch in (1, 2, 4) if batch <= max_batch_size
-    )
+    rested = (Load(1, 1, prompt, PROMPTS_ALONE),) * (5 if quick else 15)
+    is_crowded = 1 <= num_engines <= _MOST_CROWDED
+    crowded = [
+        Load(batch * num_engines, batch * num_engines, prompt, output)
+        for batch in ((2,) if quick else (1, 2, 4))
+        if is_crowded and batch <= max_batch_size
+    ]
+    return Loads(usual, rested, tuple(crowded), num_engines)
 
 
 def measure_costs(
     model_dir: Path,
     flags: Mapping[str, object],
     step_time: MeasuredStepTime,
-    loads: tuple[Load, ...],
-    crowded_loads: tuple[Load, ...],
+    loads: Loads,
     *,
-    num_engines: int,
     layout: KvLayout,
     vocab_size: int,
     show: Callable[[str], None],
@@ -89,8 +103,6 @@ def measure_costs(
         flags: Of ``distserve serve``, by name.
         step_time: The engine's own times: what is beyond them is the cluster's.
         loads: As :func:`make_loads` makes them.
-        crowded_loads: As :func:`make_crowded_loads` makes them.
-        num_engines: That the machine's cores have room for.
         layout: The instances' KV memory, for the time of pulls.
         vocab_size: Token ids are drawn below it.
         show: Told what is going on.
@@ -100,12 +112,15 @@ def measure_costs(
     """
     pull, pull_per_byte = measure_pulls(layout)
     with _serving(model_dir, {"prefill": 1, "decode": 1, **flags}, show) as (url, root):
-        samples = asyncio.run(_load(url, root, loads, vocab_size, show))
+        usual = asyncio.run(_load(url, root, loads.usual, vocab_size, show))
+        rested = asyncio.run(_load(url, root, loads.rested, vocab_size, show, pause=_PAUSE_SECONDS))
     crowded: list[Sample] = []
-    if 1 <= num_engines <= _MOST_CROWDED:
-        with _serving(model_dir, {"mixed": num_engines, **flags}, show) as (url, root):
-            crowded = asyncio.run(_load(url, root, crowded_loads, vocab_size, show))
-    return work_out(samples, crowded, num_engines, step_time, pull, pull_per_byte)
+    if loads.crowded:
+        with _serving(model_dir, {"mixed": loads.num_engines, **flags}, show) as (url, root):
+            crowded = asyncio.run(_load(url, root, loads.crowded, vocab_size, show))
+    return work_out(
+        Samples(usual, rested, crowded, loads.num_engines), step_time, pull=pull, pull_per_byte=pull_per_byte
+    )
 
 
 def measure_pulls(layout: KvLayout, num_blocks: int = 64, num_rounds: int = 30) -> tuple[float, float]:
@@ -181,7 +196,12 @@ def _wait_for_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
 
 
 async def _load(
-    url: str, root: psutil.Process, loads: tuple[Load, ...], vocab_size: int, show: Callable[[str], None]
+    url: str,
+    root: psutil.Process,
+    loads: tuple[Load, ...],
+    vocab_size: int,
+    show: Callable[[str], None],
+    pause: float = 0.0,
 ) -> list[Sample]:
     samples = []
     target = Target(url, _NAME, return_timeline=True)
@@ -197,6 +217,7 @@ async def _load(
                 f"{load.num_clients} client{'s' if load.num_clients > 1 else ''}, {load.prompt_len} tokens in, "
                 f"{load.output_len} out"
             )
+            await asyncio.sleep(pause)
             before, start = _threads(root), time.perf_counter()
             run = await _run(runner, load, vocab_size)
             cpu, seconds = _cpu(before, _threads(root)), time.perf_counter() - start

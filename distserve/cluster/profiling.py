@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from distserve.cluster.costs import make_crowded_loads, make_loads, measure_costs
+from distserve.cluster.costs import make_loads, measure_costs
 from distserve.cluster.process import own_cores
 from distserve.cluster.profile_file import write_profile
 from distserve.core.config import KvConfig
@@ -92,9 +92,7 @@ def take_profile(settings: Settings, output: Path, console: Console) -> Profile:
                     "max_model_len": max_model_len,
                 },
                 step_time,
-                make_loads(settings.max_batch_size, max_model_len, quick=settings.is_quick),
-                make_crowded_loads(num_engines, settings.max_batch_size, max_model_len),
-                num_engines=num_engines,
+                make_loads(num_engines, settings.max_batch_size, max_model_len, quick=settings.is_quick),
                 layout=description.layout(KvConfig(64, settings.block_size), settings.dtype),
                 vocab_size=description.vocab_size,
                 show=lambda text: status.update(f"cluster: {text}"),

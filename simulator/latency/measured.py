@@ -78,4 +78,5 @@ class ProfileLatencyModel:
             cpu_per_pull=costs.cpu_per_pull / num_threads,
             cpu_per_pulled_block=costs.cpu_per_pulled_token * self.profile.block_size / num_threads,
             crowding=costs.crowding / num_threads,
+            waking=costs.waking,
         )

@@ -80,6 +80,12 @@ def test_a_crowded_step_is_slower_than_its_light_work():
     assert lines.finish - lines.first_token == pytest.approx([2 * 0.011])
 
 
+def test_an_engine_that_slept_wakes_slowly():
+    # The second prompt comes while the first is computed, the third long after both.
+    lines = run([Role.MIXED], HostModel(2, waking=0.02), [1.0, 1.05, 3.0])
+    assert lines.ttft == pytest.approx([0.13, 0.08 + 0.11, 0.13])
+
+
 def test_what_surrounds_the_engines_takes_its_share():
     # 0.05 core seconds of the request's own beside 0.11 of the step: they share until the former are done.
     lines = run([Role.MIXED], HostModel(1, cpu_per_request=0.03, cpu_per_prompt_token=2e-4), [1.0])
