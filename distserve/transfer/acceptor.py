@@ -34,6 +34,11 @@ class Acceptor:
         self._thread = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
         self._thread.start()
 
+    @property
+    def has_connections(self) -> bool:
+        """Whether a peer is there, or somebody who may become one."""
+        return bool(self._connections)
+
     def close(self) -> None:
         """Hang up on everyone and let nobody in; the threads that serve end on their own. Idempotent."""
         with self._lock:

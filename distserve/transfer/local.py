@@ -16,7 +16,9 @@ from distserve.core.config import KvLayout
 from distserve.core.errors import TransferError
 from distserve.core.events import Migrated
 from distserve.transfer import progress
-from distserve.transfer.mover import Mover, Source
+from distserve.transfer.copy import Bytes
+from distserve.transfer.mapped_pulls import Source
+from distserve.transfer.mover import Mover
 from distserve.transfer.plan import Part, layout_difference, whole
 from distserve.transfer.source import SourceSide
 from distserve.transfer.transport import Clock
@@ -28,9 +30,9 @@ class LocalNetwork:
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, Source[Bytes]] = {}
 
-    def publish(self, source: Source) -> str:
+    def publish(self, source: Source[Bytes]) -> str:
         """Make ``source`` reachable and return its address."""
         with self._lock:
             address = f"local-{next(self._numbers)}"
@@ -42,7 +44,7 @@ class LocalNetwork:
         with self._lock:
             self._sources.pop(address, None)
 
-    def find(self, address: str) -> Source:
+    def find(self, address: str) -> Source[Bytes]:
         """Return the source at ``address``; raises TransferError if there is none."""
         with self._lock:
             source = self._sources.get(address)

@@ -84,10 +84,15 @@ def plane_pieces(
     """
     part = part or whole(dst)
     check_blocks(src_blocks, dst_blocks, src, dst)
-    per_token = _is_split(src, part.src_heads) or _is_split(dst, part.dst_heads)
+    per_token = _moves_by_token(src, dst, part)
     src_starts, row_bytes = _row_starts(src_blocks, src, part.src_heads, per_token=per_token)
     dst_starts, _ = _row_starts(dst_blocks, dst, part.dst_heads, per_token=per_token)
     return _merged(src_starts, dst_starts, row_bytes)
+
+
+def row_bytes(src: KvLayout, dst: KvLayout, part: Part) -> int:
+    """Bytes of the rows of which pieces are made: a block's keys or values, or the part's heads of one token."""
+    return token_bytes(dst, part.dst_heads) if _moves_by_token(src, dst, part) else dst.block_bytes
 
 
 def stream_pieces(blocks: Sequence[int], layout: KvLayout, heads: range) -> Pieces:
@@ -131,6 +136,10 @@ def portions(pieces: Pieces, max_bytes: int) -> list[Pieces]:
     cut[:, :2] += (bounds - starts[of])[:, None]
     cut[:, 2] = np.diff(bounds, append=num_bytes)
     return np.split(cut, np.searchsorted(bounds, cuts[1:]))
+
+
+def _moves_by_token(src: KvLayout, dst: KvLayout, part: Part) -> bool:
+    return _is_split(src, part.src_heads) or _is_split(dst, part.dst_heads)
 
 
 def _is_split(layout: KvLayout, heads: range) -> bool:

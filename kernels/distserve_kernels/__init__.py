@@ -17,6 +17,7 @@ waits for the device, given triton: all may be captured in a CUDA graph.
   numbers from counters, and sampling with them
 - `pack_kv(pool, blocks, layers, heads)`, `unpack_kv(buffer, pool, blocks, layers, heads)`: KV of a migration to and
   from one contiguous buffer of `packed_shape(pool, num_blocks, layers, heads)`
+- `copy_rows(src, dst, starts, row_bytes, num_planes, ...)`: scattered rows of bytes from one memory to another
 - `PackedLinear(weight, bias)`: a linear layer whose weight is kept in the layout its kernel reads
 - `FusedDecoder(shape, layers)`: a whole range of decoder layers of the Llama family in one call
 - `huge_bytes(num_bytes)`: zeroed memory on huge pages; decoding reads a KV cache kept in it about 10% faster
@@ -42,6 +43,7 @@ from distserve_kernels.ops import (
     write_kv,
 )
 from distserve_kernels.random_numbers import philox_keys, race_draw, race_uniforms
+from distserve_kernels.row_copy import copy_rows
 
 __all__ = [
     "DecoderLayer",
@@ -50,6 +52,7 @@ __all__ = [
     "PackedLinear",
     "StepInputs",
     "add_rms_norm",
+    "copy_rows",
     "grouped_matmul",
     "huge_bytes",
     "native_available",

@@ -32,6 +32,11 @@ def main() -> None:
     secret = options["secret"].encode() if "secret" in options else SECRET
     if options.get("transport") == "tcp":
         transport = TcpTransport(layout, host="127.0.0.1", secret=secret, clock=time.time)
+    elif options.get("transport") == "cuda_ipc":
+        from tests.transfer.fake_device import FakeGpuTransport  # imports torch
+
+        patience = options.get("patience", 20.0)
+        transport = FakeGpuTransport(layout, secret=secret, clock=time.time, patience=patience)
     else:
         transport = ShmTransport(layout, secret=secret, clock=time.time)
     fill(transport.buffer, layout, options.get("seed", 0))

@@ -1,9 +1,10 @@
-"""What every transport promises, on each: pools of one process, shared memory, TCP, and what chooses of the two.
+"""What every transport promises, on each: pools of one process, shared and (faked) GPU memory, TCP, what chooses.
 
 Both ends are in this process.
 """
 
 import dataclasses
+import re
 import threading
 import time
 
@@ -12,9 +13,11 @@ import pytest
 
 from distserve.core.errors import TransferError
 from distserve.transfer.choose import HostTransport
+from distserve.transfer.cuda_ipc.transport import CudaIpcTransport
 from distserve.transfer.local import LocalNetwork, LocalTransport
 from distserve.transfer.shm import ShmTransport
 from distserve.transfer.tcp import TcpTransport
+from tests.transfer.fake_device import FakeDevice
 from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, fill, migrate
 
 
@@ -31,17 +34,19 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(params=["local", "shm", "tcp", "near", "far"])
+@pytest.fixture(params=["local", "shm", "cuda_ipc", "tcp", "near", "far"])
 def make(request, clock):
     """A factory of transports that can reach each other."""
     network = LocalNetwork()
-    made = []
+    made, lost = [], []
 
     def factory(layout=LAYOUT):
         if request.param == "local":
             transport = LocalTransport(layout, network=network, clock=clock)
         elif request.param == "shm":
             transport = ShmTransport(layout, secret=SECRET, clock=clock)
+        elif request.param == "cuda_ipc":
+            transport = CudaIpcTransport(layout, device=FakeDevice(), secret=SECRET, clock=clock, on_lost=lost.append)
         elif request.param == "tcp":
             transport = TcpTransport(layout, host="127.0.0.1", secret=SECRET, clock=clock)
         else:
@@ -53,6 +58,7 @@ def make(request, clock):
     yield factory
     for transport in made:
         transport.close()
+    assert not lost
 
 
 @pytest.fixture
@@ -241,7 +247,7 @@ def test_connecting_to_nothing_says_so(make, source):
     source.close()
     with pytest.raises(TransferError, match=r"no KV memory to be reached at|nothing to connect to at") as caught:
         make().connect("source", address)
-    assert any(name in str(caught.value) for name in address.split(" "))
+    assert any(name in str(caught.value) for name in re.split(r"[ /]", address))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
