@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from distserve.bench.lengths import Lengths
-from distserve.core.config import Role
+from distserve.core.config import PrefillPolicy, Role
 from distserve.core.latency import StepShape, StepTime
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import PlacedInstance, Placement
 from placement.offered import Offered
 from placement.problem import Problem

@@ -11,7 +11,6 @@ import numpy as np
 from distserve.bench.workload import Workload
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.latency import StepShape
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.router import RouterConfig
 from distserve.core.topology import Placement
 from placement.measure import Run
@@ -43,19 +42,16 @@ class Instant:
         return 0.0
 
 
-def joint_model(problem: Problem, placement: Placement, policy: PrefillPolicy) -> ClusterModel:
+def joint_model(problem: Problem, placement: Placement) -> ClusterModel:
     """The deployment of ``placement``, as ``distserve simulate`` would replay it."""
-    model = deployment(placement, problem.latency, problem.model, problem.delays, policy)
+    model = deployment(placement, problem.latency, problem.model, problem.delays)
     return on_one_host(model, problem.latency, placement)
 
 
 def phase_model(problem: Problem, shape: Shape, count: int) -> ClusterModel:
     """``count`` instances of one phase, the other phase instant."""
     step_time = problem.latency.step_time(shape.parallel, stages_share_node=shape.nodes == 1)
-    instances = [
-        InstanceModel(shape.spec(problem, f"{shape.role}-{number}"), step_time, (), shape.policy)
-        for number in range(count)
-    ]
+    instances = [InstanceModel(shape.spec(problem, f"{shape.role}-{number}"), step_time) for number in range(count)]
     other = Role.DECODE if shape.role is Role.PREFILL else Role.PREFILL
     block_size = problem.limits.block_size
     scheduler = SchedulerConfig(
@@ -69,9 +65,9 @@ def phase_model(problem: Problem, shape: Shape, count: int) -> ClusterModel:
     )
 
 
-def joint_run(problem: Problem, offered: Offered, placement: Placement, policy: PrefillPolicy) -> Run:
+def joint_run(problem: Problem, offered: Offered, placement: Placement) -> Run:
     """Runs of the whole deployment."""
-    model = joint_model(problem, placement, policy)
+    model = joint_model(problem, placement)
     return lambda rate, run, num_requests: _until_missed(problem, model, offered.at(rate, run, num_requests))
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from distserve.core.config import Role
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import Placement
 from placement.candidates import Candidate
 from placement.goodput import Goodput
@@ -22,7 +21,6 @@ def evaluate(
     problem: Problem,
     label: str,
     placement: Placement,
-    policy: PrefillPolicy,
     goodput: Goodput,
     at: Measurement | None = None,
     candidate: Candidate | None = None,
@@ -37,7 +35,7 @@ def evaluate(
     return Evaluation(
         label=label,
         placement=placement,
-        policy=policy,
+        policy=placement.instances[0].spec.scheduler.policy,
         goodput=interval,
         point=shown.point,
         curve=tuple(points[rate] for rate in sorted(points)),

@@ -102,7 +102,7 @@ def fewest_gpus(
             if unknown:
                 phases.setdefault(unknown[0], PhasePoint(*unknown[0], rate))
             else:
-                joint[candidate] = JointPoint(open_[candidate], candidate.pools[0][0].policy, rate, fine=True)
+                joint[candidate] = JointPoint(open_[candidate], rate, fine=True)
             if len(phases) + len(joint) >= _WAVE:
                 break
         note(f"{ranked[0].num_gpus} GPUs: {ranked[0]}", len(seen) - len(open_), len(seen))

@@ -221,7 +221,7 @@ def _plan(file: Path, problem: "Problem", messages: "Console", report: "Console 
     """Search, with progress, and show the plan."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from distserve.core.mixed import PrefillPolicy
+    from distserve.core.config import PrefillPolicy
     from placement.report import print_report
     from placement.search import find_plan
 

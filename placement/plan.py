@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from distserve.core.config import ParallelConfig, Role
+from distserve.core.config import ParallelConfig, PrefillPolicy, Role
 from distserve.core.errors import ConfigError
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import Gpu, Placement
 from placement.candidates import Candidate
 from placement.problem import Problem

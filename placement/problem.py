@@ -7,8 +7,7 @@ business.
 from dataclasses import dataclass, field, replace
 
 from distserve.bench.workload import WorkloadSpec
-from distserve.core.config import SLO, KvConfig, ParallelConfig, Role
-from distserve.core.mixed import PrefillPolicy
+from distserve.core.config import SLO, KvConfig, ParallelConfig, PrefillPolicy, Role
 from distserve.core.topology import ClusterSpec
 from simulator.latency.gpus import GpuSpec, find_gpu
 from simulator.latency.interface import LatencyModel

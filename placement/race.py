@@ -137,7 +137,6 @@ def race(
             else:
                 joint[candidate] = JointGoodput(
                     open_[candidate],
-                    candidate.pools[0][0].policy,
                     bound(candidate),
                     floor=bar * candidate.num_gpus,
                 )

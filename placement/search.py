@@ -164,7 +164,6 @@ class _Searcher:
         tasks = [
             JointGoodput(
                 entry.placement,
-                entry.candidate.pools[0][0].policy,
                 self._bounds.of_candidate(entry.candidate),
                 _SHORT_RUNS_FLATTER * entry.goodput.interval.estimate,
                 floor,
@@ -175,8 +174,8 @@ class _Searcher:
         goodputs: list[Goodput] = self._workers.run(tasks)
         self.count.requests += sum(goodput.num_simulated for goodput in goodputs)
         return [
-            evaluate(problem, str(e.candidate), e.placement, task.policy, goodput, None, e.candidate)
-            for e, task, goodput in zip(leaders, tasks, goodputs, strict=True)
+            evaluate(problem, str(e.candidate), e.placement, goodput, None, e.candidate)
+            for e, goodput in zip(leaders, goodputs, strict=True)
         ]
 
     # -- the fewest GPUs at a rate ----------------------------------------------------------------------------------
@@ -196,7 +195,6 @@ class _Searcher:
         tasks = [
             JointGoodput(
                 entry.placement,
-                entry.candidate.pools[0][0].policy,
                 max(self._bounds.of_candidate(entry.candidate), rate * 1.01),
                 rate,
                 fine=False,
@@ -208,8 +206,8 @@ class _Searcher:
         goodputs: list[Goodput] = self._workers.run(tasks)
         kept = [entry for entry in holding if entry.candidate != paper]
         return [
-            evaluate(problem, str(e.candidate), e.placement, task.policy, goodput, e.measurement, e.candidate)
-            for e, task, goodput in zip(kept, tasks, goodputs, strict=True)
+            evaluate(problem, str(e.candidate), e.placement, goodput, e.measurement, e.candidate)
+            for e, goodput in zip(kept, goodputs, strict=True)
         ]
 
     # -- shared -----------------------------------------------------------------------------------------------------
@@ -220,14 +218,13 @@ class _Searcher:
         placement = candidate.placement(problem)
         if placement is None:
             return lambda: None
-        policy = candidate.pools[0][0].policy
         ceiling = self._bounds.of_candidate(candidate)
         if ceiling <= 0:
             ceiling = sum(self._bounds.of_shape(shape).capacity * count for shape, count in candidate.pools)
-        goodput = self._workers.begin(JointGoodput(placement, policy, ceiling, None, fine=True))
+        goodput = self._workers.begin(JointGoodput(placement, ceiling, None, fine=True))
         rate = problem.rate
-        at = self._workers.begin(JointPoint(placement, policy, rate, fine=True)) if rate is not None else None
-        return lambda: evaluate(problem, str(candidate), placement, policy, goodput(), at and at(), candidate)
+        at = self._workers.begin(JointPoint(placement, rate, fine=True)) if rate is not None else None
+        return lambda: evaluate(problem, str(candidate), placement, goodput(), at and at(), candidate)
 
     def _kinds(self, shapes: list[Shape], num_wanted: int) -> list[tuple[list[Candidate], int]]:
         """Disaggregated candidates, then the colocated ones of each policy; how many finalists each may have."""

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from distserve.bench.lengths import scale_lengths
 from distserve.bench.workload import Workload
 from distserve.core.config import ParallelConfig, Role
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import PlacedInstance, Placement
 from placement.deployment import joint_run
 from placement.evaluation import binding_constraint
@@ -50,7 +49,6 @@ class ScaledPoint:
     """A whole placement at one rate, the workload's lengths multiplied."""
 
     placement: Placement
-    policy: PrefillPolicy
     rate: float
     prompt_factor: float = 1.0
     output_factor: float = 1.0
@@ -65,7 +63,7 @@ class ScaledPoint:
         )
         kinds = [(placed.spec.role, placed.spec.parallel) for placed in self.placement.instances]
         return measure(
-            joint_run(setting.problem, offered, self.placement, self.policy),
+            joint_run(setting.problem, offered, self.placement),
             self.rate,
             setting.problem.slo,
             offered.cv,
@@ -109,10 +107,10 @@ class _Planned:
     output_factor: float = 1.0
     reason: str = ""
 
-    def task(self, policy: PrefillPolicy) -> ScaledPoint:
+    def task(self) -> ScaledPoint:
         """What measures it."""
         assert self.placement is not None
-        return ScaledPoint(self.placement, policy, self.rate, self.prompt_factor, self.output_factor)
+        return ScaledPoint(self.placement, self.rate, self.prompt_factor, self.output_factor)
 
 
 def look_around(plan: Plan, progress: Progress | None = None, *, with_curves: bool = False) -> Outlook:
@@ -123,24 +121,19 @@ def look_around(plan: Plan, progress: Progress | None = None, *, with_curves: bo
     chosen, problem = plan.chosen, plan.problem
     rate = chosen.point.rate
     planned = list(_variants(plan))
-    above = [
-        ScaledPoint(chosen.placement, chosen.policy, factor * (chosen.goodput.estimate or rate)) for factor in _ABOVE
-    ]
-    beside = [
-        (name, rival, ScaledPoint(rival.placement, rival.policy, _fair_rate(plan, rival)))
-        for name, rival in _beside(plan)
-    ]
+    above = [ScaledPoint(chosen.placement, factor * (chosen.goodput.estimate or rate)) for factor in _ABOVE]
+    beside = [(name, rival, ScaledPoint(rival.placement, _fair_rate(plan, rival))) for name, rival in _beside(plan)]
     curves = [
-        (name, found, [ScaledPoint(found.placement, found.policy, share * found.goodput.estimate) for share in _CURVE])
+        (name, found, [ScaledPoint(found.placement, share * found.goodput.estimate) for share in _CURVE])
         for name, found in (rivals(plan)[:_MAX_CURVES] if with_curves else [])
         if found.goodput.estimate > 0
     ]
     points = [*above, *(task for _, _, task in beside), *(task for _, _, tasks in curves for task in tasks)]
-    points += [variant.task(chosen.policy) for variant in planned if variant.placement is not None]
+    points += [variant.task() for variant in planned if variant.placement is not None]
     resized = [v for v in planned if v.placement is not None and v.change in {Change.LOSS, Change.SIZE}]
     setting = Setting(problem, Offered(problem.workload, problem.search.seed))
     measured, goodputs = _run(setting, points, [_search(chosen, variant) for variant in resized], progress)
-    base = measured[planned[0].task(chosen.policy)]
+    base = measured[planned[0].task()]
     failing = next(
         (measured[task] for task in above if not measured[task].point.holds(problem.slo.attainment)),
         measured[above[-1]],
@@ -152,7 +145,7 @@ def look_around(plan: Plan, progress: Progress | None = None, *, with_curves: bo
                 variant.change,
                 variant.label,
                 variant.num_gpus,
-                None if variant.placement is None else measured[variant.task(chosen.policy)].point,
+                None if variant.placement is None else measured[variant.task()].point,
                 limits.get(variant.label),
                 variant.reason,
             )
@@ -208,7 +201,7 @@ def _search(chosen: Evaluation, variant: _Planned) -> JointGoodput:
     """From what the variant's GPUs would serve if they served as much as the chosen placement's."""
     assert variant.placement is not None
     near = chosen.goodput.estimate * variant.num_gpus / chosen.num_gpus or variant.rate
-    return JointGoodput(variant.placement, chosen.policy, _CEILING * max(near, chosen.goodput.estimate), near)
+    return JointGoodput(variant.placement, _CEILING * max(near, chosen.goodput.estimate), near)
 
 
 def _beside(plan: Plan) -> list[tuple[str, Evaluation]]:

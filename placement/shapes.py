@@ -4,10 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
+from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, PrefillPolicy, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape, StepTime
-from distserve.core.mixed import PrefillPolicy
 from placement.offered import Offered
 from placement.problem import Problem
 
@@ -44,6 +43,7 @@ class Shape:
             max_batch_size=limits.max_batch_size,
             max_in_flight=self.parallel.pp,
             max_model_len=limits.max_model_len,
+            policy=self.policy,
         )
         return InstanceSpec(instance_id, self.role, self.kv, scheduler, self.parallel)
 

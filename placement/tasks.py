@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from distserve.core.config import ParallelConfig, Role
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import Placement
 from placement.bounds import lone_decode
 from placement.deployment import joint_run, phase_run
@@ -108,7 +107,6 @@ class JointGoodput:
     """The goodput of a whole placement; ``fine`` with a narrow interval."""
 
     placement: Placement
-    policy: PrefillPolicy
     ceiling: float
     start: float | None = None
     floor: float = 0.0
@@ -117,7 +115,7 @@ class JointGoodput:
     def __call__(self, setting: Setting) -> Goodput:
         """Simulate."""
         return find_goodput(
-            joint_run(setting.problem, setting.offered, self.placement, self.policy),
+            joint_run(setting.problem, setting.offered, self.placement),
             setting.problem.slo,
             setting.offered.cv,
             self.ceiling,
@@ -134,14 +132,13 @@ class JointPoint:
     """A whole placement at one rate; ``fine`` until it is decided or narrow."""
 
     placement: Placement
-    policy: PrefillPolicy
     rate: float
     fine: bool = False
 
     def __call__(self, setting: Setting) -> Measurement:
         """Simulate."""
         return measure(
-            joint_run(setting.problem, setting.offered, self.placement, self.policy),
+            joint_run(setting.problem, setting.offered, self.placement),
             self.rate,
             setting.problem.slo,
             setting.offered.cv,

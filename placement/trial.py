@@ -25,7 +25,6 @@ from distserve.bench.metrics import wilson_interval
 from distserve.bench.workload import Workload
 from distserve.core.config import SLO, InstanceSpec
 from distserve.core.errors import ConfigError, DistserveError
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
 from placement.deployment import joint_model
 from placement.plan import Interval, Percentiles
@@ -77,7 +76,7 @@ def as_started(gpus: tuple[tuple[Gpu, ...], ...], specs: tuple[InstanceSpec, ...
 
 def predict(problem: Problem, placement: Placement, workload: Workload) -> Figures:
     """Simulate ``workload`` on ``placement``."""
-    model = joint_model(problem, placement, PrefillPolicy.SPLITFUSE)
+    model = joint_model(problem, placement)
     model = on_one_host(model, problem.latency, placement)
     return figures_of(simulate(model, workload).timelines, problem.slo)
 

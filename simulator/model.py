@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from distserve.core.config import InstanceSpec
 from distserve.core.latency import StepTime
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.router import RouterConfig
 from distserve.core.topology import ClusterSpec, Gpu
 
@@ -31,13 +30,12 @@ class Delays:
 class InstanceModel:
     """One instance: its specification, how long its steps take, and the GPUs its ranks are on, in rank order.
 
-    Shard ``t`` of stage ``s`` is on ``gpus[s * tp + t]``. ``policy`` counts on mixed instances only.
+    Shard ``t`` of stage ``s`` is on ``gpus[s * tp + t]``.
     """
 
     spec: InstanceSpec
     step_time: StepTime
     gpus: tuple[Gpu, ...] = ()
-    policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from distserve.cluster.seats import WantedInstance, check_seats
 from distserve.cluster.yaml_file import read_yaml
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, SchedulerConfig
 from distserve.core.errors import ConfigError
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.router import RouterConfig
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
 from simulator.inputs import read_file
@@ -109,22 +108,13 @@ def place(section: PlacementSection, cluster: ClusterSpec, model: ModelShape, li
     return placement
 
 
-def deployment(
-    placement: Placement,
-    latency: LatencyModel,
-    model: ModelShape,
-    delays: Delays,
-    policy: PrefillPolicy = PrefillPolicy.SPLITFUSE,
-) -> ClusterModel:
-    """``placement`` as the simulator runs it, with every link that KV and activations use.
-
-    ``policy`` is that of mixed instances.
-    """
+def deployment(placement: Placement, latency: LatencyModel, model: ModelShape, delays: Delays) -> ClusterModel:
+    """``placement`` as the simulator runs it, with every link that KV and activations use."""
     instances = []
     for placed in placement.instances:
         shares_node = len({gpu.node for gpu in placed.gpus}) == 1
         step_time = latency.step_time(placed.spec.parallel, stages_share_node=shares_node)
-        instances.append(InstanceModel(placed.spec, step_time, placed.gpus, policy))
+        instances.append(InstanceModel(placed.spec, step_time, placed.gpus))
     return ClusterModel(
         instances=tuple(instances),
         cluster=placement.cluster,

@@ -21,7 +21,7 @@ from simulator.client import CLIENT, Client, Record
 from simulator.engine import Engine
 from simulator.host import HostLoop
 from simulator.loop import Loop
-from simulator.model import ClusterModel, InstanceModel
+from simulator.model import ClusterModel
 from simulator.pulls import PullNetwork, Pulls
 from simulator.recorder import Recorder
 from simulator.results import InstanceUsage, Simulation, TimelineTable
@@ -183,7 +183,7 @@ class _Run:
     def _start(self, instance_id: str) -> None:
         model = self._models[instance_id]
         spec = model.spec
-        scheduler = _scheduler(spec, model)
+        scheduler = _scheduler(spec)
         engine = Engine(
             instance_id,
             SimulatedWorker(self._progress),
@@ -256,11 +256,11 @@ def _block_size_of_prefixes(model: ClusterModel) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def _scheduler(spec: InstanceSpec, model: InstanceModel) -> InstanceScheduler:
+def _scheduler(spec: InstanceSpec) -> InstanceScheduler:
     match spec.role:
         case Role.PREFILL:
             return PrefillScheduler(spec)
         case Role.DECODE:
             return DecodeScheduler(spec)
         case Role.MIXED:
-            return MixedScheduler(spec, model.policy)
+            return MixedScheduler(spec)

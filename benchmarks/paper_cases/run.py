@@ -20,9 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distserve.core.config import ParallelConfig
+from distserve.core.config import ParallelConfig, PrefillPolicy
 from distserve.core.latency import StepShape, StepTime
-from distserve.core.mixed import PrefillPolicy
 from placement.candidates import Candidate, spans
 from placement.config import Overrides, given_candidate, load_problem
 from placement.plan import Evaluation, Plan, UnreachableError

@@ -16,6 +16,13 @@ class Role(StrEnum):
     MIXED = "mixed"
 
 
+class PrefillPolicy(StrEnum):
+    """How a mixed instance composes prompts with decoding, see :mod:`distserve.core.mixed`."""
+
+    SPLITFUSE = "splitfuse"
+    WHOLE_PROMPT = "whole"
+
+
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
     """Ranks of one instance: ``tp`` tensor-parallel shards in each of ``pp`` pipeline stages."""
@@ -110,7 +117,8 @@ class SchedulerConfig:
     how many seconds prefill blocks stay valid for a pull without renewal, ``pull_timeout`` after how many a pull
     counts as hung. A Report is sent at most every ``report_interval`` seconds while load changes and at least every
     ``heartbeat`` seconds. With ``prefix_caching`` a prompt (or a preempted sequence) shares the KV blocks of an
-    earlier one that began with the same tokens, if they are still there, and is computed from there on.
+    earlier one that began with the same tokens, if they are still there, and is computed from there on. ``policy``
+    counts on mixed instances only.
     """
 
     max_batch_tokens: int = 512
@@ -124,6 +132,7 @@ class SchedulerConfig:
     heartbeat: float = 1.0
     max_model_len: int = 2048
     prefix_caching: bool = False
+    policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
 
 
 @dataclass(frozen=True, slots=True)

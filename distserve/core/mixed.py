@@ -18,11 +18,10 @@ count as memory it needs while somebody uses them.
 
 from bisect import insort
 from collections.abc import Iterable
-from enum import StrEnum
 from itertools import takewhile
 
 from distserve.core.commands import CloseSequence
-from distserve.core.config import InstanceSpec
+from distserve.core.config import InstanceSpec, PrefillPolicy
 from distserve.core.decoding import DecodingScheduler, age
 from distserve.core.messages import Abort, Failed, InstanceGone, Message, Prefill, RequestKey
 from distserve.core.request import Request, TokenLogprobs
@@ -30,21 +29,13 @@ from distserve.core.scheduler import Batch
 from distserve.core.sequence import Sequence
 
 
-class PrefillPolicy(StrEnum):
-    """How a mixed instance composes prompts with decoding."""
-
-    SPLITFUSE = "splitfuse"
-    WHOLE_PROMPT = "whole-prompt"
-
-
 class MixedScheduler(DecodingScheduler):
     """Serves whole requests on one instance."""
 
     _keeps_output = True
 
-    def __init__(self, spec: InstanceSpec, policy: PrefillPolicy = PrefillPolicy.SPLITFUSE) -> None:
+    def __init__(self, spec: InstanceSpec) -> None:
         super().__init__(spec)
-        self._policy = policy
         self._waiting: list[Sequence] = []
         """Prompts not wholly launched yet, oldest first; those already started precede the others."""
         self._by_key: dict[RequestKey, list[Sequence]] = {}
@@ -95,7 +86,7 @@ class MixedScheduler(DecodingScheduler):
         config = self._config
         copies: list[tuple[int, int]] = []
         labelled: list[int] = []
-        if self._policy is PrefillPolicy.WHOLE_PROMPT:
+        if config.policy is PrefillPolicy.WHOLE_PROMPT:
             entries = self._whole_prompts(labelled) or self._decodes(config.max_batch_size, copies)
         else:
             entries = self._decodes(config.max_batch_tokens, copies)

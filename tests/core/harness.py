@@ -9,7 +9,7 @@ from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.decode import DecodeScheduler
 from distserve.core.events import ClientGone, ClientRequest, ClientStop, InstanceUp
 from distserve.core.latency import LinearStepTime
-from distserve.core.mixed import MixedScheduler, PrefillPolicy
+from distserve.core.mixed import MixedScheduler
 from distserve.core.owner import Owner
 from distserve.core.prefill import PrefillScheduler
 from distserve.core.request import Request, SamplingParams
@@ -96,7 +96,6 @@ class Deployment:
         kv: KvConfig = KvConfig(num_blocks=64, block_size=4),
         decode_kv: KvConfig | None = None,
         config: SchedulerConfig = SchedulerConfig(max_batch_tokens=32, max_batch_size=8),
-        policy: PrefillPolicy = PrefillPolicy.SPLITFUSE,
         delays: Delays = Delays(),
         router: RouterConfig = RouterConfig(),
     ) -> None:
@@ -107,7 +106,6 @@ class Deployment:
         self.workers: dict[str, CheckingWorker] = {}
         self.loop.add(ROUTER, Router(router))
         self.loop.add("api-0", self.owner)
-        self._policy = policy
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode), (Role.MIXED, mixed)):
             memory = decode_kv if role is Role.DECODE and decode_kv is not None else kv
             for index in range(count):
@@ -120,7 +118,7 @@ class Deployment:
         elif spec.role is Role.DECODE:
             scheduler = DecodeScheduler(spec)
         else:
-            scheduler = MixedScheduler(spec, self._policy)
+            scheduler = MixedScheduler(spec)
         worker = CheckingWorker(spec.kv.block_size, token_at)
         self.schedulers[spec.instance_id] = scheduler
         self.workers[spec.instance_id] = worker

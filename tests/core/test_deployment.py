@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distserve.core.commands import Conclude
-from distserve.core.config import KvConfig, SchedulerConfig
-from distserve.core.mixed import PrefillPolicy
+from distserve.core.config import KvConfig, PrefillPolicy, SchedulerConfig
 from distserve.core.router import RouterConfig
 from simulator.model import Delays
 from tests.core.harness import Deployment, expected_tokens, make_request
@@ -199,7 +198,12 @@ def test_any_workload_is_served_exactly_and_leaves_nothing(
     pairs: dict[tuple[str, str], float],
 ) -> None:
     config = SchedulerConfig(
-        max_batch_tokens=24, max_batch_size=6, max_in_flight=in_flight[0], lookahead=in_flight[1], lease=2.0
+        max_batch_tokens=24,
+        max_batch_size=6,
+        max_in_flight=in_flight[0],
+        lookahead=in_flight[1],
+        lease=2.0,
+        policy=policy,
     )
     prefill, decode, mixed = pools
     cluster = Deployment(
@@ -208,7 +212,6 @@ def test_any_workload_is_served_exactly_and_leaves_nothing(
         mixed=mixed,
         kv=KvConfig(blocks, 4),
         config=config,
-        policy=policy,
         delays=Delays(pairs=pairs),
     )
     made = []

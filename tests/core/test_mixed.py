@@ -5,9 +5,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
+from distserve.core.config import InstanceSpec, KvConfig, PrefillPolicy, Role, SchedulerConfig
 from distserve.core.messages import Abort
-from distserve.core.mixed import MixedScheduler, PrefillPolicy
+from distserve.core.mixed import MixedScheduler
 from tests.core.bench_instance import Bench
 from tests.core.harness import expected_tokens, make_request
 
@@ -22,9 +22,14 @@ def bench(
     lookahead: bool = False,
 ) -> Bench:
     config = SchedulerConfig(
-        max_batch_tokens=budget, max_batch_size=size, max_in_flight=in_flight, lookahead=lookahead, headroom=0.0
+        max_batch_tokens=budget,
+        max_batch_size=size,
+        max_in_flight=in_flight,
+        lookahead=lookahead,
+        headroom=0.0,
+        policy=policy,
     )
-    return Bench(MixedScheduler(InstanceSpec("mixed-0", Role.MIXED, KvConfig(blocks, 4), config), policy))
+    return Bench(MixedScheduler(InstanceSpec("mixed-0", Role.MIXED, KvConfig(blocks, 4), config)))
 
 
 def run_out(node: Bench, limit: int = 3000) -> None:

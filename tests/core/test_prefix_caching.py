@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
+from distserve.core.config import InstanceSpec, KvConfig, PrefillPolicy, Role, SchedulerConfig
 from distserve.core.messages import Abort, DecodeAssigned, Failed, Offer, Report
-from distserve.core.mixed import MixedScheduler, PrefillPolicy
+from distserve.core.mixed import MixedScheduler
 from distserve.core.prefill import PrefillScheduler
 from distserve.core.request import Request
 from tests.core.bench_instance import Bench
@@ -39,8 +39,8 @@ def mixed(
     lookahead: bool = False,
 ) -> Bench:
     limits = config(caching=caching, in_flight=1 + lookahead, lookahead=lookahead)
-    spec = InstanceSpec("mixed-0", Role.MIXED, KvConfig(blocks, SIZE), limits)
-    return Bench(MixedScheduler(spec, policy), RememberingWorker)
+    spec = InstanceSpec("mixed-0", Role.MIXED, KvConfig(blocks, SIZE), replace(limits, policy=policy))
+    return Bench(MixedScheduler(spec), RememberingWorker)
 
 
 def prefill(blocks: int = 400, *, caching: bool = True, in_flight: int = 1) -> Bench:

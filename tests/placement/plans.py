@@ -7,8 +7,7 @@ import numpy as np
 from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import Lognormal
 from distserve.bench.workload import WorkloadSpec
-from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role
-from distserve.core.mixed import PrefillPolicy
+from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, PrefillPolicy, Role
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
 from placement.outlook import Change, Curve, KvFlow, Outlook, Phases, Sample, Variant, rivals
 from placement.plan import (

@@ -44,7 +44,7 @@ def test_on_a_small_cluster_the_answer_is_that_of_exhaustive_search(slo, latency
     best = 0.0
     for candidate, placement in candidates:
         ceiling = sum(bound_shape(problem, setting.offered, shape).capacity * count for shape, count in candidate.pools)
-        goodput = JointGoodput(placement, candidate.pools[0][0].policy, ceiling, fine=True)(setting)
+        goodput = JointGoodput(placement, ceiling, fine=True)(setting)
         best = max(best, goodput.interval.estimate / candidate.num_gpus)
     assert plan.chosen.goodput_per_gpu >= 0.93 * best
 
@@ -58,16 +58,18 @@ def test_at_a_rate_no_smaller_placement_holds():
     setting, candidates = every_candidate(problem)
     for candidate, placement in candidates:
         if candidate.num_gpus < plan.chosen.num_gpus:
-            point = JointPoint(placement, candidate.pools[0][0].policy, rate, fine=True)(setting).point
+            point = JointPoint(placement, rate, fine=True)(setting).point
             assert not point.surely_holds(problem.slo.attainment), candidate
 
 
 def test_never_more_than_a_known_feasible_plan():
     problem = toy_problem(20.0, gpus_per_node=3, max_pp=1)
     setting, candidates = every_candidate(problem)
-    for candidate, placement in sorted(candidates, key=lambda item: item[0].num_gpus):
-        if JointPoint(placement, candidate.pools[0][0].policy, 20.0, fine=True)(setting).point.surely_holds(0.9):
-            break
+    candidate, placement = next(
+        (candidate, placement)
+        for candidate, placement in sorted(candidates, key=lambda item: item[0].num_gpus)
+        if JointPoint(placement, 20.0, fine=True)(setting).point.surely_holds(0.9)
+    )
     plan = find_plan(problem, paper=candidate)
     assert plan.chosen.num_gpus <= candidate.num_gpus
     assert plan.paper is not None
@@ -109,11 +111,11 @@ def test_lone_requests_take_what_the_bounds_say(role):
 def test_kv_that_must_cross_nodes_is_bounded_by_the_cards():
     problem = toy_problem(gpus_per_node=1, num_nodes=2, bandwidth=2e6)
     setting, candidates = every_candidate(problem)
-    candidate, placement = next(item for item in candidates if not item[0].is_colocated)
+    _, placement = next(item for item in candidates if not item[0].is_colocated)
     bound = network_capacity(problem, setting.offered, placement)
     prompts, _ = setting.offered.sample
     assert bound == pytest.approx(2e6 / (prompts.mean() * problem.model.kv.bytes_per_token), rel=0.01)
-    goodput = JointGoodput(placement, candidate.pools[0][0].policy, 4 * bound)(setting)
+    goodput = JointGoodput(placement, 4 * bound)(setting)
     assert goodput.interval.estimate <= 1.05 * bound
 
 

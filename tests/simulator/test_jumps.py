@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distserve.bench.workload import Workload
-from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
+from distserve.core.config import InstanceSpec, KvConfig, PrefillPolicy, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
 from distserve.core.latency import LinearStepTime
-from distserve.core.mixed import PrefillPolicy
 from distserve.core.topology import ClusterSpec, Gpu
 from simulator.model import ClusterModel, InstanceModel, KvGeometry
 from simulator.results import Simulation
@@ -24,13 +23,14 @@ def deployment(
     prefill: int, decode: int, mixed: int, num_blocks: int, policy: PrefillPolicy, *, caching: bool = False
 ) -> ClusterModel:
     roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode + [Role.MIXED] * mixed
-    scheduler = SchedulerConfig(max_batch_tokens=32, max_batch_size=6, headroom=0.0, prefix_caching=caching)
+    scheduler = SchedulerConfig(
+        max_batch_tokens=32, max_batch_size=6, headroom=0.0, prefix_caching=caching, policy=policy
+    )
     instances = tuple(
         InstanceModel(
             InstanceSpec(f"{role}-{index}", role, KvConfig(num_blocks, 4), scheduler),
             STEP_TIME,
             (Gpu(0, index),),
-            policy,
         )
         for index, role in enumerate(roles)
     )
