@@ -1,7 +1,7 @@
 """What the simulator says of a deployment of this machine: from a profile, before or without running it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -21,6 +21,9 @@ _GOODPUT_REQUESTS = 400
 _GOODPUT_SEEDS = (101, 102)
 """Seeds of the search for the goodput: none of them is measured."""
 _TOLERANCE = 0.03
+_NUM_VARIANTS = 9
+_JITTER = 0.005
+"""Seconds: the standard deviation by which arrivals are shifted."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,24 @@ def cluster_model(model: ProfileLatencyModel, pools: Mapping[Role, int], mean_pr
 
 
 def predict(model: ClusterModel, workload: Workload, slo: SLO) -> Figures:
-    """Simulate ``workload``."""
-    return figures(simulate(model, workload).timelines, slo)
+    """The median of what is simulated for ``workload`` as it is and with arrivals that are some milliseconds off.
+
+    Which request meets which in a queue hangs on less than anyone can know, and moves the median TTFT of one simulated
+    run by 2 to 3% (a standard deviation).
+    """
+    found = [figures(simulate(model, shifted).timelines, slo) for shifted in _variants(workload)]
+    attainment, ttft, tpot = np.median([astuple(one) for one in found], axis=0).tolist()
+    return Figures(attainment, ttft, tpot)
+
+
+def _variants(workload: Workload) -> Iterator[Workload]:
+    assert workload.arrivals is not None
+    yield workload
+    rng = np.random.default_rng(0)
+    for _ in range(_NUM_VARIANTS - 1):
+        arrivals = np.maximum(0.0, workload.arrivals + rng.normal(0.0, _JITTER, len(workload.arrivals)))
+        order = np.argsort(arrivals, kind="stable")
+        yield Workload(workload.prompt_lens[order], workload.output_lens[order], arrivals[order])
 
 
 def figures(timelines: Timelines, slo: SLO) -> Figures:
@@ -109,8 +128,8 @@ def find_goodput(model: ClusterModel, mix: Mix, slo: SLO) -> float:
     """The largest rate, in requests/s, at which the simulated attainment is that of the SLO."""
 
     def attainment(rate: float) -> float:
-        specs = [mix.spec(_GOODPUT_REQUESTS, seed) for seed in _GOODPUT_SEEDS]
-        return float(np.mean([predict(model, spec.at(rate), slo).attainment for spec in specs]))
+        runs = [simulate(model, mix.spec(_GOODPUT_REQUESTS, seed).at(rate)) for seed in _GOODPUT_SEEDS]
+        return float(np.mean([run.timelines.meets(slo).mean() for run in runs]))
 
     low, high = 1.0, 2.0
     while attainment(high) >= slo.attainment:

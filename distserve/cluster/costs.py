@@ -76,7 +76,7 @@ def make_loads(num_engines: int, max_batch_size: int, max_model_len: int, *, qui
         *(Load(b, b if b > 1 else 3, prompt // (1 if b < 8 else 2), output) for b in batches if b <= max_batch_size),
         *(Load(b, n, max(1, p), max(3, o)) for b, n, p, o in service[: 1 if quick else None] if b <= max_batch_size),
     )
-    rested = (Load(1, 1, prompt, PROMPTS_ALONE),) * (5 if quick else 15)
+    rested = (Load(1, 1, prompt, max(PROMPTS_ALONE, output // 4)),) * (5 if quick else 15)
     is_crowded = 1 <= num_engines <= _MOST_CROWDED
     crowded = [
         Load(batch * num_engines, batch * num_engines, prompt, output)
