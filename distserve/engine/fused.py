@@ -56,17 +56,17 @@ class FusedModel:
         )
         self.decoder = FusedDecoder(shape, _take_layers(inner.layers, settings))
         self.rotary: nn.Module = inner.rotary_emb
-        self._cos = self._sin = torch.empty(0)
-        self._extend_rotary(_FIRST_POSITIONS)
+        self._is_on_cpu = self.embedding.device.type == "cpu"
+        self._cos = self._sin = torch.empty(0, device=self.embedding.device)
+        if self._is_on_cpu:
+            self._extend_rotary(_FIRST_POSITIONS)
 
     def __call__(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Tensor:
         """See :class:`distserve.engine.model.LanguageModel`."""
-        needed = int(inputs.context_lens.max())
-        if needed > len(self._cos):
-            self._extend_rotary(max(needed, 2 * len(self._cos)))
+        cos, sin = self._rotate(inputs)
         step = LayerInputs(
-            cos=self._cos[inputs.positions],
-            sin=self._sin[inputs.positions],
+            cos=cos,
+            sin=sin,
             slots=inputs.slots,
             block_tables=inputs.block_tables,
             query_starts=inputs.query_starts,
@@ -82,10 +82,25 @@ class FusedModel:
             if on_layer is not None:
                 for layer in range(first, last):
                     on_layer(layer)
-        if len(inputs.logits_rows) != len(hidden):
+        if not self._are_all(inputs.logits_rows, len(hidden)):
             hidden = hidden[inputs.logits_rows]
         logits: Tensor = self.head(rms_norm(hidden, self.norm, self.eps))
         return logits
+
+    def _are_all(self, rows: Tensor, num_tokens: int) -> bool:
+        """Whether logits are wanted of every token, in order; where finding out would mean to wait, they are not."""
+        return self._is_on_cpu and len(rows) == num_tokens and torch.equal(rows, torch.arange(num_tokens))
+
+    def _rotate(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Cos and sin [T, R] float32 of the tokens' positions."""
+        if not self._is_on_cpu:
+            # Two small kernels; how long a table would have to be is not known without waiting for the device.
+            cos, sin = self.rotary(self._cos, inputs.positions.unsqueeze(0))
+            return cos[0], sin[0]
+        needed = int(inputs.context_lens.max())
+        if needed > len(self._cos):
+            self._extend_rotary(max(needed, 2 * len(self._cos)))
+        return self._cos[inputs.positions], self._sin[inputs.positions]
 
     def _extend_rotary(self, num_positions: int) -> None:
         """Tabulate cos and sin [positions, R] float32."""
@@ -103,8 +118,8 @@ def can_fuse(module: PreTrainedModel, kv: KvPool, settings: Sequence[AttentionSe
         and not getattr(config, "mlp_bias", False)
         and len({setting.scale for setting in settings}) == 1
         and all(setting.softcap is None and not setting.has_sinks for setting in settings)
-        # Native layers read blocks of whole tiles only; smaller blocks are for tests.
-        and (kv.layout.dtype == "float32" or kv.layout.block_size % _NATIVE_BLOCK == 0)
+        # Native layers, the CPU's in bfloat16, read blocks of whole tiles only; smaller blocks are for tests.
+        and (kv.layout.dtype != "bfloat16" or kv.blocks.is_cuda or kv.layout.block_size % _NATIVE_BLOCK == 0)
     )
 
 

@@ -15,7 +15,7 @@ class StepInputs:
     positions: Tensor
     """[T] int64"""
     logits_rows: Tensor
-    """[R] int64: indices of the tokens after which logits are wanted, ascending"""
+    """[R] int64: indices of the tokens after which logits are wanted, in the order of the logits"""
     slots: Tensor
     """[T] int64: where a token's KV goes, ``block * P + offset``"""
     block_tables: Tensor

@@ -67,6 +67,22 @@ def test_prompt_logprobs(
         harness.close(each)
 
 
+def test_prompt_logprobs_of_prompts_side_by_side(llama: Served, llama_worker: Worker) -> None:
+    """As many logits as tokens, in another order: the prompts' own come before those that tokens are drawn from."""
+    harness = Harness(llama_worker)
+    tracks = [harness.open(make_request(prompt, prompt_logprobs=0)) for prompt in llama.prompts[:3]]
+    alone = harness.open(make_request(llama.prompts[1], prompt_logprobs=0))
+    harness.prefill(alone)
+    harness.step(*((track, track.num_tokens) for track in tracks[:2]))
+    # A token of a prompt behind one that is drawn.
+    harness.step((tracks[0], 1), (tracks[2], 1))
+    harness.prefill(tracks[2])
+    assert [track.output for track in tracks] == [llama.expected[0][:2], llama.expected[1][:1], llama.expected[2][:1]]
+    assert [e.logprob for e in tracks[1].prompt_logprobs] == pytest.approx([e.logprob for e in alone.prompt_logprobs])
+    for track in (*tracks, alone):
+        harness.close(track)
+
+
 def test_the_seed_gives_the_text_whatever_is_beside_it(llama: Served, llama_worker: Worker) -> None:
     requests = [make_request(p, **{**SAMPLED, "seed": seed}) for seed, p in enumerate(llama.prompts)]
     harness = Harness(llama_worker)
