@@ -13,7 +13,7 @@ from distserve.core.errors import ConfigError
 from distserve.engine.checkpoint import inspect_checkpoint, read_json
 from distserve.engine.support import check_config
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Data types the engine computes in, and the bytes of one number."""
 
 

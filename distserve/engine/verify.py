@@ -21,7 +21,7 @@ from distserve.engine.kv import KvPool
 
 _LENGTH = 24
 _LEAST_LENGTH = 6
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 """Relative difference of logits that rounding may cause; the median over positions is compared with it, since an
 expert chosen differently by rounding may throw single positions far off."""
 _KNOWN_ARGUMENTS = {
@@ -70,8 +70,8 @@ def run_trial(module: PreTrainedModel, kv: KvPool) -> Trial:
         ConfigError: the logits are not finite, or the pool has no room for a trial.
     """
     config: Any = module.config
-    tokens = trial_tokens(config.vocab_size, config.max_position_embeddings, kv)
-    positions = torch.arange(len(tokens)).unsqueeze(0)
+    tokens = trial_tokens(config.vocab_size, config.max_position_embeddings, kv).to(kv.blocks.device)
+    positions = torch.arange(len(tokens), device=tokens.device).unsqueeze(0)
     recorder = AttentionRecorder(module.config.model_type, kv)
     module(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False, paged=recorder)
     recorder.check_layers()
@@ -99,7 +99,7 @@ def check_agreement(
     Raises:
         UnsupportedModelError: the two differ by more than rounding.
     """
-    expected, tokens = trial.logits, trial.tokens
+    expected, tokens = trial.logits, trial.tokens.cpu()
     num_tokens = len(tokens)
     borders = [0, num_tokens // 3, num_tokens - 2, num_tokens - 1, num_tokens]
     # The other sequence runs the same tokens one piece behind, so its context is another length in every step.
@@ -107,7 +107,7 @@ def check_agreement(
     found = None if expected is None else torch.empty_like(expected)
     for own, other in zip([*pieces, None], [None, *pieces], strict=True):
         spans = [(row, *span) for row, span in ((0, own), (1, other)) if span is not None]
-        logits = model(_trial_inputs(tokens, spans, kv), None)
+        logits = model(_trial_inputs(tokens, spans, kv).to(kv.blocks.device), None)
         if own is not None and found is not None and logits is not None:
             found[own[0] : own[1]] = logits[: own[1] - own[0]]
     if found is None or expected is None:

@@ -22,7 +22,7 @@ from distserve.engine.sampling.philox import keys
 from distserve.engine.sampling.race import draw
 from distserve.engine.sampling.truncation import thresholds
 
-_GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-5
 """vLLM's: temperatures below this are 0."""
 _STEPS_AHEAD = 32
 """Steps whose random keys are computed at once."""
@@ -56,7 +56,7 @@ class Sampler:
 
     def __init__(self, rows: Sequence[SamplingRow], vocab_size: int) -> None:
         params = [row.params for row in rows]
-        self._is_plain = all(_is_plain_greedy(p) for p in params)
+        self._is_plain = all(is_plain_greedy(p) for p in params)
         self._wants_logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
         self._num_top = [params[i].logprobs or 0 for i in self._wants_logprobs]
         self._penalties: Penalties | None = None
@@ -85,7 +85,7 @@ class Sampler:
         self._end_at = np.array([entry[:2] for entry in ends], dtype=np.int64).reshape(-1, 2)
         self._end_until = np.array([entry[2] for entry in ends], dtype=np.uint64)
         temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32)
-        self._random = (temperatures >= _GREEDY_BELOW).nonzero().squeeze(1)
+        self._random = (temperatures >= GREEDY_BELOW).nonzero().squeeze(1)
         drawn = [params[i] for i in self._random.tolist()]
         self._temperatures = temperatures[self._random].unsqueeze(1)
         self._top_k = torch.tensor([p.top_k for p in drawn], dtype=torch.int64)
@@ -159,9 +159,10 @@ class Sampler:
         return tuple(result)
 
 
-def _is_plain_greedy(params: SamplingParams) -> bool:
+def is_plain_greedy(params: SamplingParams) -> bool:
+    """Whether the token is simply the one with the largest logit."""
     return (
-        params.temperature < _GREEDY_BELOW
+        params.temperature < GREEDY_BELOW
         and not params.logit_bias
         and params.min_tokens == 0
         and not has_penalties(params)

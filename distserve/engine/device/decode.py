@@ -1,0 +1,130 @@
+"""Decode steps replayed from graphs, one per batch size of a ladder, over buffers that stay where they are.
+
+A graph reads its tokens, positions and block tables from the buffers, and computes slots and lengths from them itself:
+a step of an unchanged batch costs the host a copy of positions, a gather of tokens and one launch. Rows between the
+batch and its rung are padding and store nothing that a sequence reads.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distserve.engine.device.backend import Array, Backend, Padding
+from distserve.engine.device.batch import DeviceBatch, fill_unknown
+from distserve.engine.device.ladder import rung_for
+from distserve.engine.inputs import StepInputs
+from distserve.engine.model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeGraphs:
+    """Captured decode steps of a model, and the buffers they read.
+
+    Args:
+        model: what is captured.
+        backend: where it runs.
+        rungs: batch sizes, ascending; none are captured before :meth:`capture`.
+        block_size: tokens per KV block.
+        max_blocks: blocks of the longest sequence; a batch with a longer table is not :meth:`fits`.
+        padding: what stands in rows without a sequence.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        backend: Backend,
+        *,
+        rungs: Sequence[int],
+        block_size: int,
+        max_blocks: int,
+        padding: Padding,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._rungs = tuple(rungs)
+        self._block_size = block_size
+        self._padding = padding
+        self._replays: dict[int, Callable[[], Tensor]] = {}
+        size, device = self._rungs[-1], backend.device
+        self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self._positions = torch.full((size,), padding.position, dtype=torch.int64, device=device)
+        self._tables = torch.full((size, max_blocks), padding.block, dtype=torch.int32, device=device)
+        self._rows = torch.arange(size, device=device)
+        self._starts = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self._loaded: DeviceBatch | None = None
+
+    def capture(self) -> None:
+        """Capture all rungs, the largest first: the smaller ones find its memory.
+
+        A model that cannot be captured is run without graphs; a warning says so.
+        """
+        for rung in reversed(self._rungs):
+            try:
+                self._replays[rung] = self._backend.capture(lambda rung=rung: self._step(rung))  # type: ignore[misc]
+            except RuntimeError as error:
+                self._replays.clear()
+                logger.warning(
+                    "decode steps run without CUDA graphs, so slower: the model cannot be captured: %s", error
+                )
+                return
+
+    def fits(self, batch: DeviceBatch) -> bool:
+        """Whether :meth:`run` takes the batch."""
+        return (
+            bool(self._replays)
+            and batch.is_decode
+            and len(batch.sequences) <= self._rungs[-1]
+            and max(sequence.num_blocks for sequence in batch.sequences) <= self._tables.shape[1]
+        )
+
+    def run(self, batch: DeviceBatch, last_tokens: Tensor, changes: Array) -> Tensor:
+        """Launch a decode step; returns logits [B, vocabulary], to be used before the next step is launched.
+
+        Args:
+            batch: that :meth:`fits`.
+            last_tokens: the newest token of each sequence that the host does not know, by slot.
+            changes: what is new in the tables of a batch that was in the step before, (row, column, block) [3, n].
+        """
+        count = len(batch.sequences)
+        rung = rung_for(self._rungs, count)
+        assert rung is not None
+        upload = self._backend.upload
+        if batch is not self._loaded:
+            self._load(batch, count, rung)
+            tokens = fill_unknown(upload(batch.tokens), last_tokens, batch.draw_slots)
+        else:
+            if changes.size:
+                rows, columns, blocks = upload(changes)
+                self._tables.index_put_((rows, columns), blocks.int())
+            tokens = last_tokens.index_select(0, batch.draw_slots)
+        self._tokens[:count].copy_(tokens)
+        self._positions[:count].copy_(upload(batch.starts))
+        return self._replays[rung]()[:count]
+
+    def _load(self, batch: DeviceBatch, count: int, rung: int) -> None:
+        tables = self._backend.upload(batch.tables)
+        self._tables[:count, : tables.shape[1]].copy_(tables)
+        self._tables[count:rung, 0].fill_(self._padding.block)
+        self._positions[count:rung].fill_(self._padding.position)
+        self._tokens[count:rung].zero_()
+        self._loaded = batch
+
+    def _step(self, rung: int) -> Tensor:
+        """The forward pass over the first ``rung`` rows of the buffers."""
+        positions, tables = self._positions[:rung], self._tables[:rung]
+        places = positions.clamp(min=0)
+        blocks = tables.gather(1, (places // self._block_size).unsqueeze(1)).squeeze(1).long()
+        slots = blocks * self._block_size + places % self._block_size
+        inputs = StepInputs(
+            tokens=self._tokens[:rung],
+            positions=places,
+            logits_rows=self._rows[:rung],
+            slots=slots.masked_fill(positions < 0, -1),
+            block_tables=tables,
+            query_starts=self._starts[: rung + 1],
+            context_lens=(positions + 1).int(),
+        )
+        return self._model(inputs, None)
