@@ -66,7 +66,7 @@ class Answer(Response):
                 answers[choice.index].pieces.append(piece)
             if generation.failure is not None:
                 raise generation.failure
-        body = renderer.whole(answers, generation.prompt_logprobs)
+        body = renderer.whole(answers, generation.prompt_logprobs, generation.num_cached_tokens)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
@@ -101,5 +101,5 @@ class Answer(Response):
         if generation.failure is not None:
             last = b"data: " + error_body(generation.failure) + b"\n\n" + DONE
         elif self._job.options.include_usage:
-            last = renderer.usage(generation.num_output_tokens) + DONE
+            last = renderer.usage(generation.num_output_tokens, generation.num_cached_tokens) + DONE
         await send({"type": "http.response.body", "body": last})

@@ -26,6 +26,7 @@ class Generation:
         self.choices = [self._choice(job, index) for index in range(job.n * len(job.requests))]
         self.failure: RequestError | None = None
         self.prompt_logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(job.requests)
+        self._num_cached: dict[str, int] = {}
 
     def _choice(self, job: Job, index: int) -> Choice:
         request, options = job.requests[index // job.n], job.options
@@ -47,6 +48,11 @@ class Generation:
         """Tokens of all choices so far."""
         return sum(choice.num_tokens for choice in self.choices)
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of all prompts so far that were not computed, as an earlier request had begun alike."""
+        return sum(self._num_cached.values())
+
     def advance(self, items: list[Deliver | Conclude]) -> list[tuple[Choice, Piece]]:
         """Take what came in. Sets ``failure`` when the cluster gave a request up."""
         now = self._clock()
@@ -66,6 +72,9 @@ class Generation:
     def _accept(self, request_id: str, choice: Choice, output: TokenOutput, now: float) -> Piece:
         if output.marks:
             self._note_marks(request_id, choice, output)
+        if request_id not in self._num_cached:  # a prompt is computed once for all its choices
+            self._num_cached[request_id] = output.num_cached_tokens
+            self._metrics.cached_tokens.inc(output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs[self._position[request_id]] = output.prompt_logprobs
         times = choice.timeline.token_times

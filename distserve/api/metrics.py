@@ -60,6 +60,14 @@ class _ClusterCollector(Collector):
         migrations = CounterMetricFamily("distserve:kv_migrations", "KV pulls.", labels=labels)
         seconds = CounterMetricFamily("distserve:kv_migration_seconds", "Seconds spent pulling KV.", labels=labels)
         num_bytes = CounterMetricFamily("distserve:kv_migration_bytes", "Bytes of KV pulled.", labels=labels)
+        queries = CounterMetricFamily(
+            "distserve:prefix_cache_queries", "Tokens looked up in the prefix cache.", labels=labels
+        )
+        hits = CounterMetricFamily(
+            "distserve:prefix_cache_hits",
+            "Tokens found there: not computed (prefill, mixed) or not pulled (decode).",
+            labels=labels,
+        )
         status = self._status()
         for spec, report in status.instances if status is not None else ():
             key = [spec.role.value, spec.instance_id]
@@ -71,7 +79,9 @@ class _ClusterCollector(Collector):
             migrations.add_metric(key, report.num_pulls)
             seconds.add_metric(key, report.pull_seconds)
             num_bytes.add_metric(key, report.pulled_bytes)
-        yield from (running, waiting, tokens, usage, preempted, migrations, seconds, num_bytes)
+            queries.add_metric(key, report.num_queried_tokens)
+            hits.add_metric(key, report.num_hit_tokens)
+        yield from (running, waiting, tokens, usage, preempted, migrations, seconds, num_bytes, queries, hits)
 
 
 class Metrics:
@@ -104,6 +114,9 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests served.", "model_name").labels(
             model_name
         )
+        self.cached_tokens = counter(
+            "prompt_tokens_cached", "Prompt tokens of requests served that were not computed.", "model_name"
+        ).labels(model_name)
         self.output_tokens = counter("generation_tokens", "Tokens generated.", "model_name").labels(model_name)
         self._model_name = model_name
         self._success = counter("request_success", "Choices by how they ended.", "model_name", "finished_reason")

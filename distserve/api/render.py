@@ -80,8 +80,10 @@ class Renderer(ABC):
         """The event before a choice's first token, if any; ``logprobs`` are its prompt's."""
 
     @abstractmethod
-    def whole(self, answers: Sequence[Answered], logprobs: Sequence[Sequence[TokenLogprobs] | None]) -> bytes:
-        """The answer that is not streamed; ``logprobs[i]`` are prompt i's."""
+    def whole(
+        self, answers: Sequence[Answered], logprobs: Sequence[Sequence[TokenLogprobs] | None], num_cached_tokens: int
+    ) -> bytes:
+        """The answer that is not streamed; ``logprobs[i]`` are prompt i's, the prompts' cached tokens those of all."""
 
     @abstractmethod
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]: ...
@@ -117,20 +119,26 @@ class Renderer(ABC):
     def _offset(self, index: int) -> int:  # noqa: ARG002 - echoed prompts need it
         return 0
 
-    def usage(self, num_output_tokens: int) -> bytes:
+    def usage(self, num_output_tokens: int, num_cached_tokens: int) -> bytes:
         """The event that ends a stream with ``include_usage``."""
-        return self._start + b',"choices":[],"usage":' + encode(self._usage(num_output_tokens)) + b"}\n\n"
+        usage = self._usage(num_output_tokens, num_cached_tokens)
+        return self._start + b',"choices":[],"usage":' + encode(usage) + b"}\n\n"
 
-    def _usage(self, num_output_tokens: int) -> dict[str, int]:
+    def _usage(self, num_output_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
         num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.job.prompts)
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": num_prompt_tokens + num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         }
 
     def _whole(
-        self, answers: Sequence[Answered], choices: list[dict[str, Any]], extra: dict[str, Any] | None = None
+        self,
+        answers: Sequence[Answered],
+        choices: list[dict[str, Any]],
+        num_cached_tokens: int,
+        extra: dict[str, Any] | None = None,
     ) -> bytes:
         for answer, choice in zip(answers, choices, strict=True):
             choice["finish_reason"] = answer.last.finish_reason
@@ -142,7 +150,7 @@ class Renderer(ABC):
         body = {
             **self._envelope(self.object_name),
             "choices": choices,
-            "usage": self._usage(sum(answer.choice.num_tokens for answer in answers)),
+            "usage": self._usage(sum(answer.choice.num_tokens for answer in answers), num_cached_tokens),
             **(extra or {}),
         }
         if self.options.return_timeline and len(answers) == 1:
@@ -204,7 +212,9 @@ class CompletionRenderer(Renderer):
             choice |= {"token_ids": [], "prompt_token_ids": self.job.prompts[i].token_ids}
         return self._start + b',"choices":[' + encode(choice) + b"]" + self._usage_null + b"}\n\n"
 
-    def whole(self, answers: Sequence[Answered], logprobs: Sequence[Sequence[TokenLogprobs] | None]) -> bytes:
+    def whole(
+        self, answers: Sequence[Answered], logprobs: Sequence[Sequence[TokenLogprobs] | None], num_cached_tokens: int
+    ) -> bytes:
         """A ``text_completion`` object."""
         choices = []
         for answer in answers:
@@ -223,7 +233,7 @@ class CompletionRenderer(Renderer):
             if self.options.show_prompt_logprobs:
                 choice["prompt_logprobs"] = prompt_logprobs(prompt.token_ids, logprobs[i] or (), self.tokenizer)
             choices.append(choice)
-        return self._whole(answers, choices)
+        return self._whole(answers, choices, num_cached_tokens)
 
 
 class ChatRenderer(Renderer):
@@ -250,7 +260,9 @@ class ChatRenderer(Renderer):
             ids = b',"prompt_token_ids":' + encode(self.job.prompts[0].token_ids)
         return self._start + b',"choices":[' + encode(choice) + b"]" + ids + self._usage_null + b"}\n\n"
 
-    def whole(self, answers: Sequence[Answered], logprobs: Sequence[Sequence[TokenLogprobs] | None]) -> bytes:
+    def whole(
+        self, answers: Sequence[Answered], logprobs: Sequence[Sequence[TokenLogprobs] | None], num_cached_tokens: int
+    ) -> bytes:
         """A ``chat.completion`` object."""
         choices = [
             {
@@ -266,7 +278,7 @@ class ChatRenderer(Renderer):
             extra["prompt_token_ids"] = token_ids
         if self.options.show_prompt_logprobs:
             extra["prompt_logprobs"] = prompt_logprobs(token_ids, logprobs[0] or (), self.tokenizer)
-        return self._whole(answers, choices, extra)
+        return self._whole(answers, choices, num_cached_tokens, extra)
 
 
 def renderer_for(job: Job) -> Renderer:

@@ -4,6 +4,10 @@ Memory is promised on offer or refused, with ``headroom`` kept free for growth. 
 a block and none is free, the youngest (latest arrival) is preempted: its owner resubmits it with the tokens
 it has, so no state of it stays here.
 
+With prefix caching the KV of a sequence that ends stays until its memory is needed, and an offer's blocks that are
+here already, by their keys, are neither reserved twice nor pulled. What was pulled can be found once the source has
+said that it computed it (its first token), what was decoded once the steps that did have ended.
+
 With ``lookahead`` a step is launched before the tokens of the step before it are known; the token a finished
 sequence samples too many is discarded. With ``max_in_flight`` > 1 and no lookahead (pipeline stages) the
 running sequences are spread evenly over the batches in flight.
@@ -32,6 +36,7 @@ from distserve.core.messages import (
     RequestKey,
     Withdrawn,
 )
+from distserve.core.prefix import BlockKey, extend_keys
 from distserve.core.request import TokenLogprobs
 from distserve.core.scheduler import Batch
 from distserve.core.sequence import Sequence
@@ -89,12 +94,19 @@ class DecodeScheduler(DecodingScheduler):
         if key in self._intakes or key in self._by_key:
             return  # a repeated offer: the first one counts
         kv = self.spec.kv
-        needed = kv.blocks_to_admit(offer.num_tokens, len(request.choices))
-        if max(needed, kv.blocks_for(request.max_total_tokens)) > kv.num_blocks:
+        total = kv.blocks_to_admit(offer.num_tokens, len(request.choices))
+        if max(total, kv.blocks_for(request.max_total_tokens)) > kv.num_blocks:
             reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
             self._send(request.owner_id, Failed(key, reason, status=400))
             self._send(sender, Refused(key))
             return
+        keys: list[BlockKey] = []
+        if self._config.prefix_caching:
+            num_full = offer.num_tokens // kv.block_size
+            extend_keys(keys, request, request.output_token_ids, num_full, kv.block_size, request.choices[0])
+        held = self.blocks.find(keys)
+        # What is held and idle is taken from what is free, like any other block.
+        needed = total - (len(held) - self.blocks.num_idle(held))
         is_idle = not self._running and not self._intakes
         headroom = 0 if is_idle else int(self._config.headroom * kv.num_blocks)
         promised = sum(len(intake.request.choices) for intake in self._intakes.values())
@@ -102,6 +114,7 @@ class DecodeScheduler(DecodingScheduler):
         if needed + headroom > self.blocks.num_free or not (has_slot or is_idle):
             self._send(sender, Refused(key))
             return
+        self.blocks.claim(held)
         self._intakes[key] = Intake(
             request=request,
             source_id=sender,
@@ -109,14 +122,21 @@ class DecodeScheduler(DecodingScheduler):
             src_blocks=tuple(offer.blocks),
             num_ready_tokens=offer.num_ready_tokens,
             ready_step=offer.ready_step,
-            blocks=self.blocks.allocate(needed),
+            blocks=held + self.blocks.allocate(total - len(held)),
             pending_at=self._now,
+            num_held=len(held),
+            keys=keys,
         )
         self._send(sender, Accepted(key))
 
     def _on_leased(self, key: RequestKey, term: float) -> None:
         intake = self._intakes.get(key)
-        if intake is None:
+        if intake is None or intake.ended_at is not None:
+            return
+        num_blocks, num_held = len(intake.src_blocks), intake.num_held
+        if num_held == num_blocks:
+            intake.started_at = self._now
+            self._on_kv_there(key, intake)
             return
         intake.asked_at, intake.term = intake.pending_at, term
         self._commands.append(WakeAt(intake.asked_at + term / 2))
@@ -126,15 +146,14 @@ class DecodeScheduler(DecodingScheduler):
         intake.pull_id = self._next_pull_id
         intake.started_at = self._now
         self._pulls[intake.pull_id] = key
-        num_blocks = len(intake.src_blocks)
         self._commands.append(
             Migrate(
                 pull_id=intake.pull_id,
                 key=key,
                 source_id=intake.source_id,
-                src_blocks=intake.src_blocks,
-                dst_blocks=tuple(intake.blocks[:num_blocks]),
-                num_ready_blocks=intake.num_ready_tokens // self.spec.kv.block_size,
+                src_blocks=intake.src_blocks[num_held:],
+                dst_blocks=tuple(intake.blocks[num_held:num_blocks]),
+                num_ready_blocks=max(0, intake.num_ready_tokens // self.spec.kv.block_size - num_held),
                 ready_step=intake.ready_step,
                 deadline=self._now + self._config.pull_timeout,
             )
@@ -152,10 +171,13 @@ class DecodeScheduler(DecodingScheduler):
             self._drop_intake(key)
             self._send(intake.source_id, Refused(key))
             return
-        intake.ended_at = self._now
         self._num_pulls += 1
         self._pulled_bytes += event.num_bytes
         self._pull_seconds += self._now - intake.started_at
+        self._on_kv_there(key, intake)
+
+    def _on_kv_there(self, key: RequestKey, intake: Intake) -> None:
+        intake.ended_at = self._now
         self._send(intake.source_id, Pulled(key))
         self._admit_if_complete(key, intake)
 
@@ -176,6 +198,11 @@ class DecodeScheduler(DecodingScheduler):
         num_blocks = len(intake.src_blocks)
         prompt_blocks, spare = intake.blocks[:num_blocks], intake.blocks[num_blocks:]
         self.blocks.release(spare)
+        if self._config.prefix_caching:
+            # Not before: with the first token the source says that the step behind these bytes did not fail.
+            self.blocks.label(prompt_blocks[: len(intake.keys)], intake.keys)
+            self.num_queried_tokens += intake.num_tokens
+            self.num_hit_tokens += intake.num_held * self.spec.kv.block_size
         family: list[Sequence] = []
         for choice, token_id in zip(request.choices, intake.first_tokens, strict=True):
             if choice in intake.finished:
@@ -190,6 +217,9 @@ class DecodeScheduler(DecodingScheduler):
                 num_output=len(request.output_token_ids) + 1,
                 blocks=list(prompt_blocks),
                 num_computed=intake.num_tokens,
+                keys=list(intake.keys),
+                num_labelled=len(intake.keys),
+                output_token_ids=[*request.output_token_ids, token_id] if self._keeps_output else [],
                 marks=(("migration_start", intake.started_at), ("migration_end", intake.ended_at)),
             )
             self._open(seq, (*request.output_token_ids, token_id))
@@ -255,13 +285,21 @@ class DecodeScheduler(DecodingScheduler):
 
     def _preempt(self, victim: Sequence) -> None:
         self._send(victim.request.owner_id, Preempted(victim.request.key, victim.choice))
-        self._close(victim)
+        self._give_up(victim)
 
     def _on_token(self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs | None, ...]) -> None:
         seq.num_tokens += 1
         seq.num_output += 1
+        if self._keeps_output:
+            seq.output_token_ids.append(tokens[0])
         if self._emit(seq, seq.choice, tokens[0], logprobs[0]):
-            self._close(seq)
+            self._give_up(seq)
+
+    def _give_up(self, seq: Sequence) -> None:
+        """It ends here; its KV may be wanted again, by the next turn of a conversation or by itself."""
+        if self._config.prefix_caching:
+            self._label_done(seq)
+        self._close(seq)
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 

@@ -21,11 +21,10 @@ def age(seq: Sequence) -> tuple[float, str, int]:
 class DecodingScheduler(InstanceScheduler):
     """An instance scheduler with running sequences."""
 
-    _keeps_output = False
-    """Whether a sequence keeps its output, to be recomputed here."""
-
     def __init__(self, spec: InstanceSpec) -> None:
         super().__init__(spec)
+        self._keeps_output = self._config.prefix_caching
+        """Whether a sequence keeps its output: to be recomputed here, or for its blocks to be known by it."""
         self._running: list[Sequence] = []
         self._running_changes = 0
         """Times that a sequence joined or left the running ones."""

@@ -2,8 +2,8 @@
 
 ::
 
-    Offer       blocks reserved, Accepted sent (or Refused, and no record)
-    Leased      the pull starts; from now on Renew every half term
+    Offer       blocks found or reserved, Accepted sent (or Refused, and no record)
+    Leased      the pull starts, from now on Renew every half term; if nothing is missing: Pulled sent
     Migrated    ok: Pulled sent, the instance is in charge; not ok: Refused sent, blocks freed
     Prefilled   first tokens known
 
@@ -12,8 +12,9 @@ Accepted or Renew, which is before the prefill side starts counting, so a pull t
 that were still held, whatever the messages' delays, without a further round trip.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from distserve.core.prefix import BlockKey
 from distserve.core.request import Request
 
 
@@ -21,7 +22,8 @@ from distserve.core.request import Request
 class Intake:
     """A reservation: ``blocks`` receive the KV of ``num_tokens`` tokens.
 
-    The blocks beyond those are for the first growth.
+    The blocks beyond those are for the first growth. The first ``num_held`` were here before, found by ``keys``, which
+    say what the full ones are to hold; the source's counterparts of those are not pulled.
     """
 
     request: Request
@@ -33,6 +35,8 @@ class Intake:
     blocks: list[int]
     pending_at: float
     """When the lease was last asked for (Accepted or Renew)."""
+    num_held: int = 0
+    keys: list[BlockKey] = field(default_factory=list)
     asked_at: float = 0.0
     """When the lease in force was asked for: it holds until ``asked_at + term``."""
     term: float = 0.0

@@ -236,8 +236,9 @@ class Report:
 
     ``seen`` names the attempts received (Prefill, Offer) since the report before: these figures include them.
     ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now,
-    ``prefill_rate`` prompt tokens computed per second of late (0: none yet). The last four are totals since the
-    instance started: preemptions, KV pulls, their bytes and seconds.
+    ``prefill_rate`` prompt tokens computed per second of late (0: none yet). What follows are totals since the
+    instance started: preemptions; KV pulls, their bytes and seconds; tokens that were looked up in the prefix cache,
+    and those of them that were found, so that they were not computed (prefill, mixed) or not pulled (decode).
     """
 
     instance_id: str
@@ -251,6 +252,8 @@ class Report:
     num_pulls: int = 0
     pulled_bytes: int = 0
     pull_seconds: float = 0.0
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,10 +32,9 @@ from distserve.core.sequence import Sequence
 class MixedScheduler(DecodingScheduler):
     """Serves whole requests on one instance."""
 
-    _keeps_output = True
-
     def __init__(self, spec: InstanceSpec) -> None:
         super().__init__(spec)
+        self._keeps_output = True
         self._waiting: list[Sequence] = []
         """Prompts not wholly launched yet, oldest first; those already started precede the others."""
         self._by_key: dict[RequestKey, list[Sequence]] = {}
@@ -71,8 +70,7 @@ class MixedScheduler(DecodingScheduler):
             num_output=len(request.output_token_ids),
             output_token_ids=list(request.output_token_ids),
         )
-        if self._config.prefix_caching:
-            seq.extend_keys(seq.num_tokens // kv.block_size, kv.block_size)
+        self._expect(seq)
         self._by_key[request.key] = [seq]
         self._enqueue(seq)
 
@@ -230,6 +228,7 @@ class MixedScheduler(DecodingScheduler):
                 num_computed=seq.num_computed,
                 keys=list(seq.keys),
                 num_labelled=seq.num_labelled,
+                num_cached=seq.num_cached,
                 marks=seq.marks if choice == seq.choices[0] else (),
             )
             for choice in seq.choices
@@ -257,5 +256,5 @@ class MixedScheduler(DecodingScheduler):
             del self._by_key[seq.request.key]
 
     def _load(self) -> tuple[int, int, int]:
-        tokens = sum(seq.num_tokens - seq.num_computed for seq in self._waiting)
+        tokens = sum(seq.num_tokens - (seq.num_computed or seq.num_expected) for seq in self._waiting)
         return len(self._waiting), tokens, len(self._running)

@@ -98,11 +98,10 @@ class PrefillScheduler(InstanceScheduler):
             num_output=len(request.output_token_ids),
             output_token_ids=list(request.output_token_ids),
         )
-        if self._config.prefix_caching:
-            seq.extend_keys(seq.num_tokens // self.spec.kv.block_size, self.spec.kv.block_size)
+        self._expect(seq)
         self._sequences[request.key] = seq
         self._waiting.append(seq)
-        self._num_waiting_tokens += seq.num_tokens
+        self._num_waiting_tokens += seq.num_tokens - seq.num_expected
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -125,7 +124,7 @@ class PrefillScheduler(InstanceScheduler):
                 if self.spec.kv.blocks_for(seq.num_tokens) - num_used_by_others > self.blocks.num_free:
                     break
                 self._take_blocks(seq, shared)
-                self._num_waiting_tokens -= seq.num_computed
+                self._num_waiting_tokens -= seq.num_computed - seq.num_expected
                 seq.marks = (("prefill_start", self._now),)
                 self._open(seq, tuple(seq.request.output_token_ids))
             count = min(remaining, budget)
@@ -273,7 +272,7 @@ class PrefillScheduler(InstanceScheduler):
         del self._sequences[key]
         if seq.num_computed < seq.num_tokens:
             self._waiting.remove(seq)
-            self._num_waiting_tokens -= seq.num_tokens - seq.num_computed
+            self._num_waiting_tokens -= seq.num_tokens - (seq.num_computed if seq.is_open else seq.num_expected)
         handoff = self._handoffs.pop(key, None)
         if handoff is None:
             return

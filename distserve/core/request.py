@@ -61,7 +61,8 @@ class Request:
     ``choices`` are the indices this attempt generates: ``0..n-1`` at first, a single one when it is resubmitted.
     ``output_token_ids`` are tokens that choice emitted in earlier attempts (empty unless there is exactly one
     choice); they count as output for penalties and limits, and the next token's index is their number. ``arrival`` is
-    in seconds on the owner's clock. ``block_keys`` say what the prompt's full KV blocks hold, one key each, for
+    in seconds on the owner's clock. Requests of different ``cache_salt`` share no KV, whatever their tokens.
+    ``block_keys`` say what the prompt's full KV blocks hold, one key each, for
     instances that look for prefixes: equal keys stand for equal tokens up to the block's end. None leaves it to the
     instance to make them from the tokens; where those are fake, keys must be given, or none (``()``).
     """
@@ -75,6 +76,7 @@ class Request:
     output_token_ids: Sequence[int] = ()
     arrival: float = 0.0
     block_keys: tuple[int, ...] | None = None
+    cache_salt: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -107,6 +109,7 @@ class TokenOutput:
 
     ``index`` counts the choice's output tokens from 0 across attempts. ``marks`` are named times (seconds, cluster
     clock) that this token made known, see :data:`MARKS`. ``prompt_logprobs`` rides on a request's first token.
+    ``num_cached_tokens``, on a choice's first token, are those of its prompt that were not computed for it.
     """
 
     request_id: str
@@ -119,6 +122,7 @@ class TokenOutput:
     stop_token_id: int | None = None
     marks: tuple[tuple[str, float], ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached_tokens: int = 0
 
 
 MARKS = ("prefill_start", "prefill_end", "migration_start", "migration_end", "decode_start")

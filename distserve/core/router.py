@@ -5,10 +5,14 @@ what it knows of an instance is the instance's last report plus the work it has 
 fresh router is complete as soon as every instance has reported once.
 
 - Prefill goes to the shortest predicted wait: (tokens waiting + tokens assigned since the report) / measured tokens
-  per second.
+  per second. With prefix caching an instance that was sent the prompt's head before gets it if it would be done sooner
+  there: if what it need not compute outweighs the longer wait. So a prompt never waits longer than its hit saves while
+  another instance is idle. A mixed instance must also have a place for it and not run far more than its share: what
+  decodes there would feel it.
 - Decode goes to the instance with the largest share of free blocks among those with room; one near the prefill
-  instance counts as a little emptier than it is, so that KV stays within nodes but loads stay even. When none has
-  room the question waits in order; the prefill instance keeps the KV meanwhile, which is the backpressure.
+  instance counts as a little emptier than it is, so that KV stays within nodes but loads stay even, and so does one
+  that was sent the prompt before, by how much of it. When none has room the question waits in order; the prefill
+  instance keeps the KV meanwhile, which is the backpressure.
 - When even the shortest wait exceeds ``max_wait`` a new request is shed (429). A request that no instance could ever
   hold is refused (400); one that lacks a pool is refused for now (503).
 """
@@ -27,6 +31,7 @@ from distserve.core.events import (
     Received,
     Timer,
 )
+from distserve.core.instance_view import InstanceView
 from distserve.core.messages import (
     Abort,
     DecodeAssigned,
@@ -45,10 +50,17 @@ from distserve.core.messages import (
     Submit,
 )
 from distserve.core.request import Request
+from distserve.core.routed_prefixes import PromptKeys
 from distserve.core.scheduler import ROUTER
 
 _NEAR = 0.15
 """By how much of its memory a far decode instance must be emptier than a near one to be preferred."""
+
+_HELD = 0.15
+"""By how much of its memory a decode instance must be emptier than one that holds all of a prompt to be preferred."""
+
+_SHARE, _FEW = 1.5, 4
+"""A mixed instance preferred for a hit has at most so many times the other's requests, and so many more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,55 +81,6 @@ class RouterConfig:
     near: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class InstanceView:
-    """What the router knows of one instance.
-
-    ``assigned`` is work given to it that no report has named yet: tokens (prefill) or blocks (decode), and the part
-    it comes through.
-    """
-
-    spec: InstanceSpec
-    report: Report
-    heard_at: float
-    assigned: dict[RequestKey, tuple[int, str]] = field(default_factory=dict)
-    is_draining: bool = False
-
-    def note(self, report: Report, now: float) -> None:
-        """Take a report: the attempts it names are in its figures now."""
-        self.report = report
-        self.heard_at = now
-        for key in report.seen:
-            self.assigned.pop(key, None)
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens (prefill) or blocks (decode) assigned and not yet reported."""
-        return sum(amount for amount, _ in self.assigned.values())
-
-    def wait(self, default_rate: float) -> float:
-        """Predicted seconds until a prompt that comes now is started."""
-        rate = self.report.prefill_rate or default_rate
-        return (self.report.num_waiting_tokens + self.num_pending) / rate if rate > 0 else 0.0
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks free by the last report, less what was promised since."""
-        return self.report.num_free_blocks - self.num_pending
-
-    @property
-    def num_free_slots(self) -> int:
-        """Places in the batch, less those promised since."""
-        report = self.report
-        used = report.num_running + report.num_waiting + len(self.assigned)
-        return self.spec.scheduler.max_batch_size - used
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing there and nothing on its way."""
-        return self.report.num_running == 0 and self.report.num_waiting == 0 and not self.assigned
-
-
 class Router:
     """One per cluster; a machine in the sense of :class:`distserve.core.events.Machine`."""
 
@@ -133,6 +96,7 @@ class Router:
         """Requests that came again while a pool was down, with the time their patience ends."""
         self._gone: dict[str, None] = {}
         """Instances lost: a question of theirs may still be on its way, and not everyone may have heard of it."""
+        self._keys = PromptKeys()
         self._commands: list[Command] = []
         self._now = 0.0
         self._next_status = 0.0
@@ -172,8 +136,7 @@ class Router:
 
     def _on_up(self, spec: InstanceSpec) -> None:
         self._gone.pop(spec.instance_id, None)
-        empty = Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks)
-        self._instances[spec.instance_id] = InstanceView(spec, empty, self._now)
+        self._instances[spec.instance_id] = InstanceView.fresh(spec, self._now)
         self._pools.clear()
         self._tell_of_losses(spec.instance_id)
         self._assign_pending()
@@ -275,10 +238,44 @@ class Router:
             self._send(request.owner_id, Rejected(request.key, 429, reason, retry_after=excess))
             return
         self._parked.pop(request.key, None)
+        best, num_cached = self._prefer_cached(best, candidates, request, default_rate)
         instance_id = best.spec.instance_id
-        best.assigned[request.key] = (request.num_prefill_tokens, ROUTER)
+        best.assigned[request.key] = (request.num_prefill_tokens - num_cached, ROUTER)
+        if best.prefixes is not None:
+            best.prefixes.note(self._keys.make(request, best.spec.kv.block_size))
         self._send(instance_id, Prefill(request))
         self._send(request.owner_id, Routed(request.key, instance_id))
+
+    def _prefer_cached(
+        self, shortest: InstanceView, candidates: list[InstanceView], request: Request, default_rate: float
+    ) -> tuple[InstanceView, int]:
+        """Who computes the prompt soonest, given who waits the shortest; and how many of its tokens are there."""
+        cached = {view.spec.instance_id: self._num_cached(view, request) for view in candidates}
+        num_cached = cached[shortest.spec.instance_id]
+        most = max(cached.values())
+        if most <= num_cached:
+            return shortest, num_cached  # the others wait as long, or longer, and compute no less
+        rate = default_rate or 1.0  # where nobody has computed anything, tokens are compared
+        fair = _SHARE * shortest.num_requests + _FEW
+        best, soonest = shortest, shortest.wait(rate) + (request.num_prefill_tokens - num_cached) / rate
+        for view in candidates:
+            there = cached[view.spec.instance_id]
+            num_tokens = request.num_prefill_tokens - there
+            is_fair = view.spec.role is not Role.MIXED or view.num_requests < fair
+            if there <= num_cached or not is_fair or not view.has_room_for_prompt(num_tokens, len(request.choices)):
+                continue
+            done = view.wait(rate) + num_tokens / rate
+            if done < soonest:
+                best, soonest = view, done
+        return best, cached[best.spec.instance_id]
+
+    def _num_cached(self, view: InstanceView, request: Request) -> int:
+        """Tokens of a prompt that an instance should not have to compute: never the last, nor any to be scored."""
+        if view.prefixes is None or request.sampling.prompt_logprobs is not None:
+            return 0
+        block_size = view.spec.kv.block_size
+        num_held = view.prefixes.num_held(self._keys.make(request, block_size))
+        return min(num_held, (request.num_prefill_tokens - 1) // block_size) * block_size
 
     def _retry_parked(self) -> None:
         """Look at waiting requests again: their pool may be back, or their patience at its end."""
@@ -342,6 +339,8 @@ class Router:
             del self._pending[key]
             blocks = view.spec.kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
             view.assigned[key] = (blocks, sender)
+            if view.prefixes is not None:
+                view.prefixes.note(self._keys.find(key, view.spec.kv.block_size))
             self._send(sender, DecodeAssigned(key, view.spec.instance_id))
 
     def _end_pending(self) -> None:
@@ -376,6 +375,9 @@ class Router:
             rank = (view.num_free_blocks - needed) / kv.num_blocks
             if view.spec.instance_id in near:
                 rank += _NEAR
+            if view.prefixes is not None:
+                num_held = view.prefixes.num_held(self._keys.find(wanted.key, kv.block_size))
+                rank += _HELD * num_held / needed + num_held / kv.num_blocks
             if rank > best_rank:
                 best, best_rank = view, rank
         return best

@@ -74,8 +74,10 @@ class InstanceScheduler(ABC):
         self._seen: list[RequestKey] = []
         self.num_preempted = 0
         """Running sequences that lost their memory to older ones since start."""
+        self.num_queried_tokens = 0
+        """Tokens since start that were looked up in the prefix cache."""
         self.num_hit_tokens = 0
-        """Prompt tokens since start that were not computed, because their KV was there."""
+        """Those of them that were neither computed nor pulled, because their KV was there."""
         self._last_report = -1.0
         self._prefill_rate = 0.0
         self._reported: tuple[int, ...] = ()
@@ -253,8 +255,17 @@ class InstanceScheduler(ABC):
         seq.num_labelled = len(shared)
         seq.num_computed = len(shared) * kv.block_size
         seq.blocks = shared + self.blocks.allocate(kv.blocks_for(seq.num_tokens) - len(shared))
-        if not seq.is_recomputed:
+        looked = self._config.prefix_caching and seq.request.sampling.prompt_logprobs is None
+        if looked and not seq.is_recomputed:
+            seq.num_cached = seq.num_computed
+            self.num_queried_tokens += seq.num_tokens
             self.num_hit_tokens += seq.num_computed
+
+    def _expect(self, seq: Sequence) -> None:
+        """Make the keys of a prompt that has come, and note how much of it would not be computed if it started now."""
+        if self._config.prefix_caching:
+            seq.extend_keys(seq.num_tokens // self.spec.kv.block_size, self.spec.kv.block_size)
+            seq.num_expected = len(self._find_prefix(seq)) * self.spec.kv.block_size
 
     def _label(self, seq: Sequence, num_tokens: int, labelled: list[int]) -> None:
         """Let its full blocks be found, as far as ``num_tokens`` go; those that are go into ``labelled``."""
@@ -268,6 +279,10 @@ class InstanceScheduler(ABC):
         """Let everything it has computed, or steps in flight will have, be found: it is about to give its blocks up."""
         newest = next(reversed(self._steps.values())).labelled if self._steps else []
         self._label(seq, min(seq.num_computed, seq.num_tokens), newest)
+
+    def _label_done(self, seq: Sequence) -> None:
+        """Let what steps that have ended computed of it be found; its later steps take one token each."""
+        self._label(seq, min(seq.num_computed - seq.num_in_flight, seq.num_tokens), [])
 
     # -- a sequence's life ----------------------------------------------------------------------------------------
 
@@ -299,6 +314,8 @@ class InstanceScheduler(ABC):
 
     def _abort(self, key: RequestKey, choice: int | None) -> None:
         for seq in list(self._find(key, choice)):
+            if self._config.prefix_caching and seq.is_open:
+                self._label_done(seq)  # a stop string ends a choice this way: the next turn begins with it
             self._close(seq)
 
     def _fail(self, seq: Sequence, reason: str, status: int | None = None) -> None:
@@ -356,6 +373,7 @@ class InstanceScheduler(ABC):
             stop_token_id=stop_token_id,
             marks=seq.marks,
             prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=seq.num_cached if seq.num_output == 1 else 0,
         )
         seq.marks = ()
         self._tokens.setdefault(seq.request.owner_id, []).append(output)
@@ -399,6 +417,8 @@ class InstanceScheduler(ABC):
                 num_pulls=pulls,
                 pulled_bytes=pulled_bytes,
                 pull_seconds=pull_seconds,
+                num_queried_tokens=self.num_queried_tokens,
+                num_hit_tokens=self.num_hit_tokens,
             )
             self._seen.clear()
             self._commands.append(Send(ROUTER, report))

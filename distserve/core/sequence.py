@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from distserve.core.commands import Chunk
-from distserve.core.prefix import BlockKey, chain_keys
+from distserve.core.prefix import BlockKey, extend_keys
 from distserve.core.request import FinishReason, Request, TokenLogprobs
 
 
@@ -38,11 +38,15 @@ class Sequence:
     """What its full blocks hold, from the first on, as far as somebody wanted to know; see :meth:`extend_keys`."""
     num_labelled: int = 0
     """Entries of ``blocks`` whose content the block manager was told, or that were found by it."""
+    num_expected: int = 0
+    """Tokens of a prompt that waits whose KV was there when it came; it need not be any more when it starts."""
+    num_cached: int = 0
+    """Tokens of its prompt whose KV was there when it started first."""
     is_recomputed: bool = False
     """It was preempted and starts again."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
-    """Output tokens, kept only where the sequence may be recomputed without its owner."""
+    """Output tokens, kept only where the sequence may be recomputed without its owner, or its KV be found later."""
 
     _step: Chunk | None = None
 
@@ -57,29 +61,8 @@ class Sequence:
         return chunk
 
     def extend_keys(self, num_blocks: int, block_size: int) -> None:
-        """Have keys for the first ``num_blocks`` blocks, all of whose tokens are known.
-
-        Where the request's keys end or say nothing of the tokens (its output), a block has a key that nobody else
-        shares: whose it is, and its place.
-        """
-        keys, request = self.keys, self.request
-        if len(keys) >= num_blocks:
-            return
-        if request.block_keys is None:
-            start = len(keys) * block_size
-            tokens = [*request.prompt_token_ids, *self.output_token_ids][start : num_blocks * block_size]
-            keys += chain_keys(tokens, block_size, parent=self._last_key())
-            return
-        num_prompt = len(request.prompt_token_ids)
-        keys += request.block_keys[len(keys) : num_blocks]
-        for index in range(len(keys), num_blocks):
-            is_prompts = (index + 1) * block_size <= num_prompt
-            keys.append((request.key, -1 if is_prompts else self.choices[0], index))
-
-    def _last_key(self) -> bytes:
-        key = self.keys[-1] if self.keys else b""
-        assert isinstance(key, bytes), "keys are given or made from tokens, never both"
-        return key
+        """Have keys for the first ``num_blocks`` blocks, all of whose tokens are known."""
+        extend_keys(self.keys, self.request, self.output_token_ids, num_blocks, block_size, self.choices[0])
 
     @property
     def choice(self) -> int:

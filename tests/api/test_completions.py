@@ -24,6 +24,7 @@ def test_a_prompt_is_answered(server: Server) -> None:
         "prompt_tokens": len(prompt),
         "completion_tokens": num_tokens,
         "total_tokens": len(prompt) + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert list(server.backend.submitted[0].prompt_token_ids) == prompt
 

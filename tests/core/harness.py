@@ -4,10 +4,10 @@ import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from distserve.core.commands import Conclude, Deliver, RunStep
+from distserve.core.commands import Conclude, Deliver, Migrate, RunStep
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.decode import DecodeScheduler
-from distserve.core.events import ClientGone, ClientRequest, ClientStop, InstanceUp
+from distserve.core.events import ClientGone, ClientRequest, ClientStop, InstanceUp, Migrated
 from distserve.core.latency import LinearStepTime
 from distserve.core.mixed import MixedScheduler
 from distserve.core.owner import Owner
@@ -19,6 +19,7 @@ from simulator.engine import Engine
 from simulator.loop import Loop, TraceEntry
 from simulator.model import Delays
 from tests.core.checking_worker import CheckingWorker
+from tests.core.remembering_worker import RememberingWorker
 
 EOS = 0
 STEP_TIME = LinearStepTime(base=0.01, per_token=0.0005, per_pair=1e-7, per_context=1e-6)
@@ -65,6 +66,8 @@ class Recorder:
     finish: dict[tuple[str, int], str] = field(default_factory=dict)
     concluded: dict[str, Conclude] = field(default_factory=dict)
     marks: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+    cached: dict[str, int] = field(default_factory=dict)
+    """Tokens of each prompt that its first token said were there."""
 
     def on_turn(self, entry: TraceEntry) -> None:
         self.trace.append(entry)
@@ -74,18 +77,48 @@ class Recorder:
                     self.tokens[output.request_id, output.choice].append(output.token_id)
                     assert output.index == len(self.tokens[output.request_id, output.choice]) - 1
                     self.marks[output.request_id].update(output.marks)
+                    if output.index == 0:
+                        self.cached[output.request_id] = output.num_cached_tokens
                     if output.finish_reason is not None:
                         self.finish[output.request_id, output.choice] = output.finish_reason
             elif isinstance(command, Conclude):
                 assert command.request_id not in self.concluded, "concluded twice"
                 self.concluded[command.request_id] = command
 
+    def pulls(self, part: str) -> list[Migrate]:
+        return [c for entry in self.trace if entry.part == part for c in entry.commands if isinstance(c, Migrate)]
+
     def steps(self, part: str) -> list[RunStep]:
         return [c for entry in self.trace if entry.part == part for c in entry.commands if isinstance(c, RunStep)]
 
 
+class CopyingRecorder(Recorder):
+    """Lets memory follow the pulls between ``workers``: a pull that ended well has read what is there now."""
+
+    def __init__(self, workers: dict[str, CheckingWorker]) -> None:
+        super().__init__()
+        self._workers = workers
+        self._pulls: dict[tuple[str, int], Migrate] = {}
+
+    def on_turn(self, entry: TraceEntry) -> None:
+        super().on_turn(entry)
+        if isinstance(entry.event, Migrated):
+            pull = self._pulls.pop((entry.part, entry.event.pull_id))
+            source, puller = self._workers.get(pull.source_id), self._workers.get(entry.part)
+            if entry.event.ok:
+                assert isinstance(source, RememberingWorker)
+                assert isinstance(puller, RememberingWorker)
+                puller.copy_from(source, pull.src_blocks, pull.dst_blocks)
+        for command in entry.commands:
+            if isinstance(command, Migrate):
+                self._pulls[entry.part, command.pull_id] = command
+
+
 class Deployment:
-    """``prefill`` + ``decode`` + ``mixed`` instances behind one router and one owner."""
+    """``prefill`` + ``decode`` + ``mixed`` instances behind one router and one owner.
+
+    With ``remembers`` the workers know what their memory holds, and check that sequences read what is theirs.
+    """
 
     def __init__(
         self,
@@ -98,12 +131,14 @@ class Deployment:
         config: SchedulerConfig = SchedulerConfig(max_batch_tokens=32, max_batch_size=8),
         delays: Delays = Delays(),
         router: RouterConfig = RouterConfig(),
+        remembers: bool = False,
     ) -> None:
-        self.recorder = Recorder()
-        self.loop = Loop(delays, self.recorder)
-        self.owner = Owner("api-0")
         self.schedulers: dict[str, InstanceScheduler] = {}
         self.workers: dict[str, CheckingWorker] = {}
+        self.recorder = CopyingRecorder(self.workers) if remembers else Recorder()
+        self.loop = Loop(delays, self.recorder)
+        self.owner = Owner("api-0")
+        self._worker = RememberingWorker if remembers else CheckingWorker
         self.loop.add(ROUTER, Router(router))
         self.loop.add("api-0", self.owner)
         for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode), (Role.MIXED, mixed)):
@@ -119,7 +154,7 @@ class Deployment:
             scheduler = DecodeScheduler(spec)
         else:
             scheduler = MixedScheduler(spec)
-        worker = CheckingWorker(spec.kv.block_size, token_at)
+        worker = self._worker(spec.kv.block_size, token_at)
         self.schedulers[spec.instance_id] = scheduler
         self.workers[spec.instance_id] = worker
         self.loop.add(spec.instance_id, scheduler, Engine(spec.instance_id, worker, STEP_TIME))
@@ -148,4 +183,5 @@ class Deployment:
         assert self.owner.num_live == 0
         for name, scheduler in self.schedulers.items():
             assert scheduler.blocks.num_free == scheduler.blocks.num_blocks, f"{name} leaks blocks"
+            assert not scheduler.blocks.has_shared, f"{name} leaks references"
             assert self.workers[name].num_open == 0, f"{name} leaks sequences"

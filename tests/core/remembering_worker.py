@@ -53,6 +53,12 @@ class RememberingWorker(CheckingWorker):
                 extend(chain, tokens[:1])
         return shape, done
 
+    def copy_from(self, source: "RememberingWorker", src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> None:
+        """A pull: what the source's blocks hold now."""
+        for src, dst in zip(src_blocks, dst_blocks, strict=True):
+            for offset in range(self._size):
+                self._memory[dst, offset] = source._memory.get((src, offset), 0)
+
     def _slot(self, seq_id: int, position: int) -> tuple[int, int]:
         return self._lines[seq_id].table[position // self._size], position % self._size
 

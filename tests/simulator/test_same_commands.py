@@ -182,6 +182,7 @@ REQUESTS = st.lists(
     blocks=st.integers(24, 40),
     loss=st.one_of(st.none(), st.floats(0.05, 0.6)),
     lookahead=st.booleans(),
+    caching=st.booleans(),
 )
 def test_identical_commands(
     requests: list[tuple[int, int, int, float, float | None]],
@@ -189,10 +190,16 @@ def test_identical_commands(
     blocks: int,
     loss: float | None,
     lookahead: bool,
+    caching: bool,
 ) -> None:
     kv = KvConfig(blocks, 4)
     config = SchedulerConfig(
-        max_batch_tokens=24, max_batch_size=6, max_in_flight=1 + lookahead, lookahead=lookahead, headroom=0.0
+        max_batch_tokens=24,
+        max_batch_size=6,
+        max_in_flight=1 + lookahead,
+        lookahead=lookahead,
+        headroom=0.0,
+        prefix_caching=caching,
     )
     prefill, decode, mixed = pools
     simulated = Deployment(prefill=prefill, decode=decode, mixed=mixed, kv=kv, config=config, delays=DELAYS)
