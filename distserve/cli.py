@@ -68,6 +68,16 @@ def main() -> None:
 @click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]")
 @click.option("--max-batch-tokens", type=int, help="Prompt tokens per prefill batch.  [default: 512]")
 @click.option("--max-batch-size", type=int, help="Sequences per decode batch.  [default: 64]")
+@click.option(
+    "--kv-transport",
+    help="auto, shm or tcp: how KV moves from prefill to decode. auto takes shared memory within a host and TCP "
+    "between hosts, the others take nothing else.  [default: auto]",
+)
+@click.option(
+    "--kv-interface",
+    help="Network that KV moves over between nodes: an interface that all of them have (eth1), or a network they have "
+    "addresses in (10.1.0.0/16).  [default: the addresses that Ray knows]",
+)
 @click.option("--threads", type=int, help="CPU threads of each instance.  [default: an equal share of the CPUs]")
 @click.option("--drain-timeout", type=float, help="Seconds that requests may finish in when stopping.  [default: 30]")
 @click.option("--api-key", envvar="DISTSERVE_API_KEY", help="Key that clients must send.  [default: none]")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from distserve.cluster.placement_section import ClusterSection, PlacementSection, PlannedSeats, read_plan
 from distserve.cluster.planner import Planner, find_planner
-from distserve.cluster.seats import WantedInstance, check_seats, wanted
+from distserve.cluster.seats import WantedInstance, check_kv_transport, check_seats, wanted
 from distserve.cluster.sizing import KvRequest
 from distserve.cluster.yaml_file import explain, read_yaml
 from distserve.core.config import Role
@@ -50,6 +50,8 @@ class EngineSection(_Section):
     max_batch_tokens: Positive = 512
     max_batch_size: Positive = 64
     prefix_caching: bool = False
+    kv_transport: Literal["auto", "shm", "tcp"] = "auto"
+    kv_interface: Annotated[str, Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
@@ -91,7 +93,10 @@ class ConfigFile(_Section):
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Limits and resources of every instance. ``max_model_len`` None: the model's; ``threads`` None: a fair share."""
+    """Limits and resources of every instance. ``max_model_len`` None: the model's; ``threads`` None: a fair share.
+
+    ``kv_transport`` (auto, shm or tcp) and ``kv_interface`` are as in :class:`distserve.cluster.parts.KvAccess`.
+    """
 
     dtype: str
     max_model_len: int | None
@@ -100,6 +105,8 @@ class EngineSettings:
     max_batch_size: int
     threads: int | None
     prefix_caching: bool = False
+    kv_transport: str = "auto"
+    kv_interface: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +167,10 @@ def load_config(
     model_dir = Path(checked.model) if checked.model is not None else default_model
     if not model_dir.is_dir():
         raise ConfigError(f"model directory {model_dir} does not exist")
+    if engine.kv_transport == "shm" and engine.kv_interface is not None:
+        raise ConfigError("engine.kv_interface is what TCP listens on, and engine.kv_transport shm uses none: drop one")
     planned = _planned(checked, path, model_dir.resolve(), planner)
+    check_kv_transport(planned.instances, engine.kv_transport)
     return ServeConfig(
         model_dir=model_dir.resolve(),
         instances=planned.instances,
@@ -175,6 +185,8 @@ def load_config(
             max_batch_size=engine.max_batch_size,
             threads=engine.threads,
             prefix_caching=engine.prefix_caching,
+            kv_transport=engine.kv_transport,
+            kv_interface=engine.kv_interface,
         ),
         host=serving.host,
         port=serving.port,

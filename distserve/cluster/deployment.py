@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from distserve.cluster.parts import Card, ClusterKey, EnginePlan, InstanceConfig
+from distserve.cluster.parts import NEARBY, Card, ClusterKey, EnginePlan, InstanceConfig, KvAccess
 from distserve.cluster.ray_actors import CONCURRENCY, InstanceActor, RouterActor
 from distserve.cluster.ray_cluster import RayCluster
 from distserve.cluster.reservation import ROUTER_CPUS, RankResources, Reservation, cpus_per_rank
@@ -33,6 +33,7 @@ class Blueprint:
     plan: EnginePlan
     key: ClusterKey
     log_dir: Path | None = None
+    kv_access: KvAccess = NEARBY
 
     @property
     def max_model_len(self) -> int:
@@ -114,6 +115,7 @@ class Deployment:
             first_core=group.seats.index((slot, 0)) * blueprint.plan.num_threads,
             num_cores=len(group.seats) * blueprint.plan.num_threads,
             log_dir=blueprint.log_dir,
+            kv_access=blueprint.kv_access,
         )
         actor = InstanceActor.options(
             num_cpus=self._reservation.rank.num_cpus,
@@ -136,8 +138,14 @@ class Deployment:
         asking = [member.spec.instance_id for member in members if member.spec.role is Role.PREFILL]
         ray.get(self.router.succeed.remote([self.owner.name, *asking]))
 
-    def adopt_instances(self, members: Iterable[Member]) -> None:
-        """Introduce loaded instances to everyone, start them, and let the router use them."""
+    def adopt_instances(self, members: Iterable[Member], *, all_must_meet: bool = False) -> None:
+        """Introduce loaded instances to everyone, start them, and let the router use them.
+
+        An instance that cannot reach another's KV memory tries again by itself.
+
+        Raises:
+            InstanceError: with ``all_must_meet``, if one cannot; says which, and why.
+        """
         new = list(members)
         names = {member.spec.instance_id for member in new}
         for member in new:
@@ -147,7 +155,11 @@ class Deployment:
         self.meet(cards)
         old = [member.actor.meet.remote(cards) for name, member in self.members.items() if name not in names]
         everyone = [self.owner, self._router_card, *self._cards()]
-        ray.get([self.router.meet.remote(cards), *(member.actor.meet.remote(everyone) for member in new)])
+        ray.get(self.router.meet.remote(cards))
+        met = ray.get([member.actor.meet.remote(everyone) for member in new])
+        problems = [problem for said in met for problem in said]
+        if all_must_meet and problems:
+            raise InstanceError("; ".join(problems))
         # One of these may be dying itself, which is no fault of the new ones.
         if old:
             ray.wait(old, num_returns=len(old), timeout=_MEETING_PATIENCE)

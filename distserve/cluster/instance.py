@@ -5,31 +5,36 @@ the cards, and calls :meth:`Instance.start`.
 """
 
 import hashlib
-import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
+from distserve.cluster.interface import address_on
+from distserve.cluster.kv_peers import KvPeers
 from distserve.cluster.network import Mailbox, ReceiverThread
 from distserve.cluster.parts import Card, InstanceConfig
 from distserve.cluster.process import own_cores, pin_process, return_freed_memory
 from distserve.cluster.rank import Rank
-from distserve.cluster.rank_memory import InstanceTransport, rank_transport
+from distserve.cluster.rank_memory import InstanceTransport, MemoryOptions, rank_transport
 from distserve.cluster.replay import EventLog
 from distserve.core.config import Role
-from distserve.core.errors import InstanceError, TransferError
+from distserve.core.errors import InstanceError
 from distserve.core.events import Received
 from distserve.core.messages import InstanceGone
 from distserve.core.scheduler import ROUTER
 from distserve.engine.sharding.shard import shard_of_model
+from distserve.transfer.choose import TransportKind
 
-logger = logging.getLogger(__name__)
 
-
-def _transport_for(config: InstanceConfig, secret: bytes) -> InstanceTransport:
-    spec, plan = config.spec, config.plan
+def _transport_for(config: InstanceConfig, host: str) -> InstanceTransport:
+    spec, plan, access = config.spec, config.plan, config.kv_access
+    kv_host = None
+    if access.opens_port:
+        kv_host = host if access.interface is None else address_on(access.interface)
+    secret = hashlib.sha256(config.key.secret.encode()).digest()
+    options = MemoryOptions(secret, TransportKind(access.transport), kv_host)
     shard = shard_of_model(plan.model_dir, spec.parallel, 0)
-    own = rank_transport(shard.layout(spec.kv, plan.dtype), shard, secret)
-    return InstanceTransport(own, spec.parallel, secret)
+    own = rank_transport(shard.layout(spec.kv, plan.dtype), shard, options)
+    return InstanceTransport(own, spec.parallel, options)
 
 
 class Instance:
@@ -39,11 +44,12 @@ class Instance:
         spec, plan = config.spec, config.plan
         cores = own_cores(config.first_core, plan.num_threads, config.num_cores)
         pin_process(cores)
-        secret = hashlib.sha256(config.key.secret.encode()).digest()
+        host = config.host or "127.0.0.1"
         self._log = EventLog.of(spec.instance_id, config.log_dir) if config.log_dir else None
-        self._transport = _transport_for(config, secret)
-        self._mailbox = Mailbox(spec.instance_id, config.key, config.host or "127.0.0.1")
-        self._rank = Rank(spec, replace(plan, cores=cores), self._transport, self._mailbox, self._log)
+        self._transport = _transport_for(config, host)
+        self._mailbox = Mailbox(spec.instance_id, config.key, host)
+        self._peers = KvPeers(spec.instance_id, self._transport.connect, self._transport.forget)
+        self._rank = Rank(spec, replace(plan, cores=cores), self._transport, self._mailbox, self._log, self._peers.lost)
         self._receiver = ReceiverThread(self._mailbox, self._receive)
         self._endpoint = self._mailbox.endpoint
         # Only prefill instances are pulled from, and only decode instances pull.
@@ -61,16 +67,16 @@ class Instance:
         self._rank.load()
         return_freed_memory()
 
-    def meet(self, cards: Iterable[Card]) -> None:
-        """Learn of other parts, new ones or ones that moved. A peer that cannot be reached is left to supervision."""
+    def meet(self, cards: Iterable[Card]) -> tuple[str, ...]:
+        """Learn of other parts, new ones or ones that moved.
+
+        Returns why KV cannot be pulled from some of them; those are tried again in the background.
+        """
         others = [card for card in cards if card.name != self._name]
         self._mailbox.meet({card.name: card.endpoint for card in others})
-        for card in others:
-            if card.kv_address and self._pulls:
-                try:
-                    self._rank.connect([(card.name, card.kv_address)])
-                except TransferError as error:
-                    logger.warning("%s: %s", self._name, error)
+        if not self._pulls:
+            return ()
+        return self._peers.meet({card.name: card.kv_address for card in others if card.kv_address})
 
     def start(self) -> None:
         """Begin to serve."""
@@ -80,6 +86,7 @@ class Instance:
     def close(self) -> None:
         """Stop serving and free everything."""
         self._receiver.close()
+        self._peers.close()
         self._rank.close()
         self._mailbox.close()
         if self._log is not None:
@@ -89,7 +96,8 @@ class Instance:
         if received.message == InstanceGone(self._name):
             # Uncaught on purpose: the process ends, and supervision starts another in its place.
             raise InstanceError(f"{self._name} was given up by the router: it had been silent for too long")
-        self._rank.receive(received)
         match received.message:
             case InstanceGone(name) if name != ROUTER:  # the router's name passes to its successor
+                self._peers.forget(name)
                 self._mailbox.forget(name)
+        self._rank.receive(received)

@@ -16,7 +16,7 @@ from distserve.cluster.config import ServeConfig
 from distserve.cluster.deployment import Blueprint, Deployment, cause_of
 from distserve.cluster.describe import Description, ModelFacts
 from distserve.cluster.network import Mailbox, create_key
-from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan
+from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan, KvAccess
 from distserve.cluster.ray_cluster import joined_cluster, local_cluster, this_node
 from distserve.cluster.seats import FoundNode, check_engine, group_by_node, match_nodes
 from distserve.cluster.session import Session
@@ -118,7 +118,7 @@ def _start_parts(deployment: Deployment, show: Callable[[str], None]) -> None:
             loaded.append(member)
     show("introducing the instances to each other")
     deployment.adopt_router(ray.get(router))
-    deployment.adopt_instances(loaded)
+    deployment.adopt_instances(loaded, all_must_meet=True)
 
 
 def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: ClusterKey) -> Blueprint:
@@ -163,4 +163,13 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
         plan=EnginePlan(config.model_dir, engine.dtype, num_threads),
         key=key,
         log_dir=config.event_log,
+        kv_access=_kv_access(config),
     )
+
+
+def _kv_access(config: ServeConfig) -> KvAccess:
+    """How ranks reach each other: no port is opened where all of them share a node, unless TCP was asked for."""
+    engine = config.engine
+    is_apart = len(group_by_node(config.instances)) > 1
+    opens_port = engine.kv_transport == "tcp" or (engine.kv_transport == "auto" and is_apart)
+    return KvAccess(engine.kv_transport, engine.kv_interface, opens_port)

@@ -37,6 +37,23 @@ class EnginePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class KvAccess:
+    """How ranks reach each other's KV memory.
+
+    ``transport`` is auto (shared memory within a host, else TCP), shm or tcp. A port is opened only if ``opens_port``:
+    on ``interface``, a network interface or network of every node (None: the node's own address).
+    """
+
+    transport: str = "auto"
+    interface: str | None = None
+    opens_port: bool = False
+
+
+NEARBY = KvAccess()
+"""Among processes of one host."""
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceConfig:
     """Everything an instance's process needs.
 
@@ -52,3 +69,4 @@ class InstanceConfig:
     first_core: int
     num_cores: int
     log_dir: Path | None = None
+    kv_access: KvAccess = NEARBY

@@ -4,7 +4,10 @@ Knows neither how messages travel nor whose process it is: :mod:`distserve.clust
 process, :mod:`distserve.cluster.local` a queue and a thread.
 """
 
+import logging
+import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -16,13 +19,15 @@ from distserve.cluster.rank_memory import MEMORY, InstanceTransport
 from distserve.core.commands import CancelMigrate, Migrate
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.decode import DecodeScheduler
-from distserve.core.events import Event, Machine, Received, Timer
+from distserve.core.events import Event, Machine, Migrated, Received, Timer
 from distserve.core.messages import InstanceGone
 from distserve.core.mixed import MixedScheduler
 from distserve.core.prefill import PrefillScheduler
 from distserve.engine.group.driver import RankGroup
 from distserve.engine.worker import Worker
 from distserve.transfer.transport import Transport
+
+logger = logging.getLogger(__name__)
 
 
 def scheduler_for(spec: InstanceSpec) -> Machine:
@@ -45,10 +50,18 @@ class Rank:
         transport: Its KV memory; closed with the rank.
         network: Carries its messages away. What arrives is handed to :meth:`receive`.
         log: Records the scheduler's events and commands, if wanted.
+        on_broken: Told of the peer, and when the pull began (``time.monotonic``), if one has failed neither for its
+            deadline nor because it was given up.
     """
 
     def __init__(
-        self, spec: InstanceSpec, plan: EnginePlan, transport: Transport, network: Network, log: Log | None = None
+        self,
+        spec: InstanceSpec,
+        plan: EnginePlan,
+        transport: Transport,
+        network: Network,
+        log: Log | None = None,
+        on_broken: Callable[[str, float], None] | None = None,
     ) -> None:
         self.spec = spec
         self._plan = plan
@@ -61,7 +74,7 @@ class Rank:
             network,
             self._timers,
             engine=self._engine,
-            migrator=_Migrator(transport, self._feed),
+            migrator=_Migrator(spec.instance_id, transport, self._feed, on_broken),
             log=log,
         )
 
@@ -108,7 +121,7 @@ class Rank:
                 num_threads=self._plan.num_threads,
                 kv_buffer=buffer,
                 memory=MEMORY,
-                memory_options=transport.secret,
+                memory_options=transport.options.encode(),
                 on_told=transport.told,
                 on_lost=_end,
             )
@@ -134,12 +147,38 @@ def _end(error: Exception) -> None:
 class _Migrator:
     """Implements :class:`distserve.cluster.driver.Migrator` with a transport, whose threads feed the outcomes."""
 
-    def __init__(self, transport: Transport, feed: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        feed: Callable[[Event], None],
+        on_broken: Callable[[str, float], None] | None,
+    ) -> None:
+        self._name = name
         self._transport = transport
         self._feed = feed
+        self._on_broken = on_broken
+        self._num_failed = 0
+        self._given_up: set[int] = set()
 
     def migrate(self, command: Migrate) -> None:
-        self._transport.pull(command, self._feed)
+        self._transport.pull(command, partial(self._ended, command, time.monotonic()))
 
     def cancel(self, command: CancelMigrate) -> None:
+        self._given_up.add(command.pull_id)
         self._transport.cancel(command.pull_id)
+
+    def _ended(self, command: Migrate, began: float, event: Migrated) -> None:
+        # Fed first: an end that crosses with a cancel is the scheduler's business, which expects one Migrated.
+        self._feed(event)
+        was_given_up = command.pull_id in self._given_up
+        self._given_up.discard(command.pull_id)
+        if event.ok or was_given_up:
+            return
+        self._num_failed += 1
+        # Powers of two: a peer that is gone must not fill the log.
+        if self._num_failed & (self._num_failed - 1) == 0:
+            text = "%s could not pull KV from %s: %s; %d pulls failed so far"
+            logger.warning(text, self._name, command.source_id, event.reason, self._num_failed)
+        if self._on_broken is not None and cluster_time() < command.deadline:
+            self._on_broken(command.source_id, began)

@@ -4,8 +4,8 @@
 engine's sockets, in msgpack that can only become the messages below.
 """
 
-import logging
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from threading import Lock
 
@@ -19,15 +19,28 @@ from distserve.core.events import Migrated
 from distserve.engine.group.driver import RankGroup
 from distserve.engine.sharding.shard import Shard
 from distserve.transfer import reshard
+from distserve.transfer.choose import HostTransport, TransportKind
 from distserve.transfer.joint import InstancePuller
 from distserve.transfer.sharded import ShardedTransport, instance_address
-from distserve.transfer.shm import ShmTransport
 
-logger = logging.getLogger(__name__)
+_CONNECT_PATIENCE = 60.0
+"""Seconds for a rank to say whether it has connected to a peer, far beyond its own deadline: a bug if it has not."""
+
+
+class MemoryOptions(msgspec.Struct, frozen=True):
+    """What a rank's memory is made with: the launch's ``secret``, the transport, where it listens (None: nowhere)."""
+
+    secret: bytes
+    kind: TransportKind = TransportKind.AUTO
+    host: str | None = None
+
+    def encode(self) -> bytes:
+        """For ranks in other processes."""
+        return _encoder.encode(self)
 
 
 class Connect(msgspec.Struct, tag=True, frozen=True):
-    """To a rank: make a peer's memory readable."""
+    """To a rank: make a peer's memory readable. Answered by Connected."""
 
     instance_id: str
     address: str
@@ -51,28 +64,48 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
     pull_id: int
 
 
+class Connected(msgspec.Struct, tag=True, frozen=True):
+    """From a rank: a peer's memory is readable, or why it is not."""
+
+    instance_id: str
+    problem: str = ""
+
+
+class Ended(msgspec.Struct, tag=True, frozen=True):
+    """From a rank: its part of a pull has ended."""
+
+    event: Migrated
+
+
 Request = Connect | Forget | Pull | Cancel
+Answer = Connected | Ended
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_outcomes = msgspec.msgpack.Decoder(Migrated)
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+_options = msgspec.msgpack.Decoder(MemoryOptions)
 
 MEMORY = "distserve.cluster.rank_memory:RankMemory"
 """The class below, as the engine is told of it."""
 
 
-def rank_transport(layout: KvLayout, shard: Shard, secret: bytes) -> ShardedTransport:
-    """The transport of one rank on this host; ``secret`` is the launch's."""
-    transport = ShmTransport(layout, secret=secret, clock=cluster_time)
+def rank_transport(layout: KvLayout, shard: Shard, options: MemoryOptions) -> ShardedTransport:
+    """The transport of one rank, which suits each peer by where that is.
+
+    Raises TransferError if there is no memory for ``layout``, or no such address to listen on.
+    """
+    transport = HostTransport(layout, secret=options.secret, clock=cluster_time, host=options.host, kind=options.kind)
     part = reshard.Shard(shard.parallel, shard.rank, shard.num_layers, shard.num_kv_heads)
     return ShardedTransport(transport, part)
 
 
 class RankMemory:
-    """Implements :class:`distserve.engine.group.memory_port.RankMemory`; ``options`` are the launch's secret."""
+    """Implements :class:`distserve.engine.group.memory_port.RankMemory`; ``options`` are MemoryOptions, encoded."""
 
     def __init__(self, layout: KvLayout, shard: Shard, options: bytes, tell: Callable[[bytes], None]) -> None:
-        self._transport = rank_transport(layout, shard, options)
+        self._transport = rank_transport(layout, shard, _options.decode(options))
         self._tell = tell
+        # A peer that does not answer must not hold up the rank's steps.
+        self._connector = ThreadPoolExecutor(1, thread_name_prefix="kv-connect")
         self.buffer = self._transport.buffer
         self.address = self._transport.address
         self.begin_step = self._transport.begin_step
@@ -83,19 +116,29 @@ class RankMemory:
         """Do what rank 0 wants; the outcome of a pull is told when it ends."""
         match _requests.decode(request):
             case Connect(instance_id, address):
-                try:
-                    self._transport.connect(instance_id, address)
-                except TransferError as error:
-                    logger.warning("%s", error)  # pulls from it fail, and say so
+                self._connector.submit(self._connect, instance_id, address)
             case Forget(instance_id):
                 self._transport.forget(instance_id)
+                # Again once it is connected, if that is under way.
+                self._connector.submit(self._transport.forget, instance_id)
             case Pull(migrate):
                 self._transport.pull(migrate, self._ended)
             case Cancel(pull_id):
                 self._transport.cancel(pull_id)
 
+    def _connect(self, instance_id: str, address: str) -> None:
+        try:
+            self._transport.connect(instance_id, address)
+        except TransferError as error:
+            self._answer(Connected(instance_id, str(error)))
+        else:
+            self._answer(Connected(instance_id))
+
     def _ended(self, event: Migrated) -> None:
-        self._tell(_encoder.encode(event))
+        self._answer(Ended(event))
+
+    def _answer(self, answer: Answer) -> None:
+        self._tell(_encoder.encode(answer))
 
 
 class _RemoteRank:
@@ -105,9 +148,17 @@ class _RemoteRank:
         self._ask = ask
         self._lock = Lock()
         self._waiting: dict[int, Callable[[Migrated], None]] = {}
+        self._connecting: dict[str, Future[str]] = {}
 
     def request(self, request: Request) -> None:
         self._ask(_encoder.encode(request))
+
+    def connect(self, instance_id: str, address: str) -> "Future[str]":
+        """Have the rank connect; the future is why it could not, empty if it could."""
+        with self._lock:
+            connecting = self._connecting[instance_id] = Future()
+        self.request(Connect(instance_id, address))
+        return connecting
 
     def pull(self, migrate: Migrate, done: Callable[[Migrated], None]) -> None:
         with self._lock:
@@ -117,10 +168,16 @@ class _RemoteRank:
     def cancel(self, pull_id: int) -> None:
         self.request(Cancel(pull_id))
 
-    def told(self, event: Migrated) -> None:
-        with self._lock:
-            done = self._waiting.pop(event.pull_id)
-        done(event)
+    def told(self, answer: Answer) -> None:
+        match answer:
+            case Connected(instance_id, problem):
+                with self._lock:
+                    connecting = self._connecting.pop(instance_id)
+                connecting.set_result(problem)
+            case Ended(event):
+                with self._lock:
+                    done = self._waiting.pop(event.pull_id)
+                done(event)
 
 
 class InstanceTransport:
@@ -129,9 +186,9 @@ class InstanceTransport:
     Until :meth:`attach`, only rank 0's memory is there.
     """
 
-    def __init__(self, own: ShardedTransport, parallel: ParallelConfig, secret: bytes) -> None:
+    def __init__(self, own: ShardedTransport, parallel: ParallelConfig, options: MemoryOptions) -> None:
         self._own = own
-        self.secret = secret
+        self.options = options
         self._parallel = parallel
         self._remote: dict[int, _RemoteRank] = {}
         self._addresses = [own.address]
@@ -151,7 +208,7 @@ class InstanceTransport:
 
     def told(self, rank: int, answer: bytes) -> None:
         """What rank ``rank`` says of a pull."""
-        self._remote[rank].told(_outcomes.decode(answer))
+        self._remote[rank].told(_answers.decode(answer))
 
     @property
     def address(self) -> str:
@@ -159,10 +216,20 @@ class InstanceTransport:
         return instance_address(self._parallel, self._addresses)
 
     def connect(self, instance_id: str, address: str) -> None:
-        """Connect rank 0, and have the others connect."""
-        self._own.connect(instance_id, address)
-        for rank in self._remote.values():
-            rank.request(Connect(instance_id, address))
+        """Connect all ranks, or none of them. One call at a time for each peer."""
+        others = [(number, rank.connect(instance_id, address)) for number, rank in self._remote.items()]
+        failure: TransferError | None = None
+        try:
+            self._own.connect(instance_id, address)
+        except TransferError as error:
+            failure = error
+        # All have to have said something: an answer that comes later would be taken for that to the next attempt.
+        for number, connecting in others:
+            if problem := connecting.result(_CONNECT_PATIENCE):
+                failure = failure or TransferError(f"rank {number}: {problem}")
+        if failure is not None:
+            self.forget(instance_id)
+            raise failure
 
     def pull(self, migrate: Migrate, done: Callable[[Migrated], None]) -> None:
         """All ranks pull their parts; ``done`` is called once."""

@@ -112,9 +112,9 @@ class InstanceProcess:
         self._instance = instance
         return instance.card
 
-    def meet(self, cards: Iterable[Card]) -> None:
-        """Learn of other parts."""
-        self._loaded.meet(cards)
+    def meet(self, cards: Iterable[Card]) -> tuple[str, ...]:
+        """Learn of other parts; why KV cannot be pulled from some of them."""
+        return self._loaded.meet(cards)
 
     def start(self) -> None:
         """Begin to serve."""

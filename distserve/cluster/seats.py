@@ -134,11 +134,15 @@ def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | Non
         raise ConfigError(
             f"the plan is for {cluster.gpu}, and the engine computes on CPUs so far: launch a plan for `gpu: cpu`"
         )
-    nodes = {instance.gpus[0].node for instance in instances if instance.gpus and instance.role is not Role.MIXED}
-    if len(nodes) > 1:
+
+
+def check_kv_transport(instances: Sequence[WantedInstance], transport: str) -> None:
+    """Raise ConfigError if prefill and decode instances are on several nodes, and KV could move by ``shm`` alone."""
+    apart = {f"{i.role} on node {i.gpus[0].node}" for i in instances if i.gpus and i.role is not Role.MIXED}
+    if transport == "shm" and len({place.rpartition(" ")[2] for place in apart}) > 1:
         raise ConfigError(
-            "prefill and decode instances are planned on several nodes, and KV moves through shared memory so far: "
-            "launch a placement that has them on one node"
+            f"the placement has {', '.join(sorted(apart))}, and shared memory ends at a node: give --kv-transport auto "
+            "(TCP between nodes), or place them on one node"
         )
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,27 @@ START_PATIENCE = 120.0
 
 
 class Server:
-    """A ``distserve serve`` process."""
+    """A ``distserve serve`` process, with ``prefix`` before its command and ``environment`` in place of ours.
 
-    def __init__(self, *arguments: str, log: Path) -> None:
+    ``program`` are python's arguments for another command that serves.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        log: Path,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] = os.environ,
+        program: Sequence[str] = ("-m", "distserve.cli", "serve"),
+    ) -> None:
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "distserve.cli", "serve", "--port", "0", *arguments],
+                [*prefix, sys.executable, *program, "--port", "0", *arguments],
                 stderr=file,
                 stdout=file,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**environment, "OMP_NUM_THREADS": "1"},
             )
         self.url = ""
 

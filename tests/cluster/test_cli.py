@@ -45,6 +45,7 @@ def test_commands_are_listed() -> None:
         (["--decode", "0"], "no decode instance"),
         (["--prefill", "5000"], "5001 instances need more than"),
         (["--dtype", "int8"], "--dtype"),
+        (["--kv-transport", "rdma"], "--kv-transport: 'rdma' is wrong, must be 'auto', 'shm' or 'tcp'"),
         (["--port", "99999"], "--port"),
         (["--kv-tokens", "-4"], "--kv-tokens"),
         (["--drain-timeout", "nan"], "--drain-timeout"),

@@ -37,7 +37,7 @@ cluster: {{gpu: h100-sxm, nodes: 4}}
 placement:
   prefill: {{instances: 3}}
   decode: {{instances: 2}}
-engine: {{dtype: bfloat16, kv_tokens: 4096, threads: 2, prefix_caching: true}}
+engine: {{dtype: bfloat16, kv_tokens: 4096, threads: 2, prefix_caching: true, kv_transport: tcp, kv_interface: eth1}}
 serving: {{port: 9000, served_model_name: "a,b"}}
 """
     config = load(tmp_path, text, **{"placement.prefill.instances": 1, "serving.port": 9001, "engine.dtype": None})
@@ -46,6 +46,7 @@ serving: {{port: 9000, served_model_name: "a,b"}}
     assert config.engine.dtype == "bfloat16"
     assert config.engine.kv == KvRequest(num_tokens=4096)
     assert config.engine.prefix_caching
+    assert (config.engine.kv_transport, config.engine.kv_interface) == ("tcp", "eth1")
     assert config.served_model_names == ("a", "b")
 
 
@@ -73,6 +74,8 @@ def test_mixed_instances_need_no_others() -> None:
         ("model: /nowhere/at/all", ["/nowhere/at/all"]),
         ("- model", ["expected keys"]),
         ("a: [", ["not valid YAML", "line"]),
+        ("engine: {kv_transport: rdma}", ["engine.kv_transport", "'rdma'", "'auto', 'shm' or 'tcp'"]),
+        ("engine: {kv_transport: shm, kv_interface: eth1}", ["engine.kv_interface", "shm", "drop one"]),
         ("engine: {threads: 0}\nserving: {drain_timeout: -1}", ["engine.threads", "serving.drain_timeout"]),
     ],
 )

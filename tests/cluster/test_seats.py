@@ -8,6 +8,7 @@ from distserve.cluster.seats import (
     FoundNode,
     WantedInstance,
     check_engine,
+    check_kv_transport,
     check_seats,
     group_by_node,
     match_nodes,
@@ -145,9 +146,20 @@ def test_what_the_engine_cannot_do_yet_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="ranks of a decode instance are planned on several nodes"):
         check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 1, 2, (0, 0), (1, 0))], None)
     check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 3)], None)
-    apart = [instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (1, 0))]
-    with pytest.raises(ConfigError, match="several nodes"):
-        check_engine(apart, ClusterSpec("cpu", 2, 1, 1.0, 1.0))
     with pytest.raises(ConfigError, match="a100-80g-sxm"):
         check_engine([instance(Role.MIXED, 1, 1, (0, 0))], A100)
     check_engine([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], CPUS)
+    check_engine([instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (1, 0))], CPUS)
+
+
+def test_shared_memory_ends_at_a_node() -> None:
+    near = [instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (0, 1))]
+    apart = [near[0], instance(Role.DECODE, 1, 1, (1, 0)), instance(Role.MIXED, 1, 1, (2, 0))]
+    with pytest.raises(ConfigError, match=r"decode on node 1, prefill on node 0, .* give --kv-transport auto"):
+        check_kv_transport(apart, "shm")
+    check_kv_transport(apart, "auto")
+    check_kv_transport(apart, "tcp")
+    check_kv_transport(near, "shm")
+    # Where nothing was planned all share a node; mixed instances exchange nothing.
+    check_kv_transport([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 1)], "shm")
+    check_kv_transport([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], "shm")
