@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from distserve.api.backend import Backend
-from distserve.api.errors import error_body
+from distserve.api.error_responses import error_body
 from distserve.api.exchange import ClientGoneError, Exchange
 from distserve.api.generation import Generation
 from distserve.api.job import Job

@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 import distserve
 from distserve.api.backend import Backend
-from distserve.api.errors import HANDLERS
+from distserve.api.error_responses import HANDLERS
 from distserve.api.metrics import Metrics
 from distserve.api.model import ServedModel
 from distserve.api.routes import Service, build_router

@@ -14,7 +14,8 @@ import distserve
 from distserve.api.answer import Answer
 from distserve.api.backend import Backend
 from distserve.api.body import read_body
-from distserve.api.errors import AuthenticationError, envelope
+from distserve.api.error_responses import envelope
+from distserve.api.errors import AuthenticationError
 from distserve.api.health import health
 from distserve.api.job import chat_job, check_model, completion_job
 from distserve.api.metrics import CONTENT_TYPE, Metrics

@@ -68,24 +68,29 @@ class Description:
             self._child.communicate()
 
 
-def main() -> None:
-    """Describe the model in ``argv[1]`` for the data type ``argv[2]``."""
-    die_with_parent()
+def examine(model_dir: Path, dtype: str) -> ModelFacts:
+    """The facts, found in this process. Raises ConfigError and UnsupportedModelError."""
     from distserve.engine.description import describe
 
-    directory, dtype = sys.argv[1:]
-    try:
-        description = describe(directory)
-    except ConfigError as error:
-        sys.stdout.write(str(error))
-        sys.exit(_WRONG)
-    facts = ModelFacts(
+    description = describe(model_dir)
+    return ModelFacts(
         weight_bytes=description.weight_bytes(dtype),
         token_bytes=description.token_bytes(dtype),
         max_model_len=description.max_model_len,
         num_layers=description.num_layers,
         num_kv_heads=description.num_kv_heads,
     )
+
+
+def main() -> None:
+    """Describe the model in ``argv[1]`` for the data type ``argv[2]``."""
+    die_with_parent()
+    directory, dtype = sys.argv[1:]
+    try:
+        facts = examine(Path(directory), dtype)
+    except ConfigError as error:
+        sys.stdout.write(str(error))
+        sys.exit(_WRONG)
     sys.stdout.write(msgspec.json.encode(facts).decode())
 
 

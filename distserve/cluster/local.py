@@ -20,7 +20,7 @@ from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.events import Event, InstanceLost, InstanceUp, Received, Timer
 from distserve.core.messages import Message
 from distserve.core.owner import Owner
-from distserve.core.router import Router
+from distserve.core.router import Router, RouterConfig
 from distserve.core.scheduler import ROUTER
 from distserve.engine.description import describe
 from distserve.transfer.local import LocalNetwork, LocalTransport
@@ -44,6 +44,7 @@ class LocalCluster:
         scheduler: Limits of every instance; ``max_model_len`` is cut to the model's.
         num_threads: Threads that compute, per instance.
         log_dir: Where each part writes its event log, if wanted.
+        router: How requests are admitted and given to instances.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class LocalCluster:
         scheduler: SchedulerConfig | None = None,
         num_threads: int = 1,
         log_dir: Path | None = None,
+        router: RouterConfig | None = None,
     ) -> None:
+        self._routing = router
         self._plan = EnginePlan(Path(model_dir), dtype, num_threads)
         self._description = describe(model_dir)
         counts = {Role.PREFILL: prefill, Role.DECODE: decode, Role.MIXED: mixed}
@@ -80,7 +83,7 @@ class LocalCluster:
         try:
             await asyncio.to_thread(self._start)
         except BaseException:
-            self._close()
+            self.close()
             raise
         backend = OwnerBackend(OWNER, Owner(OWNER), self._post.of(OWNER), loop, self._log(OWNER))
         self._post.open(OWNER, lambda received: loop.call_soon_threadsafe(backend.receive, received))
@@ -94,7 +97,7 @@ class LocalCluster:
     ) -> None:
         assert self.backend is not None
         self.backend.close()
-        await asyncio.to_thread(self._close)
+        await asyncio.to_thread(self.close)
 
     def lose(self, instance_id: str) -> None:
         """Take an instance away as if its process had died: it says and computes nothing more."""
@@ -115,7 +118,8 @@ class LocalCluster:
         # One after the other: transformers patches module-wide state while it loads.
         for rank in self._ranks.values():
             rank.load()
-        self._router = Driver(Router(), cluster_time, self._post.of(ROUTER), self._router_timers, log=self._log(ROUTER))
+        router, post = Router(self._routing), self._post.of(ROUTER)
+        self._router = Driver(router, cluster_time, post, self._router_timers, log=self._log(ROUTER))
         self._post.open(ROUTER, self._router.feed)
         self._router_timers.start()
         self._router.start()
@@ -126,7 +130,8 @@ class LocalCluster:
             rank.start()
             self._router.feed(InstanceUp(rank.spec))
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End every part but the backend, which is to be closed first; blocks until their threads have ended."""
         self._post.close()
         self._router_timers.close()
         for rank in self._ranks.values():
