@@ -48,13 +48,15 @@ class StretchPoint:
 class Engine:
     """Times steps, and keeps count of what was done.
 
-    ``busy`` is seconds the first stage worked, ``num_sequences`` the batch sizes added up.
+    Each of the stages has ``num_shards`` ranks. ``busy`` is seconds the first stage worked, ``num_sequences`` the batch
+    sizes added up.
     """
 
     name: str
     worker: Worker
     step_time: StepTime
     num_stages: int = 1
+    num_shards: int = 1
     recorder: Recorder | None = None
     step_ends: dict[int, float] = field(default_factory=dict)
     """When the steps under way end: a pull may wait for one."""
@@ -79,12 +81,12 @@ class Engine:
         """Take a step on: when it ends (seconds), and the event to be fed back then."""
         shape, event = self.worker.run(step)
         self._shape = shape
-        seconds = self.step_time.seconds(shape)
-        start = self._enter(now, 0, seconds, shape)
-        end = start + seconds
+        seconds, between = self.stage_times()
+        start = self._enter(now, 0, seconds[0], shape)
+        end = start + seconds[0]
         for stage in range(1, self.num_stages):
-            end = self._enter(end + self.step_time.handover(shape), stage, seconds, shape) + seconds
-        self._count(shape, seconds)
+            end = self._enter(end + between, stage, seconds[stage], shape) + seconds[stage]
+        self._count(shape, seconds[0])
         if len(self.step_ends) > 2 * self.num_stages:
             over = [step_id for step_id, at in self.step_ends.items() if at <= now]
             for step_id in over:
@@ -92,6 +94,15 @@ class Engine:
         self.step_starts[step.step_id] = start
         self.step_ends[step.step_id] = end
         return end, event
+
+    def stage_times(self) -> tuple[tuple[float, ...], float]:
+        """Of the step launched last: seconds in each stage, and between any two of them, if nothing is in its way."""
+        seconds = self.step_time.seconds(self._shape)
+        if self.num_stages == 1:
+            return (seconds,), 0.0
+        between = self.step_time.handover(self._shape)
+        # Where a hand-over is below zero, stages before the last are the shorter ones.
+        return (*(max(0.0, seconds + min(between, 0.0)),) * (self.num_stages - 1), seconds), max(between, 0.0)
 
     def _enter(self, now: float, stage: int, seconds: float, shape: StepShape) -> float:
         """When the step enters ``stage``, which it then holds for ``seconds``."""

@@ -6,6 +6,8 @@ times of all jobs are worked out anew whenever one starts or ends.
 
 The jobs of a core share it equally. Which core a job is on follows what the launcher and Linux do:
 
+- An engine is a rank of an instance: a stage's shards compute side by side, and it is over when the last of them is;
+  what they tell each other meanwhile is in their times.
 - Where there are cores enough, every engine is bound to one of its own. Else an engine that wakes goes to an idle core,
   or to the one that was idle most of late; a core that falls idle takes over an engine that shares another; and where
   engines outnumber cores for long, the scheduler moves them about, so that all of them get on.
@@ -15,24 +17,23 @@ The jobs of a core share it equally. Which core a job is on follows what the lau
 An engine that slept computes its next step ``waking`` seconds longer: the machine has put other things into the caches.
 Who is interrupted loses more than the time of the other: what it had in the core's caches. A step's light work costs an
 engine ``crowding`` seconds more where it finds no idle core; engines that share one lose a part of what they share.
+Ranks of one instance that has more of them than there are cores shared them already when their steps were measured.
 
-The host is a part on the loop like the others, which is told by timers of its own when the next job ends.
+The host is a part on the loop (:mod:`simulator.host_loop`) like the others, which is told by timers of its own when the
+next job ends.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 
-from distserve.core.commands import Command, Migrate, RunStep, Send, WakeAt
-from distserve.core.events import Event, Machine, Timer
-from distserve.core.messages import Submit
-from simulator.engine import Engine
-from simulator.loop import Loop, Observer, Part
-from simulator.model import Delays, HostModel
-from simulator.pulls import Pulls
+from distserve.core.commands import Command, WakeAt
+from distserve.core.events import Event, Timer
+from simulator.loop import Loop
+from simulator.model import HostModel
+from simulator.passage import Passage, Pipeline
 
-HOST = "host"
-"""The host's name on the loop."""
 _MEMORY = 1.0
 """Seconds over which a core's idleness is looked back upon."""
 _SLEEP = 0.05
@@ -46,19 +47,21 @@ the weights' way from memory took the time, 3% where computing did."""
 _DONE = 1e-9
 """Seconds of work below which a job has ended: what rounding leaves of it."""
 
+_Engine = tuple[str, int]
+"""An instance's name, and which of its ranks."""
+
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """``work`` core seconds are left; ``event`` happens to the part ``name`` once none is (None: to nobody).
+    """``work`` core seconds are left, of light work or of rank ``rank`` of the instance ``name`` on its ``passage``.
 
-    ``aftermath`` core seconds of light work follow, on the tokens that a step gave. ``core`` runs it,
-    and no other may if it ``is_bound`` to it.
+    ``core`` runs it, and no other may if it ``is_bound`` to it.
     """
 
     work: float
     name: str = ""
-    event: Event | None = None
-    aftermath: float = 0.0
+    rank: int = 0
+    passage: Passage | None = None
     core: int = 0
     is_bound: bool = False
 
@@ -70,22 +73,31 @@ class Host:
         self.model = model
         self._loop = loop
         self._jobs: list[_Job] = []
-        self._core_of: dict[str, int] = {}
+        self._core_of: dict[_Engine, int] = {}
+        self._pipelines: dict[str, Pipeline] = {}
+        self._own_sharing: dict[str, int] = {}
+        """Engines of an instance that shared a core when it was measured, where it has more than there are cores."""
+        self._between: list[tuple[float, Passage]] = []
+        """Steps on their way from one stage to the next, and when they arrive."""
         self._num_cores = max(1, int(model.num_cores))
         self._idle = [1.0] * self._num_cores
         """Share of the last second or so that each core had nothing to do."""
         self._turns = [0.0] * self._num_cores
         self._now = 0.0
-        self._ended_at: dict[str, float] = {}
+        self._ended_at: dict[_Engine, float] = {}
         """When each engine's last step ended: it goes on without a sleep if the next begins then."""
         self._balance_at = float("inf")
         """When an engine is to be moved off the fullest core."""
         self._wake_at = float("inf")
         """The earliest timer pending; later ones that it superseded are ignored when they come."""
 
-    def add_engine(self, name: str) -> None:
-        """An instance is there: its engine begins on the next core."""
-        self._core_of.setdefault(name, len(self._core_of) % self._num_cores)
+    def add_instance(self, name: str, num_stages: int, num_shards: int) -> None:
+        """An instance is there: its engines begin on the next cores."""
+        pipeline = self._pipelines[name] = Pipeline(num_stages, num_shards)
+        for rank in range(pipeline.num_ranks):
+            self._core_of[name, rank] = len(self._core_of) % self._num_cores
+        if pipeline.num_ranks > self._num_cores:
+            self._own_sharing[name] = -(-pipeline.num_ranks // self._num_cores)
 
     @property
     def _is_bound(self) -> bool:
@@ -99,15 +111,10 @@ class Host:
         self._wake_at = float("inf")
         return self._go_on(now)
 
-    def run_step(self, now: float, name: str, seconds: float, event: Event, num_tokens: int) -> Sequence[Command]:
-        """An engine's step of ``seconds`` on a core of its own, at whose end ``event`` happens to ``name``."""
+    def run_step(self, now: float, passage: Passage) -> Sequence[Command]:
+        """A step of an instance begins with its first stage; its seconds are those on cores of its own."""
         self._advance(now)
-        if not self._is_bound:
-            self._core_of[name] = self._choose_core(now, name)
-        if now - self._ended_at.get(name, float("-inf")) > _SLEEP:
-            seconds += self.model.waking
-        aftermath = self.model.cpu_per_step + num_tokens * self.model.cpu_per_token if num_tokens else 0.0
-        self._jobs.append(_Job(seconds, name, event, aftermath, self._core_of[name]))
+        self._arrive(now, passage)
         self._spread()
         return self._go_on(now)
 
@@ -119,25 +126,63 @@ class Host:
         return self._go_on(now)
 
     def pull(self, now: float, name: str, num_blocks: int) -> Sequence[Command]:
-        """An instance takes KV in: its threads do, on its engine's core."""
+        """An instance takes KV in: its threads do, on its engines' cores, each rank its own part."""
         self._advance(now)
         work = self.model.cpu_per_pull + num_blocks * self.model.cpu_per_pulled_block
-        if work > 0:
-            self._jobs.append(_Job(work, core=self._core_of[name], is_bound=self._is_bound))
+        num_ranks = self._pipelines[name].num_ranks
+        for rank in range(num_ranks if work > 0 else 0):
+            self._jobs.append(_Job(work / num_ranks, core=self._core_of[name, rank], is_bound=self._is_bound))
         return self._go_on(now)
 
     def drop(self, now: float, name: str) -> None:
         """An instance died: its steps are no longer computed."""
         self._advance(now)
         self._jobs = [job for job in self._jobs if job.name != name]
+        self._between = [(at, passage) for at, passage in self._between if passage.name != name]
 
-    def _choose_core(self, now: float, name: str) -> int:
+    def _arrive(self, now: float, passage: Passage) -> None:
+        if self._pipelines[passage.name].enter(passage):
+            self._begin(now, passage)
+
+    def _begin(self, now: float, passage: Passage) -> None:
+        """The shards of the step's stage begin to compute."""
+        pipeline = self._pipelines[passage.name]
+        num_shards = passage.num_computing = pipeline.num_shards
+        for rank in range(passage.stage * num_shards, (passage.stage + 1) * num_shards):
+            engine = (passage.name, rank)
+            if not self._is_bound:
+                self._core_of[engine] = self._choose_core(now, engine)
+            work, core = passage.seconds[passage.stage], self._core_of[engine]
+            if now - self._ended_at.get(engine, float("-inf")) > _SLEEP:
+                work += self.model.waking / pipeline.num_ranks  # of what is to be fetched, each rank has a part
+            self._jobs.append(_Job(work, passage.name, rank, passage, core))
+
+    def _end(self, now: float, job: _Job, passage: Passage) -> None:
+        """One shard has done its part of a stage."""
+        self._ended_at[job.name, job.rank] = now
+        passage.num_computing -= 1
+        if passage.num_computing:
+            return
+        following = self._pipelines[passage.name].leave(passage)
+        if following is not None:
+            self._begin(now, following)
+        if passage.is_in_last_stage:
+            self._loop.post(now, passage.name, passage.event)
+            if passage.aftermath > 0:
+                self._add_light(passage.aftermath + (self.model.crowding if self._is_crowded(job.core) else 0.0))
+            return
+        self._between.append((self._pipelines[passage.name].send_on(now, passage), passage))
+
+    def _choose_core(self, now: float, engine: _Engine) -> int:
         """Where an engine's next step begins."""
-        idle, last = self._idle_cores(), self._core_of[name]
+        idle, last = self._idle_cores(), self._core_of[engine]
         if idle:
             return last if last in idle else idle[0]
-        goes_on = now - self._ended_at.get(name, float("-inf")) < _DONE
-        return last if goes_on else max(range(self._num_cores), key=self._idle.__getitem__)
+        if now - self._ended_at.get(engine, float("-inf")) < _DONE:
+            return last  # goes on where it is
+        # Away from others of its instance, which begin when it does.
+        own = Counter(job.core for job in self._jobs if job.name == engine[0])
+        return max(range(self._num_cores), key=lambda core: (-own[core], self._idle[core]))
 
     def _idle_cores(self) -> list[int]:
         busy = {job.core for job in self._jobs}
@@ -193,7 +238,7 @@ class Host:
 
     def _move(self, job: _Job, core: int) -> _Job:
         """The engine of ``job`` goes to ``core``, and is the last there to be moved again."""
-        job.core = self._core_of[job.name] = core
+        job.core = self._core_of[job.name, job.rank] = core
         self._jobs.remove(job)
         self._jobs.append(job)
         return job
@@ -204,7 +249,19 @@ class Host:
         for job in self._jobs:
             sharing[job.core] += 1
             engines[job.core] += bool(job.name)
-        return [(_SHARING if engines[job.core] > 1 else 1.0) / sharing[job.core] for job in self._jobs]
+        paces = [(_SHARING if engines[job.core] > 1 else 1.0) / sharing[job.core] for job in self._jobs]
+        if self._own_sharing:
+            self._allow_own_sharing(paces, sharing, engines)
+        return paces
+
+    def _allow_own_sharing(self, paces: list[float], sharing: list[int], engines: list[int]) -> None:
+        """Engines that shared a core with their own instance's when they were measured do not pay for it again."""
+        together = Counter((job.name, job.core) for job in self._jobs)
+        for index, job in enumerate(self._jobs):
+            own = min(self._own_sharing.get(job.name, 1), together[job.name, job.core])
+            if own > 1:
+                has_others = engines[job.core] > own
+                paces[index] = own * (_SHARING if has_others else 1.0) / sharing[job.core]
 
     def _advance(self, now: float) -> None:
         elapsed = now - self._now
@@ -226,57 +283,18 @@ class Host:
         if ended:
             self._jobs = [job for job in self._jobs if job.work > _DONE]
             for job in ended:
-                if job.event is not None:
-                    self._loop.post(now, job.name, job.event)
-                    self._ended_at[job.name] = now
-            for job in ended:
-                if job.aftermath > 0:
-                    self._add_light(job.aftermath + (self.model.crowding if self._is_crowded(job.core) else 0.0))
-        if not self._jobs:
-            return ()
-        wake_at = now + min(job.work / pace for job, pace in zip(self._jobs, self._paces(), strict=True))
-        wake_at = min(wake_at, max(now, self._balance_at))
+                if job.passage is not None:
+                    self._end(now, job, job.passage)
+        arrived = [passage for at, passage in self._between if at <= now + _DONE]
+        if arrived:
+            self._between = [(at, passage) for at, passage in self._between if at > now + _DONE]
+            for passage in arrived:
+                self._arrive(now, passage)
+        wake_at = min((at for at, _ in self._between), default=float("inf"))
+        if self._jobs:
+            ends = (job.work / pace for job, pace in zip(self._jobs, self._paces(), strict=True))
+            wake_at = min(wake_at, now + min(ends), max(now, self._balance_at))
         if wake_at >= self._wake_at:
             return ()
         self._wake_at = wake_at
         return (WakeAt(wake_at),)
-
-
-class HostLoop(Loop):
-    """A loop whose engines share a host. Nothing is jumped over: a stretch's ends depend on what others do."""
-
-    def __init__(
-        self, model: HostModel, delays: Delays, observer: Observer | None = None, pulls: Pulls | None = None
-    ) -> None:
-        super().__init__(delays, observer, pulls)
-        self._host = Host(model, self)
-        super().add(HOST, self._host)
-
-    def add(self, name: str, machine: Machine, engine: Engine | None = None, *, may_jump: bool = False) -> None:
-        """See :class:`simulator.loop.Loop`."""
-        if engine is not None:
-            self._host.add_engine(name)
-        super().add(name, machine, engine, may_jump=may_jump)
-
-    def lose(self, name: str) -> None:
-        """See :class:`simulator.loop.Loop`."""
-        super().lose(name)
-        self._host.drop(self.now, name)
-
-    def _execute(self, part: Part, commands: Sequence[Command]) -> None:
-        host = self._parts[HOST]
-        for command in commands:
-            match command:
-                case RunStep():
-                    assert part.engine is not None
-                    end, event = part.engine.launch(self.now, command)
-                    num_tokens = sum(chunk.samples for chunk in command.chunks)
-                    super()._execute(host, self._host.run_step(self.now, part.name, end - self.now, event, num_tokens))
-                case Send(_, Submit(request)):
-                    super()._execute(host, self._host.take_request(self.now, request.num_prefill_tokens))
-                    super()._execute(part, (command,))
-                case Migrate():
-                    super()._execute(host, self._host.pull(self.now, part.name, len(command.src_blocks)))
-                    super()._execute(part, (command,))
-                case _:
-                    super()._execute(part, (command,))

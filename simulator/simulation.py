@@ -19,7 +19,7 @@ from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER, InstanceScheduler
 from simulator.client import CLIENT, Client, Record
 from simulator.engine import Engine
-from simulator.host import HostLoop
+from simulator.host_loop import HostLoop
 from simulator.loop import Loop
 from simulator.model import ClusterModel
 from simulator.pulls import PullNetwork, Pulls
@@ -99,7 +99,6 @@ class _Run:
             raise ConfigError("a network needs both the cluster's links and the geometry of the KV cache")
         self._models = {instance.spec.instance_id: instance for instance in model.instances}
         self._jump = jump
-        self._shares_host = model.host is not None
         self._recorder = recorder
         self._on_progress = on_progress
         self._arrivals: list[float] = workload.arrivals.tolist()
@@ -189,13 +188,12 @@ class _Run:
             SimulatedWorker(self._progress),
             model.step_time,
             spec.parallel.pp,
+            spec.parallel.tp,
             self._recorder,
         )
         self._engines[instance_id] = engine
         self._schedulers[instance_id] = scheduler
         may_jump = self._jump and spec.role is not Role.PREFILL and spec.scheduler.max_in_flight == 1
-        if self._shares_host and spec.parallel.num_ranks > 1:
-            raise ConfigError(f"{instance_id}: instances that share a host's cores are modelled with one rank each")
         self._loop.add(instance_id, scheduler, engine, may_jump=may_jump)
         self._loop.post(self._loop.now, ROUTER, InstanceUp(spec))
 

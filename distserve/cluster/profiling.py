@@ -1,4 +1,4 @@
-"""``distserve profile`` from checked settings to a written file: the engine first, then the cluster around it."""
+"""``distserve profile`` from checked settings to a written file: the engine in each shape first, then a cluster."""
 
 import hashlib
 import os
@@ -9,28 +9,29 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 from distserve.cluster.costs import make_loads, measure_costs
-from distserve.cluster.process import own_cores
 from distserve.cluster.profile_file import write_profile
-from distserve.core.config import KvConfig
+from distserve.cluster.profile_shape import EngineSettings, check_shapes, profile_shape
+from distserve.core.config import KvConfig, ParallelConfig
 from distserve.core.errors import ConfigError
+from distserve.core.latency import StepShape
 from distserve.core.profile import (
     FORMAT,
+    ONE_RANK,
     ClusterCosts,
     MeasuredStepTime,
-    Measurement,
     Profile,
-    StepFit,
-    residuals,
+    ShapeProfile,
+    own_pairs,
+    shape_name,
 )
-from distserve.engine.description import describe
-from distserve.engine.fit import fit_steps
-from distserve.engine.profile import make_grid, measure
-from distserve.engine.worker import Worker
+from distserve.engine.description import ModelDescription, describe
+from distserve.engine.profile import make_grid
 
 _BUSY = 0.35
 """Load average per core beyond which something else is running."""
@@ -39,15 +40,11 @@ _PACKAGES = ("distserve", "torch", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is measured, and how long. ``max_model_len`` None: the model's."""
+    """What is measured, in which ``shapes``, and how long. ``max_model_len`` None: the model's."""
 
-    model_dir: Path
-    dtype: str
-    num_threads: int
-    block_size: int
-    kv_tokens: int
+    engine: EngineSettings
+    shapes: tuple[ParallelConfig, ...]
     max_batch_tokens: int
-    max_batch_size: int
     max_model_len: int | None
     num_rounds: int
     is_quick: bool
@@ -58,65 +55,45 @@ def take_profile(settings: Settings, output: Path, console: Console) -> Profile:
     """Measure, write, and show what came of it.
 
     Raises:
-        ConfigError: the model or the output path is wrong.
-        InstanceError: the cluster to be measured did not start.
+        ConfigError: the model, a shape or the output path is wrong.
+        InstanceError: the cluster to be measured did not start, or a rank of an instance was lost.
     """
+    engine = settings.engine
     if not output.parent.is_dir():
         raise ConfigError(f"{output.parent} is no directory to write {output.name} to")
-    description = describe(settings.model_dir)
+    if settings.with_cluster and (engine.device != "cpu" or ONE_RANK not in settings.shapes):
+        raise ConfigError(
+            "what a cluster adds is measured with instances of one rank on CPUs: add "
+            + ("--engine-only" if engine.device != "cpu" else "--shape 1x1, or --engine-only")
+        )
+    description = describe(engine.model_dir)
+    check_shapes(engine, settings.shapes)
     max_model_len = min(settings.max_model_len or description.max_model_len, description.max_model_len)
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > _BUSY:
         console.print(
             f"[yellow]the machine is busy (load {load:.2f} per core): the profile will tell of that too[/yellow]"
         )
-    measurements = _measure_engine(settings, max_model_len, console)
-    fit = fit_steps(measurements)
-    step_time = MeasuredStepTime(fit)
-    decodes = [m for m in measurements if m.shape.num_prefill_tokens == 0]
-    prompts = [m for m in measurements if m.shape.num_prefill_tokens and not m.shape.num_decodes]
-    mixed = [m for m in measurements if m.shape.num_prefill_tokens and m.shape.num_decodes]
-    groups = {"decode": decodes, "prefill": prompts, "mixed": mixed}
-    cluster: ClusterCosts | None = None
-    if settings.with_cluster:
-        num_engines = len(os.sched_getaffinity(0)) // settings.num_threads
-        with console.status("") as status:
-            cluster = measure_costs(
-                settings.model_dir,
-                {
-                    "dtype": settings.dtype,
-                    "threads": settings.num_threads,
-                    "block_size": settings.block_size,
-                    "max_batch_tokens": settings.max_batch_tokens,
-                    "max_batch_size": settings.max_batch_size,
-                    "max_model_len": max_model_len,
-                },
-                step_time,
-                make_loads(num_engines, settings.max_batch_size, max_model_len, quick=settings.is_quick),
-                layout=description.layout(KvConfig(64, settings.block_size), settings.dtype),
-                vocab_size=description.vocab_size,
-                show=lambda text: status.update(f"cluster: {text}"),
-            )
+    shapes = tuple(_measure_shape(settings, parallel, max_model_len, console) for parallel in settings.shapes)
+    cluster = _measure_cluster(settings, shapes, description, max_model_len, console) if settings.with_cluster else None
     profile = Profile(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        model=settings.model_dir.resolve().name,
-        model_digest=hashlib.sha256((settings.model_dir / "config.json").read_bytes()).hexdigest(),
-        dtype=settings.dtype,
-        num_threads=settings.num_threads,
-        block_size=settings.block_size,
-        token_bytes=description.token_bytes(settings.dtype),
+        machine=describe_machine(engine.device),
+        model=engine.model_dir.resolve().name,
+        model_digest=hashlib.sha256((engine.model_dir / "config.json").read_bytes()).hexdigest(),
+        dtype=engine.dtype,
+        num_threads=engine.num_threads,
+        block_size=engine.kv.block_size,
+        token_bytes=description.token_bytes(engine.dtype),
         limits={
-            "kv_tokens": settings.kv_tokens,
+            "kv_tokens": engine.kv.num_tokens,
             "max_batch_tokens": settings.max_batch_tokens,
-            "max_batch_size": settings.max_batch_size,
+            "max_batch_size": settings.engine.max_batch_size,
             "max_model_len": max_model_len,
             "rounds": settings.num_rounds,
         },
-        measurements=tuple(measurements),
-        fit=fit,
-        residuals={name: residuals(step_time, group) for name, group in groups.items() if group},
+        shapes=shapes,
         cluster=cluster,
     )
     write_profile(profile, output)
@@ -124,39 +101,58 @@ def take_profile(settings: Settings, output: Path, console: Console) -> Profile:
     return profile
 
 
-def _measure_engine(settings: Settings, max_model_len: int, console: Console) -> list[Measurement]:
-    """In this process, on the CPUs that an instance of a small cluster would have to itself."""
-    grid = make_grid(settings.max_batch_tokens, settings.max_batch_size, max_model_len, quick=settings.is_quick)
-    cores = os.sched_getaffinity(0)
-    columns = (TextColumn("engine"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+def _measure_shape(settings: Settings, parallel: ParallelConfig, max_model_len: int, console: Console) -> ShapeProfile:
+    grid = make_grid(settings.max_batch_tokens, settings.engine.max_batch_size, max_model_len, quick=settings.is_quick)
+    name = "engine" if len(settings.shapes) == 1 else f"engine, {shape_name(parallel)}"
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)
-        own = own_cores(0, settings.num_threads, settings.num_threads)
-        try:
-            if own:
-                os.sched_setaffinity(0, own)
-            worker = Worker(
-                settings.model_dir,
-                dtype=settings.dtype,
-                kv=KvConfig(max(1, settings.kv_tokens // settings.block_size), settings.block_size),
-                num_threads=settings.num_threads,
-            )
-            return measure(
-                worker,
-                grid,
-                num_rounds=settings.num_rounds,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-        finally:
-            os.sched_setaffinity(0, cores)
+        return profile_shape(
+            settings.engine,
+            parallel,
+            grid,
+            num_rounds=settings.num_rounds,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
 
 
-def describe_machine() -> dict[str, str | int | float]:
-    """What a profile must be read with: processor, memory, versions, and how busy the machine was."""
+def _measure_cluster(
+    settings: Settings,
+    shapes: tuple[ShapeProfile, ...],
+    description: ModelDescription,
+    max_model_len: int,
+    console: Console,
+) -> ClusterCosts:
+    """With instances of one rank, whose steps have been measured."""
+    engine = settings.engine
+    num_engines = len(os.sched_getaffinity(0)) // engine.num_threads
+    one_rank = next(shape for shape in shapes if shape.parallel == ONE_RANK)
+    with console.status("") as status:
+        return measure_costs(
+            engine.model_dir,
+            {
+                "dtype": engine.dtype,
+                "threads": engine.num_threads,
+                "block_size": engine.kv.block_size,
+                "max_batch_tokens": settings.max_batch_tokens,
+                "max_batch_size": settings.engine.max_batch_size,
+                "max_model_len": max_model_len,
+            },
+            one_rank.step_time(None),
+            make_loads(num_engines, settings.engine.max_batch_size, max_model_len, quick=settings.is_quick),
+            layout=description.layout(KvConfig(64, engine.kv.block_size), engine.dtype),
+            vocab_size=description.vocab_size,
+            show=lambda text: status.update(f"cluster: {text}"),
+        )
+
+
+def describe_machine(device: str = "cpu") -> dict[str, str | int | float]:
+    """What a profile must be read with: processor, GPU (``cuda``), memory, versions, and how busy the machine was."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "cores": os.cpu_count() or 1,
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": round(os.getloadavg()[0], 2),
@@ -167,13 +163,16 @@ def describe_machine() -> dict[str, str | int | float]:
 
 
 def _show(profile: Profile, output: Path, console: Console) -> None:
-    table = RichTable(title=f"{profile.model}, {profile.dtype}, {profile.num_threads} threads")
-    for column in ("steps", "points", "median error of the fit", "90th percentile", "worst"):
-        table.add_column(column, justify="left" if column == "steps" else "right")
-    for name, errors in profile.residuals.items():
-        table.add_row(name, str(errors.count), *(f"{value:.1%}" for value in (errors.median, errors.p90, errors.worst)))
+    table = RichTable(title=f"{profile.model}, {profile.dtype}, {profile.num_threads} threads: errors of the fit")
+    for column in ("tp x pp", "steps", "points", "median", "90th percentile", "worst"):
+        table.add_column(column, justify="left" if column in {"tp x pp", "steps"} else "right")
+    for shape in profile.shapes:
+        for name, errors in shape.residuals.items():
+            figures = (f"{value:.1%}" for value in (errors.median, errors.p90, errors.worst))
+            table.add_row(shape_name(shape.parallel), name, str(errors.count), *figures)
     console.print(table)
-    console.print(_summary(profile.fit))
+    for shape in profile.shapes:
+        console.print(_summary(shape))
     if profile.cluster is not None:
         costs = profile.cluster
         console.print(
@@ -185,11 +184,16 @@ def _show(profile: Profile, output: Path, console: Console) -> None:
     console.print(f"written to {output}")
 
 
-def _summary(fit: StepFit) -> str:
-    prefill, decode = fit.prefill, fit.decode
-    num = prefill.knots[-1]
-    return (
-        f"{num} prompt tokens in {prefill.values[-1] * 1e3:.1f} ms ({num / prefill.values[-1]:.0f} tokens/s); a decode "
-        f"step of {decode.batches[0]} in {decode.values[0][0] * 1e3:.1f} ms, of {decode.batches[-1]} in "
-        f"{decode.values[-1][0] * 1e3:.1f} ms at {decode.contexts[0]} tokens of context each"
+def _summary(shape: ShapeProfile) -> str:
+    decode, num = shape.fit.decode, shape.fit.prefill.knots[-1]
+    prompt = MeasuredStepTime(shape.fit).seconds(StepShape(num, own_pairs(num), num_prefills=1))
+    text = (
+        f"{shape_name(shape.parallel)}: {num} prompt tokens in {prompt * 1e3:.1f} ms "
+        f"({num / prompt:.0f} tokens/s); a decode step of {decode.batches[0]} in "
+        f"{decode.values[0][0] * 1e3:.1f} ms, of {decode.batches[-1]} in {decode.values[-1][0] * 1e3:.1f} ms at "
+        f"{decode.contexts[0]} tokens of context each"
     )
+    if shape.through is None:
+        return text
+    alone = shape.through.decode.values[0][0]
+    return f"{text}, in every pipeline stage; {alone * 1e3:.1f} ms through all of them for the former, alone"

@@ -39,7 +39,10 @@ class StepTime(Protocol):
         ...
 
     def handover(self, shape: StepShape) -> float:
-        """Seconds from a stage's end to the start of the next one."""
+        """Seconds from a stage's end to the start of the next one.
+
+        Below zero where stages are unequal and :meth:`seconds` is what the busiest takes: the others end sooner.
+        """
         ...
 
 

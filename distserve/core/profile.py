@@ -13,17 +13,23 @@ engines read those from blocks.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from distserve.core.config import ParallelConfig
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
+
+ONE_RANK = ParallelConfig()
+"""The shape that is measured unless others are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One step shape as timed: seconds, the ``median`` and the ``least`` of ``count`` steps.
 
-    ``change`` is what the first step of a decode batch takes more than the later ones.
+    ``change`` is what the first step of a decode batch takes more than the later ones. With several pipeline stages the
+    times are those between the ends of steps that follow each other through a full pipeline, and ``through`` is the
+    median time of a step alone in it, from its launch to its tokens.
     """
 
     shape: StepShape
@@ -31,6 +37,7 @@ class Measurement:
     least: float
     count: int
     change: float = 0.0
+    through: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +130,16 @@ class StepFit:
 class MeasuredStepTime:
     """Implements :class:`distserve.core.latency.StepTime` by a fit.
 
+    With ``num_stages`` pipeline stages ``fit`` is of the busiest one and ``through`` of a step that is alone on its way
+    through all of them; a hand-over is what is left between the two, and below zero where other stages are shorter.
     Tables are expanded as they are needed, so that a step costs a look-up.
     """
 
-    def __init__(self, fit: StepFit) -> None:
+    def __init__(self, fit: StepFit, through: StepFit | None = None, num_stages: int = 1) -> None:
+        assert (through is None) == (num_stages == 1)
         self.fit = fit
+        self._through = None if through is None else MeasuredStepTime(through)
+        self._num_stages = num_stages
         self._decode: dict[int, list[tuple[float, float]]] = {}
         """By batch size, for each piece between context knots: (slope per token of total context, seconds at 0)."""
         self._inner_contexts = fit.decode.contexts[1:-1]
@@ -156,9 +168,12 @@ class MeasuredStepTime:
             + fit.per_context * shape.decode_context
         )
 
-    def handover(self, shape: StepShape) -> float:  # noqa: ARG002 -- the interface's
-        """None: the profile is of one stage."""
-        return 0.0
+    def handover(self, shape: StepShape) -> float:
+        """See :class:`distserve.core.latency.StepTime`."""
+        if self._through is None:
+            return 0.0
+        num_stages = self._num_stages
+        return (self._through.seconds(shape) - num_stages * self.seconds(shape)) / (num_stages - 1)
 
     def _expand(self, num_decodes: int) -> list[tuple[float, float]]:
         table = self.fit.decode.at_batch(num_decodes)
@@ -224,13 +239,42 @@ class ClusterCosts:
     waking: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ShapeProfile:
+    """What instances of shape ``parallel`` take for a step; ``residuals`` by kind of step.
+
+    With several pipeline stages ``fit`` is of the busiest one, and ``through`` of a step alone in the pipeline.
+    """
+
+    parallel: ParallelConfig
+    fit: StepFit
+    measurements: tuple[Measurement, ...] = ()
+    residuals: dict[str, Residuals] = field(default_factory=dict)
+    through: StepFit | None = None
+
+    def __post_init__(self) -> None:
+        if (self.through is None) != (self.parallel.pp == 1):
+            raise ConfigError(
+                f"a profile of {shape_name(self.parallel)} has to say what a step takes through all pipeline stages if "
+                "and only if there are several"
+            )
+
+    def step_time(self, costs: ClusterCosts | None) -> MeasuredStepTime:
+        """The step times, with what a cluster adds to a step if that was measured."""
+        fit, through = self.fit, self.through
+        if costs is not None:
+            fit = fit.raised(costs.step, costs.step_per_sequence)
+            through = None if through is None else through.raised(costs.step, costs.step_per_sequence)
+        return MeasuredStepTime(fit, through, self.parallel.pp)
+
+
 @dataclass(frozen=True)
 class Profile:
-    """A model on a machine, as measured at ``created`` (ISO 8601).
+    """A model on a machine, as measured at ``created`` (ISO 8601), for instances of each of ``shapes``.
 
     ``machine`` and ``limits`` say with what: processor, memory, versions; KV tokens and the grid's extent.
     ``model_digest`` is the SHA-256 of the model's config.json. ``token_bytes`` is the KV of one token. ``cluster`` is
-    None if only the engine was measured.
+    None if only the engine was measured; it is measured with instances of one rank.
     """
 
     format: str
@@ -243,17 +287,38 @@ class Profile:
     block_size: int
     token_bytes: int
     limits: dict[str, int]
-    measurements: tuple[Measurement, ...]
-    fit: StepFit
-    residuals: dict[str, Residuals]
+    shapes: tuple[ShapeProfile, ...]
     cluster: ClusterCosts | None = None
 
-    def step_time(self) -> MeasuredStepTime:
-        """The engine's step times, with what a cluster adds to them if that was measured."""
-        if self.cluster is None:
-            return MeasuredStepTime(self.fit)
-        return MeasuredStepTime(self.fit.raised(self.cluster.step, self.cluster.step_per_sequence))
+    def shape(self, parallel: ParallelConfig) -> ShapeProfile:
+        """What was measured of instances of shape ``parallel``.
+
+        Raises:
+            ConfigError: nothing was; says what was, and how to measure more.
+        """
+        for shape in self.shapes:
+            if shape.parallel == parallel:
+                return shape
+        measured = [shape_name(shape.parallel) for shape in self.shapes]
+        options = " ".join(f"--shape {name}" for name in (*measured, shape_name(parallel)))
+        raise ConfigError(
+            f"the profile of {self.model} has instances of tp x pp {', '.join(measured)}, not {shape_name(parallel)}: "
+            f"measure that by `distserve profile MODEL {options}`"
+        )
+
+    def step_time(self, parallel: ParallelConfig = ONE_RANK) -> MeasuredStepTime:
+        """Step times of instances of shape ``parallel``, with what a cluster adds to them if that was measured.
+
+        Raises:
+            ConfigError: as :meth:`shape` does.
+        """
+        return self.shape(parallel).step_time(self.cluster)
 
 
-FORMAT = "distserve-profile/2"
+def shape_name(parallel: ParallelConfig) -> str:
+    """``2x1`` for two shards in one stage, as ``distserve profile --shape`` takes it."""
+    return f"{parallel.tp}x{parallel.pp}"
+
+
+FORMAT = "distserve-profile/3"
 """What ``Profile.format`` says of this version of the file."""

@@ -5,19 +5,18 @@ from pathlib import Path
 from distserve.cluster.profile_file import read_profile
 from distserve.core.config import ParallelConfig
 from distserve.core.errors import ConfigError
-from distserve.core.latency import StepTime
-from distserve.core.profile import ClusterCosts, Profile
+from distserve.core.profile import ClusterCosts, MeasuredStepTime, Profile, shape_name
 from distserve.core.scheduler import ROUTER
 from simulator.client import CLIENT
 from simulator.model import Delays, HostModel
 
 
 class ProfileLatencyModel:
-    """Implements :class:`simulator.latency.interface.LatencyModel` for the one shape that was measured: TP 1, PP 1."""
+    """Implements :class:`simulator.latency.interface.LatencyModel` for the shapes that were measured."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._step_time = profile.step_time()
+        self._step_times: dict[ParallelConfig, MeasuredStepTime] = {}
 
     @classmethod
     def read(cls, path: Path) -> "ProfileLatencyModel":
@@ -28,18 +27,28 @@ class ProfileLatencyModel:
     def source(self) -> str:
         """Where the figures come from."""
         profile = self.profile
-        machine = profile.machine.get("cpu", "unknown hardware")
-        threads = f"{profile.num_threads} thread{'s' if profile.num_threads > 1 else ''}"
-        return f"profile of {profile.model} in {profile.dtype}, {threads} of {machine}, measured {profile.created[:10]}"
+        machine = profile.machine.get("gpu") or self._threads
+        shapes = [shape_name(shape.parallel) for shape in profile.shapes]
+        several = "" if shapes == ["1x1"] else f", tp x pp {', '.join(shapes)}"
+        return f"profile of {profile.model} in {profile.dtype}{several}, {machine}, measured {profile.created[:10]}"
 
-    def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> StepTime:  # noqa: ARG002
+    @property
+    def _threads(self) -> str:
+        profile = self.profile
+        threads = f"{profile.num_threads} thread{'s' if profile.num_threads > 1 else ''}"
+        return f"{threads} of {profile.machine.get('cpu', 'unknown hardware')}"
+
+    def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> MeasuredStepTime:
         """See :class:`simulator.latency.interface.LatencyModel`."""
-        if parallel != ParallelConfig():
+        if parallel.pp > 1 and not stages_share_node:
             raise ConfigError(
-                f"the profile of {self.profile.model} knows instances of TP 1 and PP 1, not TP {parallel.tp} and "
-                f"PP {parallel.pp}: plan with an analytic latency model for other shapes"
+                f"the profile of {self.profile.model} is of pipelines within one machine: what it takes to hand "
+                "activations over between nodes was not measured"
             )
-        return self._step_time
+        found = self._step_times.get(parallel)
+        if found is None:
+            found = self._step_times[parallel] = self.profile.step_time(parallel)
+        return found
 
     def delays(self, instance_ids: tuple[str, ...], mean_prompt: float = 0.0) -> Delays:
         """The simulator's delays as measured, for instances of these names; raises ConfigError if they were not.

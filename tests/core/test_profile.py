@@ -2,9 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distserve.core.config import ParallelConfig
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
-from distserve.core.profile import MeasuredStepTime, Measurement, StepFit, Surface, Table, residuals
+from distserve.core.profile import MeasuredStepTime, Measurement, ShapeProfile, StepFit, Surface, Table, residuals
 
 FIT = StepFit(
     decode=Surface((1, 4, 16), (10, 100, 1000), ((1.0, 2.0, 8.0), (2.0, 4.0, 20.0), (3.0, 9.0, 60.0))),
@@ -83,3 +84,18 @@ def test_residuals_are_relative_and_without_sign():
     assert found.count == 3
     assert found.median == pytest.approx(0.2)
     assert found.worst == pytest.approx(0.25)
+
+
+def test_a_pipeline_is_what_its_busiest_stage_and_all_together_take():
+    through = FIT.raised(0.7, 0.0)
+    step_time = MeasuredStepTime(FIT, through, 3)
+    for shape in (decode(4, 100), StepShape(30, 465, num_prefills=1), StepShape(20, 210, 4, 400, 1)):
+        alone = MeasuredStepTime(through).seconds(shape)
+        assert 3 * step_time.seconds(shape) + 2 * step_time.handover(shape) == pytest.approx(alone)
+    assert MeasuredStepTime(FIT).handover(decode(4, 100)) == 0
+
+
+def test_a_shape_says_how_long_a_pipeline_takes_if_it_is_one():
+    for parallel, through in ((ParallelConfig(2, 1), FIT), (ParallelConfig(1, 2), None)):
+        with pytest.raises(ConfigError, match="through all pipeline stages"):
+            ShapeProfile(parallel, FIT, through=through)

@@ -23,7 +23,19 @@ SAMPLED = {"temperature": 1.0, "seed": 11, "top_p": 0.95, "frequency_penalty": 0
 # Few by default, since every rank is a process: each model once, each kind of split at least once.
 DEFAULT = [("llama", 4, 1), ("opt", 2, 2), ("mixtral", 2, 2)]
 SHAPES = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
-MODELS = ["llama", "opt", "mixtral", "qwen3-moe", "phi3", "gpt2", "llama-tied", "gemma2", "qwen2-sliding", "gpt-neox"]
+MODELS = [
+    "llama",
+    "opt",
+    "mixtral",
+    "qwen3-moe",
+    "phi3",
+    "gpt2",
+    "llama-tied",
+    "gemma2",
+    "gemma3",
+    "qwen2-sliding",
+    "gpt-neox",
+]
 MATRIX = [
     pytest.param(name, tp, pp, marks=() if (name, tp, pp) in DEFAULT else pytest.mark.slow)
     for name in MODELS
@@ -140,6 +152,17 @@ def test_a_killed_rank_is_named_and_ends_its_instance_alone(llama: Served, start
     assert len(told) == 1
     assert "rank 2" in str(told[0])
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_each_rank_has_cpus_of_its_own(llama: Served, start: Callable[..., RankGroup]) -> None:
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    group = start(llama.path, 2, 1, cores=(first, second))
+    (pid,) = rank_pids()
+    assert {frozenset(os.sched_getaffinity(int(task.name))) for task in Path(f"/proc/{pid}/task").iterdir()} == {
+        frozenset({second})
+    }
+    assert Harness(group).generate(make_request(llama.prompts[0]), NUM_TOKENS).output == llama.expected[0]
 
 
 def test_a_killed_rank_is_noticed_while_nothing_runs(llama: Served, start: Callable[..., RankGroup]) -> None:

@@ -25,8 +25,8 @@ from distserve.cluster.observations import Observer
 from distserve.cluster.planner import GROUP
 from distserve.cluster.profile_file import write_profile
 from distserve.cluster.serve import Endpoint
-from distserve.core.config import Role
-from distserve.core.profile import FORMAT, Profile, StepFit, Surface, Table
+from distserve.core.config import ParallelConfig, Role
+from distserve.core.profile import FORMAT, Profile, ShapeProfile, StepFit, Surface, Table
 from distserve.core.topology import Gpu
 from distserve.demo import model_dir
 from placement.config import Overrides, load_problem
@@ -139,7 +139,9 @@ def test_the_planner_answers_placement_auto_of_serve(tmp_path: Path, monkeypatch
     declared = EntryPoints([EntryPoint("auto", value, GROUP)])
     monkeypatch.setattr("distserve.cluster.planner.entry_points", lambda group: declared.select(group=group))
     fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.01), (0.01, 0.01))), Table((1, 64), (0.01, 0.01)), 0, 0, 0, 0, 0)
-    profile = Profile(FORMAT, "", {"cores": 2}, "model", "", "float32", 1, 16, 2048, {}, (), fit, {})
+    profile = Profile(
+        FORMAT, "", {"cores": 2}, "model", "", "float32", 1, 16, 2048, {}, (ShapeProfile(ParallelConfig(), fit),)
+    )
     write_profile(profile, tmp_path / "p.json")
     (tmp_path / "service.yaml").write_text(SERVICE)
     config = load_config(tmp_path / "service.yaml", {}, model_dir())

@@ -13,7 +13,7 @@ from distserve.bench.lengths import Fixed
 from distserve.bench.workload import WorkloadSpec
 from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
-from distserve.core.profile import FORMAT, ClusterCosts, Profile, StepFit, Surface, Table
+from distserve.core.profile import FORMAT, ClusterCosts, Profile, ShapeProfile, StepFit, Surface, Table
 from distserve.core.topology import ClusterSpec, Gpu, Placement
 from placement.drift import Expected
 from placement.plan import Interval, Percentiles
@@ -76,7 +76,20 @@ def test_a_profiled_machine_is_shared_with_what_surrounds_the_instances() -> Non
     workload = WorkloadSpec(Gamma(), Fixed(64), Fixed(20), num_requests=40).at(2.0)
 
     def tpot(costs: ClusterCosts | None) -> float:
-        profile = Profile(FORMAT, "", {"cores": 1}, "toy", "", "float32", 1, 16, 128, {}, (), fit, {}, costs)
+        profile = Profile(
+            FORMAT,
+            "",
+            {"cores": 1},
+            "toy",
+            "",
+            "float32",
+            1,
+            16,
+            128,
+            {},
+            (ShapeProfile(ParallelConfig(), fit),),
+            costs,
+        )
         asked = replace(problem(), cluster=CPUS, latency=ProfileLatencyModel(profile))
         return predict(asked, Placement(CPUS, tuple(placed)), workload).tpot.p50
 

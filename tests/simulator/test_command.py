@@ -16,7 +16,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from distserve.cluster.profile_file import write_profile
-from distserve.core.profile import FORMAT, ClusterCosts, Profile, StepFit, Surface, Table
+from distserve.core.config import ParallelConfig
+from distserve.core.profile import FORMAT, ClusterCosts, Profile, ShapeProfile, StepFit, Surface, Table
 from simulator.command import simulate
 from simulator.summary import SCHEMA
 from simulator.timeline_file import COLUMNS
@@ -295,7 +296,9 @@ def test_instances_that_share_a_host_are_as_its_profile_says(write: Callable[...
     # Fewer cores than instances: what they compute at the same time takes longer.
     for cores in (2, 8):
         machine: dict[str, str | int | float] = {"cpu": "a processor", "cores": cores}
-        profile = Profile(FORMAT, "", machine, "tiny", "", "float32", 1, 16, 2048, {}, (), fit, {}, costs)
+        profile = Profile(
+            FORMAT, "", machine, "tiny", "", "float32", 1, 16, 2048, {}, (ShapeProfile(ParallelConfig(), fit),), costs
+        )
         write_profile(profile, tmp_path / f"{cores}.json")
     config = write(
         cluster=CONFIG["cluster"] | {"gpu": "cpu", "nodes": 1},

@@ -1,23 +1,28 @@
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from distserve.bench.workload import Workload
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
-from distserve.core.errors import ConfigError
-from distserve.core.latency import LinearStepTime
+from distserve.core.latency import LinearStepTime, StepShape, StepTime
 from simulator.model import ClusterModel, Delays, HostModel, InstanceModel
 from simulator.results import Timelines
-from simulator.simulation import simulate
+from simulator.simulation import Fault, FaultKind, simulate
 
 STEP = LinearStepTime(base=0.01, per_token=1e-3, per_pair=0.0, per_context=0.0)
 
 
-def cluster(roles: list[Role], host: HostModel | None, tp: int = 1, delay: float = 0.0) -> ClusterModel:
-    specs = [
-        InstanceSpec(f"{role}-{index}", role, KvConfig(512), SchedulerConfig(), ParallelConfig(tp=tp))
-        for index, role in enumerate(roles)
-    ]
-    instances = tuple(InstanceModel(spec, STEP) for spec in specs)
+def cluster(
+    roles: list[Role],
+    host: HostModel | None,
+    parallel: ParallelConfig = ParallelConfig(),
+    delay: float = 0.0,
+    step: StepTime = STEP,
+) -> ClusterModel:
+    scheduler = SchedulerConfig(max_in_flight=parallel.pp)
+    specs = [InstanceSpec(f"{role}-{i}", role, KvConfig(512), scheduler, parallel) for i, role in enumerate(roles)]
+    instances = tuple(InstanceModel(spec, step) for spec in specs)
     return ClusterModel(instances, delays=Delays(message=delay, pull_latency=0.0, seconds_per_block=0.0), host=host)
 
 
@@ -28,10 +33,12 @@ def run(
     prompt: int = 100,
     output: int = 1,
     delay: float = 0.0,
+    parallel: ParallelConfig = ParallelConfig(),
+    step: StepTime = STEP,
 ) -> Timelines:
     count = len(arrivals)
     workload = Workload(np.full(count, prompt), np.full(count, output), np.array(arrivals))
-    return simulate(cluster(roles, host, delay=delay), workload).timelines
+    return simulate(cluster(roles, host, parallel, delay, step), workload).timelines
 
 
 SHARING = 0.92
@@ -129,7 +136,73 @@ def test_cores_for_all_are_no_host_at_all(seed, prompt, output, roles):
         assert getattr(shared, name) == pytest.approx(getattr(apart, name), abs=1e-6, nan_ok=True)
 
 
-def test_several_ranks_on_a_shared_host_are_refused():
-    workload = Workload(np.array([1]), np.array([1]), np.array([0.0]))
-    with pytest.raises(ConfigError, match="one rank each"):
-        simulate(cluster([Role.MIXED], HostModel(2), tp=2), workload)
+@dataclass(frozen=True)
+class Staged:
+    """A token takes 1 ms of each stage, and ``between`` of that from one to the next."""
+
+    between: float = 0.0
+
+    def seconds(self, shape: StepShape) -> float:
+        return 1e-3 * (shape.num_prefill_tokens + shape.num_decodes)
+
+    def handover(self, shape: StepShape) -> float:
+        return self.between * self.seconds(shape)
+
+
+TP, PP = ParallelConfig(tp=2), ParallelConfig(pp=2)
+
+
+@pytest.mark.parametrize("parallel", [TP, PP, ParallelConfig(2, 2)])
+@pytest.mark.parametrize("between", [0.1, 0.0, -0.3])
+@pytest.mark.parametrize("roles", [[Role.PREFILL, Role.DECODE], [Role.MIXED]])
+def test_ranks_with_cores_of_their_own_are_no_host_at_all(parallel, between, roles):
+    arrivals = np.cumsum(np.random.default_rng(4).exponential(0.15, 12)).tolist()
+    cores = len(roles) * parallel.num_ranks + 1
+    step = Staged(between)
+    apart, shared = (
+        run(roles, host, arrivals, 90, 3, delay=1e-4, parallel=parallel, step=step) for host in (None, HostModel(cores))
+    )
+    for name in ("first_token", "finish", "prefill_start"):
+        assert getattr(shared, name) == pytest.approx(getattr(apart, name), abs=1e-6, nan_ok=True)
+
+
+def test_shards_compute_side_by_side_and_wait_for_the_slowest():
+    assert run([Role.MIXED], HostModel(2), [1.0], parallel=TP, step=Staged()).ttft == pytest.approx([0.1])
+    # The other instance's shards are on the same cores.
+    both = run([Role.MIXED] * 2, HostModel(2), [1.0, 1.0], parallel=TP, step=Staged())
+    assert both.ttft == pytest.approx([0.2 / SHARING] * 2)
+    # Light work on one of the two cores holds up the shard there, and the other waits for it.
+    lines = run([Role.MIXED], HostModel(2, cpu_per_step=0.05), [1.0], output=3, parallel=TP, step=Staged())
+    assert lines.finish - lines.first_token == pytest.approx([2 * 0.002])
+
+
+def test_stages_pass_a_prompt_on_and_take_the_next():
+    lines = run([Role.MIXED], HostModel(2), [1.0, 1.01], 300, parallel=PP, step=Staged(0.1))
+    assert lines.ttft == pytest.approx([0.63, 0.63 + 0.3 - 0.01])
+    # The busiest stage takes 0.3 s of 0.48 in all.
+    lines = run([Role.MIXED], HostModel(2), [1.0, 1.01], 300, parallel=PP, step=Staged(-0.4))
+    assert lines.ttft == pytest.approx([0.48, 0.48 + 0.3 - 0.01])
+
+
+def test_an_instance_with_more_ranks_than_cores_is_slowed_by_others_only():
+    # What its ranks take from each other is in their times, measured on as many cores.
+    four = ParallelConfig(2, 2)
+    alone = run([Role.MIXED], HostModel(2), [1.0, 1.0], 300, parallel=four, step=Staged())
+    assert alone.ttft == pytest.approx([0.6, 0.9])
+    together = run([Role.MIXED] * 2, HostModel(2), [1.0, 1.0], 300, parallel=four, step=Staged())
+    assert min(together.ttft) > 1.1
+
+
+def test_a_lost_instance_of_several_ranks_frees_its_cores():
+    model = cluster([Role.MIXED] * 2, HostModel(2), ParallelConfig(2, 2), 1e-4, Staged(0.1))
+    workload = Workload(np.full(6, 100), np.full(6, 20), np.linspace(1.0, 1.5, 6))
+    lost = simulate(model, workload, faults=[Fault(1.25, FaultKind.LOSS, "mixed-0")])
+    assert (lost.timelines.status == 200).all()
+
+
+def test_every_rank_takes_its_own_part_of_the_kv_in():
+    host = HostModel(6, cpu_per_pull=0.16)
+    roles = [Role.PREFILL, Role.DECODE]
+    one, two = (run(roles, host, [1.0], output=100, parallel=p, step=Staged()) for p in (ParallelConfig(), TP))
+    # Of 160 ms 100 pass while the prompt is computed; two cores do the rest in that time as well.
+    assert one.finish[0] - two.finish[0] == pytest.approx(0.06, abs=2e-3)

@@ -6,7 +6,7 @@ import pytest
 from distserve.core.config import ParallelConfig
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
-from distserve.core.profile import FORMAT, ClusterCosts, Profile, StepFit, Surface, Table
+from distserve.core.profile import FORMAT, ClusterCosts, Profile, ShapeProfile, StepFit, Surface, Table
 from distserve.core.scheduler import ROUTER
 from simulator.latency.interface import LatencyModel
 from simulator.latency.measured import ProfileLatencyModel
@@ -19,10 +19,15 @@ COSTS = ClusterCosts(
 )  # fmt: skip
 
 
-def make_profile(costs: ClusterCosts | None = COSTS) -> Profile:
-    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.02), (0.02, 0.03))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0, 0)
+FIT = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.02), (0.02, 0.03))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0, 0)
+ONE = ShapeProfile(ParallelConfig(), FIT)
+
+
+def make_profile(costs: ClusterCosts | None = COSTS, *shapes: ShapeProfile) -> Profile:
     machine = {"cpu": "a processor"}
-    return Profile(FORMAT, "2026-11-21T00:00:00", machine, "tiny", "", "float32", 2, 16, 128, {}, (), fit, {}, costs)
+    return Profile(
+        FORMAT, "2026-11-21T00:00:00", machine, "tiny", "", "float32", 2, 16, 128, {}, shapes or (ONE,), costs
+    )
 
 
 def test_a_profile_is_a_source_of_latencies():
@@ -35,11 +40,26 @@ def test_a_profile_is_a_source_of_latencies():
     assert step_time.handover(StepShape()) == 0
 
 
-def test_shapes_it_never_saw_are_refused():
-    model = ProfileLatencyModel(make_profile())
-    for shape in (ParallelConfig(tp=2), ParallelConfig(pp=2)):
-        with pytest.raises(ConfigError, match=rf"TP {shape.tp} and PP {shape.pp}"):
-            model.step_time(shape)
+def test_shapes_it_never_saw_are_refused_with_the_command_that_measures_them():
+    model = ProfileLatencyModel(make_profile(COSTS, ONE, ShapeProfile(ParallelConfig(2, 1), FIT)))
+    assert "tp x pp 1x1, 2x1" in model.source
+    with pytest.raises(
+        ConfigError, match=r"has instances of tp x pp 1x1, 2x1, not 1x2.*--shape 1x1 --shape 2x1 --shape 1x2"
+    ):
+        model.step_time(ParallelConfig(pp=2))
+
+
+def test_every_measured_shape_has_its_own_times():
+    through = FIT.raised(0.015, 0.0)
+    model = ProfileLatencyModel(make_profile(COSTS, ONE, ShapeProfile(ParallelConfig(1, 2), FIT, through=through)))
+    step = StepShape(num_decodes=8, decode_context=80)
+    time = model.step_time(ParallelConfig(1, 2))
+    cluster = 1e-3 + 8e-5
+    assert time.seconds(step) == pytest.approx(0.02 + cluster)
+    # A lone step takes what it took through both stages, and what a cluster adds once.
+    assert 2 * time.seconds(step) + time.handover(step) == pytest.approx(0.035 + cluster)
+    with pytest.raises(ConfigError, match="between nodes"):
+        model.step_time(ParallelConfig(1, 2), stages_share_node=False)
 
 
 def test_delays_as_measured():

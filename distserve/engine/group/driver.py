@@ -8,7 +8,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from distserve.core.config import KvConfig, KvLayout, ParallelConfig
 from distserve.core.errors import ConfigError, InstanceError, UnsupportedModelError
 from distserve.core.events import StepDone
 from distserve.engine.description import describe_config, load_config
-from distserve.engine.group.memory import check_memory
+from distserve.engine.group.memory import check_devices, check_memory
 from distserve.engine.group.messages import (
     Ask,
     Close,
@@ -39,7 +39,7 @@ from distserve.engine.group.messages import (
 )
 from distserve.engine.group.processes import RankProcesses, describe_status
 from distserve.engine.group.rank import make_worker, rank_device
-from distserve.engine.kv import TORCH_DTYPES
+from distserve.engine.kv import check_dtype
 from distserve.engine.sharding.comm import PeerError
 from distserve.engine.sharding.shard import shard_of
 
@@ -72,6 +72,7 @@ class RankGroup:
         device: str = "cpu",
         num_threads: int = 1,
         timeout: float = 300.0,
+        cores: Sequence[int] = (),
         on_lost: Callable[[Loss], None] | None = None,
         kv_buffer: Tensor | None = None,
         memory: str = "",
@@ -88,6 +89,8 @@ class RankGroup:
             device: where to compute: ``cpu``, or ``cuda``, of which rank r takes device r.
             num_threads: threads that compute, per rank.
             timeout: seconds that a rank waits for one that is alive but silent.
+            cores: CPUs for the ranks, ``num_threads`` for each in order; the calling thread is on rank 0's already.
+                Without any the operating system chooses.
             on_lost: told, once and from another thread, when the instance has lost a rank, with the cause.
             kv_buffer: rank 0's KV memory; None allocates it.
             memory: the class that the other ranks keep theirs in (see :class:`RankPlan`).
@@ -100,13 +103,13 @@ class RankGroup:
             UnsupportedModelError: the model cannot be served exactly, or only by one rank.
             InstanceError: a rank died while loading; says which, and of what.
         """
-        if dtype not in TORCH_DTYPES:
-            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+        check_dtype(dtype, on_cpu=device == "cpu")
         path = Path(model_dir)
         config = load_config(path)
         self.description = describe_config(config, path)
         # A wrong shape, or one without room, is refused before anything is started.
         first = shard_of(self.description, config.num_attention_heads, parallel, 0)
+        check_devices(parallel, device)
         check_memory(self.description, first, kv, dtype, rank_device(device, 0))
         self.parallel = parallel
         self._on_lost = on_lost
@@ -133,6 +136,7 @@ class RankGroup:
             device=device,
             num_threads=num_threads,
             timeout=timeout,
+            cores=tuple(cores),
             memory=memory,
             memory_options=memory_options,
         )
@@ -143,7 +147,7 @@ class RankGroup:
         try:
             self._worker = make_worker(plan, 0, kv_buffer)
             self._all_loaded.wait()
-            self._check()
+            self.check()
             self._directory.cleanup()
         except PeerError as error:
             raise self._cause(error) from error
@@ -174,7 +178,7 @@ class RankGroup:
         Raises:
             InstanceError: a rank is lost, with the cause; ``on_done`` of steps on their way are then never called.
         """
-        self._check()
+        self.check()
         with self._lock:
             drawn, self._drawn = self._drawn, []
             self._waiting[step.step_id] = on_done
@@ -204,7 +208,7 @@ class RankGroup:
 
         self.launch(step, on_done, on_layer)
         while not finished.wait(0.05):
-            self._check()
+            self.check()
         return outcome[0]
 
     def shutdown(self) -> None:
@@ -236,7 +240,13 @@ class RankGroup:
             on_done = self._waiting.pop(done.step_id)
         on_done(done)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise why the instance has lost a rank, if it has.
+
+        Raises:
+            InstanceError: the cause.
+            ConfigError: the cause, if the user's.
+        """
         if self._lost is not None:
             raise self._lost
 

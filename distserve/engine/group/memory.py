@@ -1,14 +1,31 @@
-"""Whether an instance's weights and KV cache have room where they are to go, before anything is started for them."""
+"""Whether an instance has its devices, and they have room for weights and KV cache, before anything is started."""
 
 from dataclasses import replace
 
 import psutil
 import torch
+from torch import distributed
 
-from distserve.core.config import KvConfig
+from distserve.core.config import KvConfig, ParallelConfig
 from distserve.core.errors import ConfigError
 from distserve.engine.description import ModelDescription
 from distserve.engine.sharding.shard import Shard
+
+
+def check_devices(parallel: ParallelConfig, device: str) -> None:
+    """Raise ConfigError unless there is a GPU for every rank of an instance that computes on ``cuda``."""
+    if device != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError("torch finds no CUDA device on this machine: compute on `cpu`, or install torch with CUDA")
+    found = torch.cuda.device_count()
+    if parallel.num_ranks > found:
+        raise ConfigError(
+            f"an instance of tp {parallel.tp} and pp {parallel.pp} needs {parallel.num_ranks} GPUs, one for each rank; "
+            f"this process sees {found}"
+        )
+    if parallel.num_ranks > 1 and not distributed.is_nccl_available():
+        raise ConfigError("ranks on GPUs speak through NCCL, which this build of torch lacks: install torch with CUDA")
 
 
 def check_memory(description: ModelDescription, first: Shard, kv: KvConfig, dtype: str, device: torch.device) -> None:

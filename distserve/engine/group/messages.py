@@ -16,7 +16,8 @@ from distserve.core.events import StepDone
 class RankPlan(msgspec.Struct, frozen=True):
     """What the ranks of an instance need to know: the model, its shape, and the file in which they meet.
 
-    ``timeout`` is how many seconds a rank waits for one that is alive but silent. ``memory`` names (``module:class``)
+    ``timeout`` is how many seconds a rank waits for one that is alive but silent. ``cores`` are CPUs, ``num_threads``
+    for each rank in order; without any the operating system chooses. ``memory`` names (``module:class``)
     the :class:`distserve.engine.group.memory_port.RankMemory` that each rank keeps its KV in, made with
     ``memory_options``; without a name it is memory of its own.
     """
@@ -29,6 +30,7 @@ class RankPlan(msgspec.Struct, frozen=True):
     device: str
     num_threads: int
     timeout: float
+    cores: tuple[int, ...] = ()
     memory: str = ""
     memory_options: bytes = b""
 

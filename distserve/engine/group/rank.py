@@ -44,8 +44,18 @@ def rank_device(device: str, rank: int) -> torch.device:
     return torch.device(device, rank) if device == "cuda" else torch.device(device)
 
 
+def pin_rank(plan: RankPlan, rank: int) -> None:
+    """Keep the calling thread, and those it will start, on rank ``rank``'s own CPUs, if it has any."""
+    own = plan.cores[rank * plan.num_threads : (rank + 1) * plan.num_threads]
+    if own:
+        os.sched_setaffinity(0, own)
+
+
 def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> ShardWorker:
     """Load rank ``rank``'s part; raises what :class:`ShardWorker` does."""
+    device = rank_device(plan.device, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels start where the thread is
     return ShardWorker(
         Path(plan.model_dir),
         dtype=plan.dtype,
@@ -53,7 +63,7 @@ def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> S
         parallel=plan.parallel,
         rank=rank,
         store_file=Path(plan.store_file),
-        device=rank_device(plan.device, rank),
+        device=device,
         timeout=plan.timeout,
         kv_buffer=kv_buffer,
     )
@@ -61,6 +71,7 @@ def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> S
 
 def run_rank(plan: RankPlan, rank: int, connection: Connection) -> int:
     """Serve rank ``rank``; returns the exit status of the process, which is its only thread."""
+    pin_rank(plan, rank)
     torch.set_num_threads(plan.num_threads)
     try:
         lock = threading.Lock()

@@ -45,10 +45,10 @@ class Communicator:
             store: Any = c10d.FileStore(str(store_file), parallel.num_ranks)
             store.set_timeout(timedelta(seconds=timeout))
             tp_store = c10d.PrefixStore(f"stage-{shard.stage}", store)
-            self._tp = _group(tp_store, shard.index, parallel.tp, device, timeout) if parallel.tp > 1 else None
+            self._tp = make_group(tp_store, shard.index, parallel.tp, device, timeout) if parallel.tp > 1 else None
             # Stage neighbours with the same shard index exchange activations.
             pp_store = c10d.PrefixStore(f"shard-{shard.index}", store)
-            self._pp = _group(pp_store, shard.stage, parallel.pp, device, timeout) if parallel.pp > 1 else None
+            self._pp = make_group(pp_store, shard.stage, parallel.pp, device, timeout) if parallel.pp > 1 else None
         except RuntimeError as error:
             raise PeerError(f"the ranks of the instance did not find each other: {error}") from error
 
@@ -111,7 +111,11 @@ def _wait(start: Any, group: Any) -> None:
         raise PeerError(f"another rank of the instance does not answer: {error}") from error
 
 
-def _group(store: Any, rank: int, size: int, device: torch.device, timeout: float) -> Any:
+def make_group(store: Any, rank: int, size: int, device: torch.device, timeout: float) -> Any:
+    """Rank ``rank``'s end of a group of ``size`` that meet in ``store``: NCCL's for tensors on ``cuda``, else gloo's.
+
+    Blocks until all are there, gloo's; NCCL's ranks meet at the first operation. Raises RuntimeError, torch's own.
+    """
     if device.type == "cuda":
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout)  # noqa: SLF001 - torch's own name for it

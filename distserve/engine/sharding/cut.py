@@ -6,7 +6,7 @@ last layer returns taken out and neither norm nor head. Matrices keep their name
 result is a part of a sum, the sum is taken right there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from distserve.engine.sharding.comm import Communicator
 from distserve.engine.sharding.plan import layer_plan
 from distserve.engine.sharding.shard import Shard
 from distserve.engine.sharding.slicing import LayerSlicing, Slicing
+from distserve.engine.sharding.vocabulary import VocabularySplit
 
 _BEFORE_LAYERS = {"project_in"}
 _AFTER_LAYERS = {"norm", "final_layer_norm", "ln_f", "final_norm", "project_out"}
@@ -57,8 +58,8 @@ class SummedLinear(nn.Module):
 class Cut:
     """What was cut, and the places where activations enter and leave."""
 
-    def __init__(self, module: PreTrainedModel, shard: Shard, comm: Communicator) -> None:
-        """Cut ``module``, which has no storage yet.
+    def __init__(self, module: PreTrainedModel, shard: Shard, comm: Communicator, stored: Collection[str]) -> None:
+        """Cut ``module``, which has no storage yet; ``stored`` are the names of the checkpoint's tensors.
 
         Raises:
             ConfigError: tp does not divide a width of the model.
@@ -75,16 +76,17 @@ class Cut:
         # Layers may differ (dense ones among experts), so each has slices of its own.
         plan = layer_plan(module) if shard.parallel.tp > 1 else {}
         self.slicings = dict(zip(shard.layers, (self._cut_layer(layer, plan, comm) for layer in own), strict=True))
-        self.head_weight = ""
-        self.head_slicing: Slicing | None = None
-        if shard.is_last and shard.parallel.tp > 1:
-            self._cut_head(module, comm)
+        self._vocabulary = VocabularySplit(module, shard, comm, stored) if shard.parallel.tp > 1 else None
         self.entering: Tensor | None = None
         self.leaving: Tensor | None = None
         if not shard.is_first:
             own[0].register_forward_pre_hook(self._enter, with_kwargs=True)
         if not shard.is_last:
             own[-1].register_forward_hook(self._leave)
+
+    def of_checkpoint(self, name: str) -> Slicing | None:
+        """The rank's slice of the tensor ``name``, which belongs to no layer; None: all of it."""
+        return None if self._vocabulary is None else self._vocabulary.of_checkpoint(name)
 
     def is_absent(self, name: str) -> bool:
         """Whether the tensor ``name``, which belongs to no layer, is another stage's."""
@@ -122,24 +124,6 @@ class Cut:
             name = next(name for name, child in module.named_modules() if child is head)
             assert "." not in name
             self._remove(module, name, nn.Identity())
-
-    def _cut_head(self, module: PreTrainedModel, comm: Communicator) -> None:
-        """Each shard computes the logits of its part of the vocabulary, unless the head's weights are the embedding's.
-
-        transformers' plans say so too (``colwise_gather_output``); those that do not name the head leave it whole.
-        """
-        model: Any = module  # some of its methods are not typed
-        head = model.get_output_embeddings()
-        name = next(name for name, child in module.named_modules() if child is head)
-        is_tied = bool(getattr(module.config, "tie_word_embeddings", False))
-        is_planned = (getattr(module, "_tp_plan", None) or {}).get(name) == "colwise_gather_output"
-        if is_tied or not is_planned or head.bias is not None or head.out_features % self.shard.parallel.tp:
-            return
-        self.head_weight = f"{name}.weight"
-        self.head_slicing = Slicing(0, (self.shard.even_rows(head.out_features, name),))
-        shape = self.head_slicing.shape(head.weight.shape)
-        head.weight = nn.Parameter(head.weight.new_empty(shape), requires_grad=False)
-        head.register_forward_hook(lambda _module, _args, output: comm.gather(output))
 
     def _remove(self, parent: nn.Module, name: str, stand_in: nn.Module) -> None:
         setattr(parent, name, stand_in)

@@ -20,8 +20,6 @@ from distserve.engine.sharding.cut import Cut
 from distserve.engine.sharding.shard import Shard
 from distserve.engine.sharding.slicing import LazySlice
 
-_OLD_HEAD_WEIGHT = "embed_out.weight"
-"""What GPT-NeoX's checkpoints call the head."""
 _LAYER_KEY = re.compile(r"^(?P<before>(?:.*\.)?(?:layers|h)\.)(?P<layer>\d+)\.(?P<name>.+)$")
 
 
@@ -37,10 +35,11 @@ def load_shard(
     model_class = model_class_for(config)
     files = inspect_checkpoint(model_dir).files
     cuts: list[Cut] = []
+    stored: dict[str, Any] = {}
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        cuts.append(Cut(self, shard, comm))
+        cuts.append(Cut(self, shard, comm, stored))
 
     # transformers looks conversions up by the name of the class.
     part_class: Any = type(
@@ -50,7 +49,6 @@ def load_shard(
     if is_tied and not shard.is_last:
         config.tie_word_embeddings = False  # the head, which shares them, is another stage's
     with ExitStack() as stack:
-        stored: dict[str, Any] = {}
         for file in files:
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
@@ -89,8 +87,7 @@ def _own_slices(stored: dict[str, Any], cut: Cut) -> dict[str, LazySlice]:
         match = _LAYER_KEY.match(name)
         if match is None:
             if not cut.is_absent(name):
-                is_head = name in {cut.head_weight, _OLD_HEAD_WEIGHT}
-                result[name] = LazySlice(tensor, cut.head_slicing if is_head else None)
+                result[name] = LazySlice(tensor, cut.of_checkpoint(name))
             continue
         slicing = cut.slicings.get(int(match["layer"]))
         if slicing is not None:

@@ -39,6 +39,7 @@ _OURS: Mapping[str, Mapping[str, str]] = {
     },
 }
 _SPLIT = {"colwise", "rowwise", "packed_colwise", "fused_qkv", "moe_tp_experts"}
+_HEAD = "colwise_gather_output"
 _REPLICATED = {"replicated_with_grad_allreduce", "replicate", "replicated"}
 
 
@@ -66,3 +67,8 @@ def layer_plan(module: PreTrainedModel) -> dict[str, str]:
             f"a {model_type} model can be served with tp 1 only: transformers has no tensor-parallel plan for it"
         )
     return plan
+
+
+def splits_head(module: PreTrainedModel, name: str) -> bool:
+    """Whether the head, the module ``name``, may compute a part of the vocabulary's logits on each shard."""
+    return module.config.model_type in _OURS or (getattr(module, "_tp_plan", None) or {}).get(name) == _HEAD
