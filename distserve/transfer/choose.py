@@ -4,22 +4,18 @@ One pool is offered on all of them at once, so a rank can have peers near and fa
 """
 
 import os
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from distserve.core.commands import Migrate
 from distserve.core.config import KvLayout
 from distserve.core.errors import ConfigError, TransferError
-from distserve.core.events import Migrated
-from distserve.transfer.plan import Part
+from distserve.transfer.pairwise import PairwiseTransport
 from distserve.transfer.pool import Pool
 from distserve.transfer.shm import ShmTransport
 from distserve.transfer.source import SourceSide
 from distserve.transfer.tcp import TcpTransport
-from distserve.transfer.transport import Clock
+from distserve.transfer.transport import Clock, PartTransport
 
 
 class TransportKind(StrEnum):
@@ -35,15 +31,15 @@ class TransportKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """Where a rank is and how it is reached; ``shm`` and ``tcp`` are empty where it is not offered."""
+    """Where a rank is, and its addresses for peers of its own machine and of others; empty where it has none."""
 
     machine: str
-    shm: str = ""
-    tcp: str = ""
+    near: str = ""
+    far: str = ""
 
     def encode(self) -> str:
         """As the text that :meth:`decode` reads."""
-        return f"{self.machine} {self.shm or '-'} {self.tcp or '-'}"
+        return f"{self.machine} {self.near or '-'} {self.far or '-'}"
 
     @classmethod
     def decode(cls, text: str) -> "Whereabouts":
@@ -51,8 +47,8 @@ class Whereabouts:
         fields = text.split(" ")
         if len(fields) != 3:
             raise TransferError(f"{text!r} is not the address of a rank")
-        machine, shm, tcp = ("" if field == "-" else field for field in fields)
-        return cls(machine, shm, tcp)
+        machine, near, far = ("" if field == "-" else field for field in fields)
+        return cls(machine, near, far)
 
 
 def this_machine() -> str:
@@ -64,13 +60,13 @@ def this_machine() -> str:
 
 def choose(kind: TransportKind, ours: Whereabouts, theirs: Whereabouts) -> TransportKind:
     """Return SHM or TCP for a pair; raises TransferError, saying what to do, if the two have no way in common."""
-    is_near = bool(ours.machine == theirs.machine and theirs.shm)
+    is_near = bool(ours.machine == theirs.machine and theirs.near)
     if is_near and kind is not TransportKind.TCP:
         return TransportKind.SHM
     if kind is TransportKind.SHM:
         raise TransferError("the peer's memory is not on this host: use the transport auto or tcp")
-    if not ours.tcp or not theirs.tcp:
-        which = "this rank" if not ours.tcp else "the peer"
+    if not ours.far or not theirs.far:
+        which = "this rank" if not ours.far else "the peer"
         raise TransferError(
             f"the peer's memory is not on this host, and {which} is not on TCP: start it with the transport auto or "
             "tcp, and a host"
@@ -78,7 +74,7 @@ def choose(kind: TransportKind, ours: Whereabouts, theirs: Whereabouts) -> Trans
     return TransportKind.TCP
 
 
-class HostTransport(SourceSide):
+class HostTransport(SourceSide, PairwiseTransport):
     """Implements :class:`~distserve.transfer.transport.PartTransport` by the transport that suits each peer.
 
     ``host`` is the interface to listen on for peers of other hosts, as they reach it; None opens no port, which is
@@ -113,62 +109,21 @@ class HostTransport(SourceSide):
             if kind is not TransportKind.SHM and host is not None:
                 self._tcp = TcpTransport(layout, host=host, secret=secret, clock=clock, pool=pool)
         except BaseException:
-            self.close()
+            if self._shm is not None:
+                self._shm.close()
             pool.close()
             raise
+        super().__init__([each for each in (self._shm, self._tcp) if each is not None], self._choice)
         self._where = Whereabouts(
             this_machine() if machine is None else machine,
             self._shm.address if self._shm else "",
             self._tcp.address if self._tcp else "",
         )
         self._address = self._where.encode()
-        # Which transport has a peer.
-        self._lock = threading.Lock()
-        self._chosen: dict[str, TransportKind] = {}
 
-    def connect(self, instance_id: str, address: str, part: Part | None = None) -> None:
-        """Connect by shared memory or TCP."""
-        try:
-            theirs = Whereabouts.decode(address)
-            chosen = choose(self._kind, self._where, theirs)
-        except TransferError as error:
-            raise TransferError(f"cannot connect to instance {instance_id}: {error}") from error
-        self._by(chosen).connect(instance_id, theirs.shm if chosen is TransportKind.SHM else theirs.tcp, part)
-        with self._lock:
-            former, self._chosen[instance_id] = self._chosen.get(instance_id), chosen
-        if former is not None and former is not chosen:
-            self._by(former).forget(instance_id)
-
-    def pull(self, migrate: Migrate, done: Callable[[Migrated], None]) -> None:
-        """Queue a pull."""
-        with self._lock:
-            chosen = self._chosen.get(migrate.source_id)
-        # Any transport can say of a peer that it is not connected.
-        transport = self._transports[0] if chosen is None else self._by(chosen)
-        transport.pull(migrate, done)
-
-    def cancel(self, pull_id: int) -> None:
-        """End a pull."""
-        for transport in self._transports:
-            transport.cancel(pull_id)
-
-    def forget(self, instance_id: str) -> None:
-        """Drop a peer."""
-        with self._lock:
-            chosen = self._chosen.pop(instance_id, None)
-        if chosen is not None:
-            self._by(chosen).forget(instance_id)
-
-    def close(self) -> None:
-        """Close all transports."""
-        for transport in self._transports:
-            transport.close()
-
-    @property
-    def _transports(self) -> list[ShmTransport | TcpTransport]:
-        return [transport for transport in (self._shm, self._tcp) if transport is not None]
-
-    def _by(self, chosen: TransportKind) -> ShmTransport | TcpTransport:
+    def _choice(self, address: str) -> tuple[PartTransport, str]:
+        theirs = Whereabouts.decode(address)
+        chosen = choose(self._kind, self._where, theirs)
         transport = self._shm if chosen is TransportKind.SHM else self._tcp
         assert transport is not None, f"{chosen} was chosen without being there"
-        return transport
+        return transport, theirs.near if chosen is TransportKind.SHM else theirs.far

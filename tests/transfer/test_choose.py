@@ -55,7 +55,7 @@ def test_tcp_without_an_interface_is_refused():
 
 def test_without_an_interface_no_port_is_opened():
     transport = HostTransport(LAYOUT, secret=SECRET, clock=time.time)
-    assert Whereabouts.decode(transport.address).tcp == ""
+    assert Whereabouts.decode(transport.address).far == ""
     transport.close()
 
 

@@ -75,6 +75,10 @@ class CudaIpcTransport(MappedTransport[DeviceSource]):
         """The card, and where the process listens."""
         return f"{_PREFIX}{self._device.name}/{self.name}"
 
+    def reaches(self, address: str) -> bool:
+        """Whether the card has access to the memory of the rank at ``address``; raises TransferError if it is none."""
+        return self._device.reaches(_parse(address)[0])
+
     def begin_step(self, step_id: int) -> None:
         """Announce that a step starts."""
         self._readiness.begin_step(step_id)
