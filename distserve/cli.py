@@ -65,6 +65,7 @@ def main() -> None:
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and output together.  [default: the model's]")
 @click.option("--kv-tokens", type=int, help="KV memory of each instance, in tokens.  [default: by free memory]")
 @click.option("--kv-memory", type=float, help="KV memory of each instance, in bytes, in place of --kv-tokens.")
+@click.option("--prefix-caching", is_flag=True, default=None, help="Compute and move what prompts have in common once.")
 @click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]")
 @click.option("--max-batch-tokens", type=int, help="Prompt tokens per prefill batch.  [default: 512]")
 @click.option("--max-batch-size", type=int, help="Sequences per decode batch.  [default: 64]")

@@ -82,7 +82,12 @@ def _options(body: GenerationBody, *, echo: bool, echo_only: bool, logprobs: boo
 
 
 def _requests(
-    job_id: str, owner_id: str, prompts: list[Prompt], samplings: list[SamplingParams], n: int, arrival: float
+    job_id: str,
+    owner_id: str,
+    prompts: list[Prompt],
+    samplings: list[SamplingParams],
+    body: GenerationBody,
+    arrival: float,
 ) -> tuple[Request, ...]:
     return tuple(
         Request(
@@ -90,8 +95,9 @@ def _requests(
             owner_id=owner_id,
             prompt_token_ids=tuple(prompt.token_ids),
             sampling=sampling,
-            choices=tuple(range(n)),
+            choices=tuple(range(body.n or 1)),
             arrival=arrival,
+            cache_salt=body.cache_salt or "",
         )
         for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     )
@@ -124,7 +130,7 @@ async def completion_job(
         for prompt in prompts
     ]
     job_id = f"cmpl-{uuid4().hex}"
-    requests = _requests(job_id, owner_id, prompts, samplings, n, arrival)
+    requests = _requests(job_id, owner_id, prompts, samplings, body, arrival)
     return Job(job_id, int(arrival), arrival, "completion", name, model, tuple(prompts), requests, n, options)
 
 
@@ -150,5 +156,5 @@ async def chat_job(body: ChatBody, model: ServedModel, owner_id: str, max_choice
         prompt_logprobs=body.prompt_logprobs,
     )
     job_id = f"chatcmpl-{uuid4().hex}"
-    requests = _requests(job_id, owner_id, [prompt], [sampling], n, arrival)
+    requests = _requests(job_id, owner_id, [prompt], [sampling], body, arrival)
     return Job(job_id, int(arrival), arrival, "chat", name, model, (prompt,), requests, n, options)

@@ -15,6 +15,7 @@ MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKENS = 1024
+MAX_SALT_LENGTH = 1024
 
 MAX_INT64 = 2**63 - 1
 
@@ -90,6 +91,12 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_SALT_LENGTH,
+        description="Share cached prefixes only with this salt's requests.",
+    )
     return_token_ids: bool | None = Field(None, description="Adds token_ids to choices, and prompt_token_ids.")
     return_timeline: bool | None = Field(None, description="Adds a timeline: when each phase and token happened.")
 

@@ -18,8 +18,10 @@ from distserve.core.prefix import BlockKey
 class BlockManager:
     """Hands out blocks ``0..num_blocks-1``, counts references to them and finds them by content."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, max_known: int | None = None) -> None:
+        """At most ``max_known`` free blocks are remembered by their content; None: all."""
         self.num_blocks = num_blocks
+        self._max_known = num_blocks if max_known is None else max_known
         self._shares: dict[int, int] = {}
         """References beyond the first: few blocks have any, so that whole tables are taken and given back at once."""
         self._holds: dict[int, int] = {}
@@ -120,6 +122,8 @@ class BlockManager:
         if block in self._keys:
             assert block not in self._known, "block released twice"
             self._known[block] = None
+            if len(self._known) > self._max_known:
+                self._evict(1)
         else:
             self._free.append(block)
 

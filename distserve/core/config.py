@@ -7,6 +7,8 @@ files.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from distserve.core.errors import ConfigError
+
 
 class Role(StrEnum):
     """What an instance does with requests."""
@@ -117,7 +119,8 @@ class SchedulerConfig:
     how many seconds prefill blocks stay valid for a pull without renewal, ``pull_timeout`` after how many a pull
     counts as hung. A Report is sent at most every ``report_interval`` seconds while load changes and at least every
     ``heartbeat`` seconds. With ``prefix_caching`` a prompt (or a preempted sequence) shares the KV blocks of an
-    earlier one that began with the same tokens, if they are still there, and is computed from there on. ``policy``
+    earlier one that began with the same tokens, if they are still there, and is computed from there on; of KV that
+    nobody uses at most ``prefix_cache_tokens`` tokens are kept for that (None: as long as memory lasts). ``policy``
     counts on mixed instances only.
     """
 
@@ -132,6 +135,7 @@ class SchedulerConfig:
     heartbeat: float = 1.0
     max_model_len: int = 2048
     prefix_caching: bool = False
+    prefix_cache_tokens: int | None = None
     policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
 
 
@@ -144,3 +148,16 @@ class InstanceSpec:
     kv: KvConfig
     scheduler: SchedulerConfig = SchedulerConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    def check_prefix_cache(self) -> None:
+        """Raise ConfigError if more KV is to be kept for later prompts than there is memory, or none can be."""
+        tokens = self.scheduler.prefix_cache_tokens
+        if tokens is None:
+            return
+        if not self.scheduler.prefix_caching:
+            raise ConfigError("prefix_cache_tokens bounds the prefix cache, which is off: set prefix_caching as well")
+        if not self.kv.block_size <= tokens <= self.kv.num_tokens:
+            raise ConfigError(
+                f"a prefix cache of {tokens} tokens does not fit {self.instance_id}: its KV memory holds "
+                f"{self.kv.num_tokens} tokens, in blocks of {self.kv.block_size}"
+            )

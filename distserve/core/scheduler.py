@@ -62,8 +62,9 @@ class InstanceScheduler(ABC):
 
     def __init__(self, spec: InstanceSpec) -> None:
         self.spec = spec
-        self.blocks = BlockManager(spec.kv.num_blocks)
         self._config = spec.scheduler
+        kept = spec.scheduler.prefix_cache_tokens
+        self.blocks = BlockManager(spec.kv.num_blocks, None if kept is None else kept // spec.kv.block_size)
         self._now = 0.0
         self._commands: list[Command] = []
         self._sends: list[Command] = []

@@ -18,7 +18,18 @@ def pool_status(*roles: Role) -> Status:
     for i, role in enumerate(roles):
         spec = InstanceSpec(f"{role.value}-{i}", role, KvConfig(num_blocks=100))
         report = Report(
-            spec.instance_id, 3, 40, 2, 75, 9, num_preempted=1, num_pulls=4, pulled_bytes=4096, pull_seconds=0.5
+            spec.instance_id,
+            3,
+            40,
+            2,
+            75,
+            9,
+            num_preempted=1,
+            num_pulls=4,
+            pulled_bytes=4096,
+            pull_seconds=0.5,
+            num_queried_tokens=100,
+            num_hit_tokens=60,
         )
         instances.append((spec, report))
     return Status(tuple(instances))
@@ -50,6 +61,7 @@ class FakeBackend:
     verdict: Conclude | None = None
     verdict_after: int = 0
     hang: bool = False
+    num_cached_tokens: int = 0
     owner_id: str = "owner-0"
     current: Status | None = field(default_factory=lambda: pool_status(Role.PREFILL, Role.DECODE))
     submitted: list[Request] = field(default_factory=list)
@@ -108,6 +120,7 @@ class FakeBackend:
             prompt_logprobs=tuple(logprobs_of(i, sampling.prompt_logprobs or 0) for i in prompt[1:])
             if first and choice == request.choices[0] and sampling.prompt_logprobs is not None
             else None,
+            num_cached_tokens=self.num_cached_tokens if first else 0,
         )
 
     def _marks(self, request: Request, index: int) -> tuple[tuple[str, float], ...]:

@@ -29,6 +29,20 @@ def test_a_prompt_is_answered(server: Server) -> None:
     assert list(server.backend.submitted[0].prompt_token_ids) == prompt
 
 
+def test_usage_says_what_was_not_computed(server: Server) -> None:
+    server.backend.num_cached_tokens = 3
+    whole = server.complete(prompt=["Hello there", "Hello again"], n=2)
+    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 6}, "once for each prompt, not for each choice"
+    *_, last = server.events(stream_options={"include_usage": True}, max_tokens=5)
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
+def test_a_cache_salt_goes_with_the_request(server: Server) -> None:
+    server.complete(cache_salt="mine")
+    server.complete()
+    assert [request.cache_salt for request in server.backend.submitted] == ["mine", ""]
+
+
 def test_sixteen_tokens_are_the_default(server: Server) -> None:
     body = server.post("/v1/completions", prompt="Hello").json()
     assert body["usage"]["completion_tokens"] == 16

@@ -116,6 +116,8 @@ def test_metrics_show_the_pools(server: Server) -> None:
         assert found["distserve:num_preemptions_total", labels] == 1
         assert found["distserve:kv_migration_bytes_total", labels] == 4096
         assert found["distserve:kv_migration_seconds_total", labels] == 0.5
+        assert found["distserve:prefix_cache_queries_total", labels] == 100
+        assert found["distserve:prefix_cache_hits_total", labels] == 60
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
     """Tables that own references, checked against a plain count of them and a plain note of contents."""
 
     tables = Bundle("tables")
+    max_known: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = BlockManager(NUM_BLOCKS)
+        self.manager = BlockManager(NUM_BLOCKS, self.max_known)
         self.held: list[list[int]] = []
         self.kept: list[int] = []
         self.contents: dict[int, str] = {}
@@ -38,6 +39,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def note_idle(self, candidates: list[int]) -> None:
         free = self.free()
         self.idle += [block for block in candidates if block in free and block in self.contents]
+        while self.max_known is not None and len(self.idle) > self.max_known:
+            del self.contents[self.idle.pop(0)]
 
     @rule(target=tables, count=st.integers(0, 5))
     def allocate(self, count: int) -> list[int]:
@@ -133,7 +136,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert self.manager.find([key]) == [block]
 
 
+class BoundedBlockManagerMachine(BlockManagerMachine):
+    """Of free blocks only so many are remembered, those given up last."""
+
+    max_known = 3
+
+
 TestBlockManager = BlockManagerMachine.TestCase
+TestBoundedBlockManager = BoundedBlockManagerMachine.TestCase
 
 
 def test_blocks_handed_out_are_distinct() -> None:
