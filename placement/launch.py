@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distserve.bench.errors import BenchError
+from distserve.cluster.seats import CPU
 from distserve.core.errors import ConfigError, DistserveError
 from distserve.core.topology import Placement
 
@@ -40,6 +41,10 @@ CONFIG has the keys model, slo, workload and cluster, and engine and serving as 
 placement: auto, or no such key, the planner decides; with the path of a plan, or pools of instances, they are started.
 """
 
+_ROUGHLY = (
+    "instances of several ranks on CPUs are predicted roughly: their steps as measured, but what scheduling, messages "
+    "and KV pulls add as with one rank"
+)
 _LOOK_EVERY = 10.0
 _WINDOW_REQUESTS = 500
 _SHORTEST_WINDOW, _LONGEST_WINDOW = 60.0, 3600.0
@@ -150,6 +155,8 @@ class _Launcher:
         trial = Trial(rate, predicted, measured)
         self.report.print(table(trial, problem.slo))
         self.report.print(verdict(trial), highlight=False, soft_wrap=True)
+        if any(instance.parallel.num_ranks > 1 for instance in endpoint.instances) and problem.cluster.gpu == CPU:
+            self.report.print(_ROUGHLY, highlight=False, soft_wrap=True)
 
     async def _watch(self, endpoint: "Endpoint", problem: "Problem", rate: float) -> None:
         from distserve.cluster.clock import cluster_time
