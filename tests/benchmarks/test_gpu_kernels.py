@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end on a machine without a GPU, when asked to rehearse."""
+"""The GPU benchmarks run from end to end on a machine without a GPU, when asked to rehearse."""
 
 import importlib.util
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ENGINE = ("decode step, batch 1,", "prefill, 1 x", "output tokens")
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -20,14 +21,24 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_rehearsal_checks_every_kernel_and_writes_the_table(tmp_path):
-    done = run("--dry", "--output", str(tmp_path / "results" / "dry"))
+def test_the_rehearsal_checks_everything_and_writes_the_table(tmp_path):
+    done = run("--dry-run", "--output", str(tmp_path / "results" / "dry"))
     assert done.returncode == 0, done.stderr[-4000:]
     written = json.loads((tmp_path / "results" / "dry.json").read_text())
     assert written["run"]["dry"] is True
-    assert "--dry" in written["run"]["command"]
+    assert "--dry-run" in written["run"]["command"]
     assert {"torch", "triton"} <= written["run"]["packages"].keys()
-    for kernel in ("pack KV", "unpack KV", "decode attention", "prefill attention", "grouped matmul", "draw a token"):
+    assert (tmp_path / "results" / "dry.png").stat().st_size > 1000
+    assert [point["batch_size"] for point in written["decode"]] == [1, 2, 5]
+    for kernel in (
+        "pack KV",
+        "unpack KV",
+        "decode attention",
+        "prefill attention",
+        "grouped matmul",
+        "draw a token",
+        *ENGINE,
+    ):
         rows = [row for row in written["rows"] if row["what"].startswith(kernel)]
         assert rows
         assert all(row["achieved"] > 0 and row["ceiling"] > 0 and row["ratio"] > 0 for row in rows)
@@ -39,4 +50,4 @@ def test_the_rehearsal_checks_every_kernel_and_writes_the_table(tmp_path):
 def test_without_a_card_it_says_what_to_do():
     done = run()
     assert done.returncode == 2
-    assert "--dry" in done.stderr
+    assert "--dry-run" in done.stderr
