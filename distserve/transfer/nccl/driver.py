@@ -1,0 +1,406 @@
+"""The thread that does what the state machines say: sockets, kernels, communicators, callbacks.
+
+Nothing on it waits for a peer, a device or NCCL. It owns the hub, all links and all pulls; other threads hand it orders
+through an inbox.
+"""
+
+import contextlib
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from distserve.core.commands import Migrate
+from distserve.core.config import KvLayout
+from distserve.core.errors import TransferError
+from distserve.core.events import Migrated
+from distserve.transfer.nccl.agreement import (
+    Abandon,
+    Abort,
+    Arrived,
+    Begin,
+    Command,
+    Destroy,
+    Ended,
+    Event,
+    Lost,
+    MakeId,
+    Open,
+    Pack,
+    Packed,
+    Receive,
+    Send,
+    Stop,
+    Tell,
+    Unpack,
+    Unpacked,
+)
+from distserve.transfer.nccl.collectives import Collectives
+from distserve.transfer.nccl.control import Control
+from distserve.transfer.nccl.device import Completion, Device
+from distserve.transfer.nccl.generation import Generation
+from distserve.transfer.nccl.hub import Commands, Hub
+from distserve.transfer.nccl.pieces import cell_bytes, cut
+from distserve.transfer.nccl.staging import Staging
+from distserve.transfer.plan import Part, check_blocks
+from distserve.transfer.stream import pause
+from distserve.transfer.tcp_wire import Wanted
+from distserve.transfer.transport import Clock
+
+_BUSY_LOOK = 50e-6
+"""Seconds between two looks while a kernel or NCCL is at work: their end is what the next command waits for."""
+_LOOK = 0.02
+"""Seconds between two looks at deadlines while nothing happens."""
+
+Done = Callable[[Migrated], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """A pull of this rank's, until it is reported."""
+
+    migrate: Migrate
+    done: Done
+    part: Part
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """What belongs to a link. ``part`` and ``layout`` are of a source that this rank pulls from, else None."""
+
+    instance_id: str
+    """Empty for a destination, whose name does not matter."""
+    control: Control
+    part: Part | None = None
+    layout: KvLayout | None = None
+    is_open: bool = True
+    num_pulls: int = 0
+    fetches: dict[int, _Fetch] = field(default_factory=dict)
+    generations: dict[int, Generation] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"instance {self.instance_id}" if self.instance_id else "a destination"
+
+
+class Driver:
+    """Drives ``hub`` for a rank with ``layout``, whose KV goes through ``staging``. Public methods: from any thread."""
+
+    def __init__(
+        self, layout: KvLayout, hub: Hub, staging: Staging, device: Device, collectives: Collectives, clock: Clock
+    ) -> None:
+        self._layout = layout
+        self._hub = hub
+        self._staging = staging
+        self._device = device
+        self._collectives = collectives
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._peers: dict[int, _Peer] = {}
+        self._sources: dict[str, int] = {}
+        self._pulls: dict[int, tuple[int, int]] = {}
+        # Kernels of ours under way, and what happens to which link when they end.
+        self._kernels: list[tuple[Completion, int, Event]] = []
+        self._events: deque[tuple[int, Event]] = deque()
+        self._last_moved = time.monotonic()
+        self._stopping = False
+        self._is_over = False
+        self._selector = selectors.DefaultSelector()
+        self._waking, self._waker = socket.socketpair()
+        for end in (self._waking, self._waker):
+            end.setblocking(False)
+        self._selector.register(self._waking, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="kv-nccl", daemon=True)
+        self._thread.start()
+
+    def admit(self, connection: socket.socket) -> None:
+        """A rank has come that will pull from this one."""
+        self._order(partial(self._admit, connection))
+
+    def attach(self, instance_id: str, connection: socket.socket, layout: KvLayout, part: Part) -> None:
+        """Pulls from ``instance_id`` use this connection from now on; those from an earlier one fail."""
+        self._order(partial(self._attach, instance_id, connection, layout, part))
+
+    def detach(self, instance_id: str, reason: str) -> None:
+        """Fail the pulls from ``instance_id`` and hang up."""
+        self._order(partial(self._detach, instance_id, reason))
+
+    def pull(self, migrate: Migrate, done: Done) -> None:
+        """Queue a pull; see :meth:`distserve.transfer.transport.Transport.pull`."""
+        assert not self._stopping, "pull after close"
+        self._order(partial(self._begin, migrate, done))
+
+    def cancel(self, pull_id: int) -> None:
+        """End a pull."""
+        self._order(partial(self._cancel, pull_id))
+
+    def close(self) -> None:
+        """Fail what is left, hang up, end all communicators as far as they can be; returns within ``close_timeout``."""
+        self._order(self._stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._inbox.put(order)
+        # Full: it is awake. Closed: the thread has ended, and so has every pull.
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0")
+
+    # Everything below runs on the thread.
+
+    def _run(self) -> None:
+        reason = "the transfer thread failed"
+        try:
+            self._device.bind()
+            while not self._stopping:
+                self._turn()
+            reason = "transport closed"
+            self._wind_up(reason)
+        finally:
+            # Nobody waits for ever on a pull, not even if this thread dies of a bug.
+            self._stopping = self._is_over = True
+            self._take_orders()
+            for peer in self._peers.values():
+                self._hang_up(peer)
+                for generation in peer.generations.values():
+                    generation.abort()
+            for peer in self._peers.values():
+                for number in tuple(peer.fetches):
+                    self._report(peer, number, reason, 0)
+            self._selector.close()
+            self._waking.close()
+            self._waker.close()
+
+    def _wind_up(self, reason: str) -> None:
+        """End everything in order, as far as that goes within a deadline."""
+        for link_id in tuple(self._hub.links):
+            self._handle(link_id, Lost(reason))
+        deadline = time.monotonic() + self._hub.limits.close_timeout
+        while self._hub.links and time.monotonic() < deadline:
+            self._turn()
+
+    def _turn(self) -> None:
+        ready = self._selector.select(self._timeout())
+        # The bell before the inbox, or an order that comes between the two would not ring.
+        with contextlib.suppress(BlockingIOError):
+            self._waking.recv(4096)
+        self._take_orders()
+        for key, events in ready:
+            if key.data is not None:
+                self._serve(key.data, events)
+        self._poll()
+        self._do(self._hub.tick(self._clock()))
+        self._settle()
+
+    def _timeout(self) -> float | None:
+        is_moving = self._kernels or any(
+            generation.is_moving for peer in self._peers.values() for generation in peer.generations.values()
+        )
+        if is_moving:
+            # Selectors round up to milliseconds, so this is slept elsewhere.
+            time.sleep(_BUSY_LOOK)
+            return 0.0
+        missing = self._hub.layers_missing()
+        if missing is not None:
+            return min(pause(missing, time.monotonic() - self._last_moved), _LOOK)
+        return _LOOK if self._hub.is_busy or self._stopping else None
+
+    def _take_orders(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()
+                self._settle()
+
+    def _poll(self) -> None:
+        under_way = []
+        for completion, link_id, event in self._kernels:
+            if completion.query():
+                self._events.append((link_id, event))
+            else:
+                under_way.append((completion, link_id, event))
+        self._kernels = under_way
+        for link_id, peer in self._peers.items():
+            for generation in peer.generations.values():
+                self._events.extend((link_id, event) for event in generation.poll())
+        self._settle()
+
+    def _handle(self, link_id: int, event: Event) -> None:
+        self._events.append((link_id, event))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Have the links take in all that has happened, and what follows from it."""
+        while self._events and not self._is_over:
+            link_id, event = self._events.popleft()
+            if link_id in self._hub.links:
+                self._do(self._hub.handle(self._clock(), link_id, event))
+        for link_id in self._peers.keys() - self._hub.links.keys():
+            self._hang_up(self._peers.pop(link_id))
+
+    def _do(self, commands: Commands) -> None:
+        if commands:
+            self._last_moved = time.monotonic()
+        for link_id, command in commands:
+            self._execute(link_id, self._peers[link_id], command)
+
+    def _execute(self, link_id: int, peer: _Peer, command: Command) -> None:
+        match command:
+            case Tell(message):
+                self._attempt(link_id, peer, lambda: peer.control.send(message))
+                self._watch(link_id, peer)
+            case MakeId(generation):
+                self._generation(link_id, peer, generation).make_id()
+            case Open(generation, unique_id, rank):
+                self._generation(link_id, peer, generation).open(unique_id, rank)
+            case Send(generation, op_id, slot, num_bytes):
+                peer.generations[generation].send(op_id, self._staging.outgoing[slot][:num_bytes])
+            case Receive(generation, op_id, slot, num_bytes):
+                peer.generations[generation].recv(op_id, self._staging.incoming[slot][:num_bytes])
+            case Abandon(generation) | Abort(generation):
+                peer.generations.pop(generation).abort()
+            case Destroy(generation):
+                peer.generations.pop(generation).destroy()
+            case Pack(op_id, slot, wanted, piece):
+                blocks = wanted.blocks[piece.blocks.start : piece.blocks.stop]
+                done = self._staging.pack(slot, blocks, _within(wanted.layers, piece.layers), wanted.heads)
+                self._kernels.append((done, link_id, Packed(op_id)))
+            case Unpack(op_id, slot, number, piece):
+                fetch = peer.fetches[number]
+                blocks = fetch.migrate.dst_blocks[piece.blocks.start : piece.blocks.stop]
+                part = fetch.part
+                done = self._staging.unpack(slot, blocks, _within(part.dst_layers, piece.layers), part.dst_heads)
+                self._kernels.append((done, link_id, Unpacked(op_id)))
+            case Ended(number, reason, num_bytes):
+                self._report(peer, number, reason, num_bytes)
+
+    def _generation(self, link_id: int, peer: _Peer, number: int) -> Generation:
+        if number not in peer.generations:
+            peer.generations[number] = Generation(
+                number, self._collectives, lambda event: self._order(partial(self._handle, link_id, event))
+            )
+        return peer.generations[number]
+
+    def _report(self, peer: _Peer, number: int, reason: str, num_bytes: int) -> None:
+        fetch = peer.fetches.pop(number)
+        pull_id = fetch.migrate.pull_id
+        del self._pulls[pull_id]
+        fetch.done(Migrated(pull_id, ok=not reason, reason=reason, num_bytes=num_bytes))
+
+    def _admit(self, connection: socket.socket) -> None:
+        if self._stopping:
+            connection.close()
+            return
+        control = Control(connection, self._layout, at_source=True)
+        self._add(self._hub.add_source(), _Peer("", control))
+
+    def _attach(self, instance_id: str, connection: socket.socket, layout: KvLayout, part: Part) -> None:
+        if self._stopping:
+            connection.close()
+            return
+        self._detach(instance_id, f"instance {instance_id} was replaced")
+        control = Control(connection, self._layout, at_source=False)
+        link_id = self._hub.add_sink()
+        self._add(link_id, _Peer(instance_id, control, part, layout))
+        self._sources[instance_id] = link_id
+
+    def _detach(self, instance_id: str, reason: str) -> None:
+        if (link_id := self._sources.pop(instance_id, None)) is not None:
+            self._lose(link_id, reason)
+
+    def _add(self, link_id: int, peer: _Peer) -> None:
+        self._peers[link_id] = peer
+        self._selector.register(peer.control.connection, selectors.EVENT_READ, link_id)
+
+    def _begin(self, migrate: Migrate, done: Done) -> None:
+        assert migrate.pull_id not in self._pulls, f"pull {migrate.pull_id} is under way"
+        link_id = self._sources.get(migrate.source_id)
+        failure = "transport closed" if self._stopping else ""
+        if link_id is None:
+            failure = failure or f"not connected to instance {migrate.source_id}"
+        else:
+            failure = failure or self._begin_from(link_id, migrate, done)
+        if failure:
+            done(Migrated(migrate.pull_id, ok=False, reason=failure))
+
+    def _begin_from(self, link_id: int, migrate: Migrate, done: Done) -> str:
+        """Begin a pull, or say why that cannot be."""
+        peer = self._peers[link_id]
+        part, layout = peer.part, peer.layout
+        assert part is not None
+        assert layout is not None
+        try:
+            check_blocks(migrate.src_blocks, migrate.dst_blocks, layout, self._layout)
+        except TransferError as error:
+            return str(error)
+        num_ready, num_blocks = migrate.num_ready_blocks, len(migrate.src_blocks)
+        cell = cell_bytes(self._layout, part.dst_heads)
+        pieces = cut(num_ready, num_blocks, part.num_layers, cell, self._hub.limits.min_piece_bytes)
+        wanted = Wanted(migrate.ready_step, num_ready, part.src_layers, part.src_heads, migrate.src_blocks)
+        peer.num_pulls += 1
+        peer.fetches[peer.num_pulls] = _Fetch(migrate, done, part)
+        self._pulls[migrate.pull_id] = (link_id, peer.num_pulls)
+        self._handle(link_id, Begin(peer.num_pulls, wanted, pieces, migrate.deadline))
+        return ""
+
+    def _cancel(self, pull_id: int) -> None:
+        if (found := self._pulls.get(pull_id)) is not None:
+            link_id, number = found
+            self._handle(link_id, Stop(number, "cancelled"))
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _serve(self, link_id: int, events: int) -> None:
+        """Read and write what a connection is ready for; its end, or nonsense on it, is the end of the link."""
+        peer = self._peers.get(link_id)
+        if peer is None or not peer.is_open:
+            return
+
+        def serve() -> None:
+            if events & selectors.EVENT_WRITE:
+                peer.control.flush()
+            if events & selectors.EVENT_READ:
+                for message in peer.control.read():
+                    self._handle(link_id, Arrived(message))
+
+        self._attempt(link_id, peer, serve)
+        self._watch(link_id, peer)
+
+    def _attempt(self, link_id: int, peer: _Peer, action: Callable[[], None]) -> None:
+        if not peer.is_open:
+            return
+        try:
+            action()
+        except EOFError:
+            self._lose(link_id, f"{peer.name} closed its connection")
+        except (OSError, TransferError) as error:
+            self._lose(link_id, f"{peer.name} is not reachable any more: {error}")
+
+    def _watch(self, link_id: int, peer: _Peer) -> None:
+        if peer.is_open:
+            interest = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.control.has_more else 0)
+            if self._selector.get_key(peer.control.connection).events != interest:
+                self._selector.modify(peer.control.connection, interest, link_id)
+
+    def _lose(self, link_id: int, reason: str) -> None:
+        peer = self._peers[link_id]
+        self._hang_up(peer)
+        if self._sources.get(peer.instance_id) == link_id:
+            del self._sources[peer.instance_id]
+        self._events.append((link_id, Lost(reason)))
+
+    def _hang_up(self, peer: _Peer) -> None:
+        if peer.is_open:
+            peer.is_open = False
+            self._selector.unregister(peer.control.connection)
+            peer.control.connection.close()
+
+
+def _within(whole: range, some: range) -> range:
+    return whole[some.start : some.stop]
