@@ -42,8 +42,8 @@ class Instance:
 
     def __init__(self, config: InstanceConfig) -> None:
         spec, plan = config.spec, config.plan
-        cores = own_cores(config.first_core, plan.num_threads, config.num_cores)
-        pin_process(cores)
+        cores = own_cores(config.first_core, plan.num_threads * spec.parallel.num_ranks, config.num_cores)
+        pin_process(cores[: plan.num_threads])
         host = config.host or "127.0.0.1"
         self._log = EventLog.of(spec.instance_id, config.log_dir) if config.log_dir else None
         self._transport = _transport_for(config, host)

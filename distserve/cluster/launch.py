@@ -49,10 +49,11 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
         check_engine(config.instances, config.cluster)
         num_threads = _threads(config, here.num_cpus)
         num_cores = num_threads * config.num_instances
-        if num_cores > here.num_cpus:
-            logger.warning("%d threads of %d instances share %d CPUs", num_cores, config.num_instances, here.num_cpus)
+        num_ranks = sum(len(group.seats) for group in groups)
+        if num_threads * num_ranks > here.num_cpus:
+            logger.warning("%d threads of %d ranks share %d CPUs", num_threads * num_ranks, num_ranks, here.num_cpus)
         # Ray starts a process per CPU promised to it: a number beyond reason must not get that far.
-        check_processes(config.num_instances, free_memory())
+        check_processes(config.num_instances, num_ranks, free_memory())
     with ExitStack() as stack:
         description = stack.enter_context(Description(config.model_dir, config.engine.dtype))
         if config.ray_address is None:
@@ -128,7 +129,7 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
         raise ConfigError(
             f"--max-model-len {engine.max_model_len} is more than the model can take: at most {facts.max_model_len}"
         )
-    fullest = max(len(group.seats) for group in group_by_node(config.instances))
+    fullest = max(group_by_node(config.instances), key=lambda group: len(group.seats))
     free = free_memory()
     specs: list[InstanceSpec] = []
     numbers: Counter[Role] = Counter()
@@ -139,9 +140,11 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
         kv = size_kv(
             asked,
             weight_bytes=facts.weight_bytes,
-            token_bytes=facts.token_bytes,
+            # Where there are more shards than KV heads, several have the same one.
+            token_bytes=facts.token_bytes * max(1, instance.parallel.tp // facts.num_kv_heads),
             max_model_len=max_model_len,
-            num_instances=fullest,
+            num_instances=len({slot for slot, _ in fullest.seats}),
+            num_ranks=len(fullest.seats),
             free=free,
         )
         scheduler = SchedulerConfig(

@@ -28,7 +28,10 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """What an instance computes with: model directory, ``dtype`` (float32 or bfloat16), threads, and CPUs if pinned."""
+    """What an instance computes with: model directory, ``dtype`` (float32 or bfloat16), threads of each rank.
+
+    ``cores`` are the CPUs of its ranks, ``num_threads`` for each in order, if they are pinned.
+    """
 
     model_dir: Path
     dtype: str
@@ -57,8 +60,8 @@ NEARBY = KvAccess()
 class InstanceConfig:
     """Everything an instance's process needs.
 
-    It takes the CPUs ``first_core .. first_core + num_threads`` of those it may use, if all ``num_cores`` wanted by
-    the instances of its host are there; else the instances share whatever there is. ``host`` is the address to listen
+    Its ranks take the CPUs from ``first_core`` on of those it may use, ``num_threads`` each, if all ``num_cores``
+    wanted by the instances of its host are there; else they share whatever there is. ``host`` is the address to listen
     on, None the node's own. ``log_dir`` is where the event log goes, if one is wanted.
     """
 

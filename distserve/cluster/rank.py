@@ -66,7 +66,7 @@ class Rank:
         self.spec = spec
         self._plan = plan
         self._transport = transport
-        self._engine = EngineThread(self._load, transport, self._feed, plan.cores)
+        self._engine = EngineThread(self._load, transport, self._feed, plan.cores[: plan.num_threads])
         self._timers = TimerThread(lambda: self._feed(Timer()))
         self._driver = Driver(
             scheduler_for(spec),
@@ -119,6 +119,7 @@ class Rank:
                 dtype=self._plan.dtype,
                 kv=self.spec.kv,
                 num_threads=self._plan.num_threads,
+                cores=self._plan.cores,
                 kv_buffer=buffer,
                 memory=MEMORY,
                 memory_options=transport.options.encode(),

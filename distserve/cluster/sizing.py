@@ -9,7 +9,7 @@ from distserve.core.config import KvConfig
 from distserve.core.errors import ConfigError
 
 PROCESS_BYTES = 400 * 2**20
-"""Memory an instance takes beside weights and KV: interpreter, torch, activations. Measured: 330-420 MiB."""
+"""Memory a rank takes beside weights and KV: interpreter, torch, activations. Measured: 330-420 MiB."""
 
 _DEFAULT_KV_BYTES = 256 * 2**20
 """KV per instance that is not exceeded unless asked for, or unless one full-length sequence needs it."""
@@ -42,17 +42,24 @@ def free_memory() -> int:
     return free if limit == "max" else min(free, int(limit) - used)
 
 
-def check_processes(num_instances: int, free: int) -> None:
-    """Raise ConfigError if not even the bare processes of ``num_instances`` fit into ``free`` bytes."""
-    if num_instances * PROCESS_BYTES > free:
+def check_processes(num_instances: int, num_ranks: int, free: int) -> None:
+    """Raise ConfigError if not even the bare processes of the instances' ``num_ranks`` fit into ``free`` bytes."""
+    if num_ranks * PROCESS_BYTES > free:
         raise ConfigError(
-            f"{num_instances} instances need more than {_mib(num_instances * PROCESS_BYTES)}, {_mib(free)} are free: "
-            f"each takes {_mib(PROCESS_BYTES)} before any weights. Ask for fewer instances."
+            f"{num_instances} instances need more than {_mib(num_ranks * PROCESS_BYTES)}, {_mib(free)} are free: each "
+            f"of their {num_ranks} ranks takes {_mib(PROCESS_BYTES)} before any weights. Ask for fewer."
         )
 
 
 def size_kv(
-    request: KvRequest, *, weight_bytes: int, token_bytes: int, max_model_len: int, num_instances: int, free: int
+    request: KvRequest,
+    *,
+    weight_bytes: int,
+    token_bytes: int,
+    max_model_len: int,
+    num_instances: int,
+    num_ranks: int,
+    free: int,
 ) -> KvConfig:
     """KV memory of each of ``num_instances`` equal instances on a host with ``free`` bytes.
 
@@ -62,19 +69,19 @@ def size_kv(
         token_bytes: KV memory of one token.
         max_model_len: Longest sequence, in tokens.
         num_instances: Instances on the host.
+        num_ranks: Their ranks together, each a process.
         free: Bytes that they may take together.
 
     Raises:
         ConfigError: the instances do not fit into memory, or the KV asked for holds no block.
     """
     block_bytes = token_bytes * request.block_size
-    each = weight_bytes + PROCESS_BYTES
     if request.num_tokens is not None:
         kv_bytes = -(-request.num_tokens // request.block_size) * block_bytes
     elif request.num_bytes is not None:
         kv_bytes = request.num_bytes
     else:
-        left = free - num_instances * each
+        left = free - num_ranks * PROCESS_BYTES - num_instances * weight_bytes
         wanted = max(
             min(_DEFAULT_SEQUENCES * max_model_len * token_bytes, _DEFAULT_KV_BYTES), max_model_len * token_bytes
         )
@@ -85,13 +92,15 @@ def size_kv(
             f"{_mib(kv_bytes)} of KV memory hold not a single block of {request.block_size} tokens "
             f"({_mib(block_bytes)}): give at least --kv-tokens {max_model_len}"
         )
-    needed = num_instances * (each + num_blocks * block_bytes)
+    each = weight_bytes + num_blocks * block_bytes
+    needed = num_ranks * PROCESS_BYTES + num_instances * each
     if needed > free:
-        fit = max(0, free // (each + num_blocks * block_bytes))
+        fit = max(0, free // (each + num_ranks * PROCESS_BYTES // num_instances))
+        process = "its process" if num_ranks == num_instances else "each of its processes"
         raise ConfigError(
             f"{num_instances} instances need {_mib(needed)}, {_mib(free)} are free: each takes {_mib(weight_bytes)} of "
             f"weights, {_mib(num_blocks * block_bytes)} of KV ({num_blocks * request.block_size} tokens) and "
-            f"{_mib(PROCESS_BYTES)} for its process. {_advice(fit)}"
+            f"{_mib(PROCESS_BYTES)} for {process}. {_advice(fit)}"
         )
     return KvConfig(num_blocks=num_blocks, block_size=request.block_size)
 

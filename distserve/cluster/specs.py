@@ -29,7 +29,7 @@ def build_specs(
         raise ConfigError(
             f"max_model_len {engine.max_model_len} is more than the model can take: at most {facts.max_model_len}"
         )
-    fullest = max(len(group.seats) for group in group_by_node(instances))
+    fullest = max(group_by_node(instances), key=lambda group: len(group.seats))
     specs: list[InstanceSpec] = []
     numbers: Counter[Role] = Counter()
     for instance in instances:
@@ -39,9 +39,11 @@ def build_specs(
         kv = size_kv(
             asked,
             weight_bytes=facts.weight_bytes,
-            token_bytes=facts.token_bytes,
+            # Where there are more shards than KV heads, several have the same one.
+            token_bytes=facts.token_bytes * max(1, instance.parallel.tp // facts.num_kv_heads),
             max_model_len=max_model_len,
-            num_instances=fullest,
+            num_instances=len({slot for slot, _ in fullest.seats}),
+            num_ranks=len(fullest.seats),
             free=free,
         )
         scheduler = SchedulerConfig(

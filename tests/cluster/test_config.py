@@ -180,7 +180,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 GIB = 2**30
-SIZES = {"weight_bytes": GIB, "token_bytes": 1024, "max_model_len": 4096, "num_instances": 2}
+SIZES = {"weight_bytes": GIB, "token_bytes": 1024, "max_model_len": 4096, "num_instances": 2, "num_ranks": 2}
 
 
 def test_kv_is_what_was_asked_for() -> None:
@@ -202,6 +202,8 @@ def test_more_instances_than_memory_holds_is_an_error_with_numbers() -> None:
     for part in ("2 instances need 4.8 GiB", "4.0 GiB are free", "1.0 GiB of KV (1048576 tokens)", "--kv-tokens"):
         assert part in str(error.value)
     with pytest.raises(ConfigError, match="3 would fit"):
-        size_kv(KvRequest(num_tokens=1024), free=5 * GIB, **{**SIZES, "num_instances": 10})
+        size_kv(KvRequest(num_tokens=1024), free=5 * GIB, **{**SIZES, "num_instances": 10, "num_ranks": 10})
+    with pytest.raises(ConfigError, match=r"2 instances need 3\.6 GiB.* for each of its processes.*1 would fit"):
+        size_kv(KvRequest(num_tokens=1024), free=3 * GIB, **{**SIZES, "num_ranks": 4})
     with pytest.raises(ConfigError, match="not a single block"):
         size_kv(KvRequest(num_bytes=100), free=64 * GIB, **SIZES)

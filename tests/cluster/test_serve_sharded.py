@@ -92,3 +92,28 @@ def test_an_instance_of_one_rank_exchanges_kv_with_one_of_several(
 ) -> None:
     with serving(tmp_path, prefill, decode) as server:
         assert complete(server) == one_ranks_tokens()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_each_rank_has_a_cpu_of_its_own_where_there_are_enough(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "placement: {mixed: {instances: 1, tp: 2}}\nengine: {dtype: float32, kv_tokens: 2048, threads: 1}\n"
+    )
+    server = Server("--config", str(tmp_path / "config.yaml"), log=tmp_path / "log")
+    try:
+        server.wait_ready()
+        first, second = sorted(os.sched_getaffinity(0))[:2]
+        (instance,) = server.instances()
+        assert cpus_of(instance) == {first}
+        # The process that started rank 1 only waits.
+        assert cpus_of(max(ranks(server))) == {second}
+        assert complete(server) == one_ranks_tokens()
+    finally:
+        server.kill()
+        assert server.wait_gone() == {}
+
+
+def cpus_of(pid: int) -> set[int]:
+    """CPUs that any thread of a process may use."""
+    return {cpu for task in Path(f"/proc/{pid}/task").iterdir() for cpu in os.sched_getaffinity(int(task.name))}
