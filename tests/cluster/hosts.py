@@ -196,31 +196,30 @@ class RayHosts:
         self.environment = {**ray_environment(), MARK: self.directory}
         self.address = f"{namespaces.addresses[0]}:6379"
         self._nodes: list[subprocess.Popen[bytes]] = []
-        roles = (["--head", "--port", "6379", "--temp-dir", self.directory], ["--address", self.address])
+        head = ["--head", "--port", "6379", "--temp-dir", self.directory, "--include-dashboard", "false"]
+        roles = (head, ["--address", self.address])
         ray = str(Path(sys.executable).with_name("ray"))
-        log = (Path(self.directory) / "start.log").open("wb")
+        log = Path(self.directory) / "start.log"
         for number, role in enumerate(roles):
             command = [ray, "start", "--block", "--node-ip-address", namespaces.addresses[number], *role]
-            command += ["--num-cpus", str(num_cpus[number]), "--num-gpus", "0", "--include-dashboard", "false"]
+            command += ["--num-cpus", str(num_cpus[number]), "--num-gpus", "0"]
             command += ["--object-store-memory", str(80 * 2**20), "--disable-usage-stats"]
-            self._nodes.append(
-                subprocess.Popen(
+            with log.open("ab") as output:
+                node = subprocess.Popen(
                     [*namespaces.enter(number), *command],
                     env=self.environment,
-                    stdout=log,
+                    stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            )
-            self._wait_for("Ray runtime started", number + 1)
-        log.close()
-
-    def _wait_for(self, text: str, count: int) -> None:
-        end = time.monotonic() + PATIENCE
-        log = Path(self.directory) / "start.log"
-        while log.read_text().count(text) < count:
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
+            self._nodes.append(node)
+            end = time.monotonic() + PATIENCE
+            while log.read_text().count("Ray runtime started") <= number:
+                if node.poll() is not None or time.monotonic() > end:
+                    said = log.read_text()
+                    self.close()
+                    raise AssertionError(said)
+                time.sleep(0.1)
 
     def kill(self, number: int) -> None:
         """Kill all processes of a node's namespace, as a power cut would."""
