@@ -105,8 +105,8 @@ class InstanceUsage:
     """What one instance did.
 
     ``busy`` is seconds its first pipeline stage worked, ``num_steps`` and ``num_tokens`` (computed) are totals,
-    ``peak_kv_blocks`` the most blocks in use, ``mean_batch`` the sequences per step. ``num_hit_tokens`` are prompt
-    tokens that were not computed, because their KV was there.
+    ``peak_kv_blocks`` the most blocks in use, ``mean_batch`` the sequences per step. Of ``num_queried_tokens`` tokens
+    looked up in the prefix cache ``num_hit_tokens`` were there: not computed, or on a decode instance not pulled.
     """
 
     instance_id: str
@@ -119,6 +119,7 @@ class InstanceUsage:
     peak_kv_blocks: int
     num_kv_blocks: int
     num_hit_tokens: int = 0
+    num_queried_tokens: int = 0
 
     @property
     def mean_batch(self) -> float:

@@ -243,6 +243,7 @@ class _Run:
             peak_kv_blocks=scheduler.blocks.peak_used,
             num_kv_blocks=spec.kv.num_blocks,
             num_hit_tokens=scheduler.num_hit_tokens,
+            num_queried_tokens=scheduler.num_queried_tokens,
         )
 
 

@@ -30,7 +30,8 @@ _REASONS = {"400": "400: longer than an instance takes", "503": "503: no instanc
 class InstanceFigures:
     """``busy``: share of the run its first stage worked. ``peak_kv``: share of its KV blocks in use at the most.
 
-    ``num_hit_tokens``: prompt tokens that were not computed, because their KV was there.
+    Of ``num_queried_tokens`` looked up in the prefix cache ``num_hit_tokens`` were there: not computed, or on a decode
+    instance not pulled.
     """
 
     instance_id: str
@@ -45,6 +46,7 @@ class InstanceFigures:
     num_kv_blocks: int
     num_preempted: int
     num_hit_tokens: int
+    num_queried_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,7 @@ def _instances(simulation: Simulation, placement: Placement) -> tuple[InstanceFi
             num_kv_blocks=usage.num_kv_blocks,
             num_preempted=usage.num_preempted,
             num_hit_tokens=usage.num_hit_tokens,
+            num_queried_tokens=usage.num_queried_tokens,
         )
         for usage, placed in zip(simulation.instances, placement.instances, strict=True)
     )
@@ -231,9 +234,11 @@ def print_summary(console: Console, summary: RunSummary, run: dict[str, Any], sl
         f"{summary.request_throughput:.3g}/s, {summary.output_token_throughput:,.0f} output tokens/s, in "
         f"{summary.duration:,.1f} s"
     )
-    num_hits = sum(figures.num_hit_tokens for figures in summary.instances)
-    if num_hits:
-        console.print(f"{num_hits:,} prompt tokens were not computed: prompts that began alike shared their KV")
+    for verb, roles in (("computed", {"prefill", "mixed"}), ("pulled", {"decode"})):
+        cached = [figures for figures in summary.instances if figures.role in roles and figures.num_queried_tokens]
+        hits, queried = (sum(getattr(f, name) for f in cached) for name in ("num_hit_tokens", "num_queried_tokens"))
+        if hits:
+            console.print(f"{hits:,} of {queried:,} tokens ({hits / queried:.1%}) were there and not {verb} again")
     if summary.backlog_grows:
         middle, last = summary.backlog
         console.print(

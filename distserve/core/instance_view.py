@@ -12,7 +12,7 @@ class InstanceView:
     """What the router knows of one instance.
 
     ``assigned`` is work given to it that no report has named yet: tokens to compute (prefill) or blocks (decode), and
-    the part it comes through. ``prefixes`` is what its prefix cache should hold; None if it has none.
+    the part it comes through. ``prefixes`` is what its prefix cache should hold; None if that is of no interest.
     """
 
     spec: InstanceSpec
@@ -23,9 +23,9 @@ class InstanceView:
     prefixes: RoutedPrefixes | None = None
 
     @classmethod
-    def fresh(cls, spec: InstanceSpec, now: float) -> "InstanceView":
-        """An instance that has just come up and has said nothing."""
-        prefixes = RoutedPrefixes(spec.kv.num_blocks) if spec.scheduler.prefix_caching else None
+    def fresh(cls, spec: InstanceSpec, now: float, *, remembers: bool) -> "InstanceView":
+        """An instance that has just come up and has said nothing; ``remembers``: what it is sent is to be noted."""
+        prefixes = RoutedPrefixes(spec.kv.num_blocks) if remembers else None
         return cls(spec, Report(spec.instance_id, 0, 0, 0, spec.kv.num_blocks), now, prefixes=prefixes)
 
     def note(self, report: Report, now: float) -> None:

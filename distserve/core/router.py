@@ -71,7 +71,8 @@ class RouterConfig:
     while a pool is down waits for a replacement, at most ``patience`` seconds; so does one
     whose prompt is computed when the decode pool goes down. An instance that has not reported for
     ``silence`` seconds, many times its heartbeat, counts as lost even if its process lives. ``near`` names, for a
-    prefill instance, the decode instances its KV reaches without leaving a node: they are preferred.
+    prefill instance, the decode instances its KV reaches without leaving a node: they are preferred. Without
+    ``counts_hits`` prompts and KV go by load alone, whatever was sent where.
     """
 
     max_wait: float = 120.0
@@ -79,6 +80,7 @@ class RouterConfig:
     patience: float = 60.0
     silence: float = 30.0
     near: Mapping[str, Collection[str]] = field(default_factory=dict)
+    counts_hits: bool = True
 
 
 class Router:
@@ -136,7 +138,8 @@ class Router:
 
     def _on_up(self, spec: InstanceSpec) -> None:
         self._gone.pop(spec.instance_id, None)
-        self._instances[spec.instance_id] = InstanceView.fresh(spec, self._now)
+        remembers = self._config.counts_hits and spec.scheduler.prefix_caching
+        self._instances[spec.instance_id] = InstanceView.fresh(spec, self._now, remembers=remembers)
         self._pools.clear()
         self._tell_of_losses(spec.instance_id)
         self._assign_pending()
