@@ -271,6 +271,9 @@ async def test_a_stream_that_is_left_frees_its_memory(llm: LLM) -> None:
     await asyncio.to_thread(wait_until, llm, used=True)
     await stream.aclose()
     await asyncio.to_thread(wait_until, llm, used=False)
+    async for _ in llm.stream(TEXT, endless):
+        break
+    await asyncio.to_thread(wait_until, llm, used=False)
     task = asyncio.create_task(anext(llm.stream([3] * 900, endless)))
     await asyncio.sleep(0.01)
     task.cancel()
