@@ -34,6 +34,9 @@ class Generation:
         self._lock = threading.Lock()
         self._communicator: Communicator | None = None
         self._is_over = False
+        # Only the generation's own thread has these two. Operations are matched by their order: once one could not be
+        # launched, the next would meet the other end's half of it.
+        self._is_broken = False
         # Only the last of a stream's operations has to be waited for.
         self._last: Completion | None = None
         self._launched: queue.SimpleQueue[tuple[int, Completion]] = queue.SimpleQueue()
@@ -124,6 +127,7 @@ class Generation:
                 try:
                     job()
                 except Exception as error:  # noqa: BLE001  # whatever a library raises ends the generation, not more
+                    self._is_broken = True
                     self._report(Broken(self._number, str(error) or type(error).__name__))
             self._tear_down()
         finally:
@@ -140,7 +144,7 @@ class Generation:
 
     def _launch(self, op_id: int, memory: Tensor, *, sends: bool) -> None:
         with self._lock:
-            communicator = None if self._is_over else self._communicator
+            communicator = None if self._is_over or self._is_broken else self._communicator
         if communicator is not None:
             self._last = communicator.send(memory) if sends else communicator.recv(memory)
             self._launched.put((op_id, self._last))

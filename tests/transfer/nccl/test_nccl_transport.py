@@ -275,6 +275,26 @@ def test_a_fault_ends_the_pull_in_time_and_the_pair_goes_on(source, sink, fault,
     assert eventually(lambda: len(sink.collectives.live) == len(source.collectives.live) == 1)
 
 
+@pytest.mark.parametrize("side", ["source", "sink"])
+def test_nothing_is_launched_behind_what_could_not_be(side, source, sink):
+    """Operations meet in their order: the next would take the bytes of the one that failed for its own."""
+    assert pull(sink, 0, (0,)).next().ok
+    for pull_id in range(1, 12):
+        sink.pool.zero_()
+        (source if side == "source" else sink).faults.fail_in_send = 1
+        blocks = (pull_id, pull_id + 1, pull_id + 2, pull_id + 3)
+        others = tuple(block + 2 for block in blocks[:3])
+        both = [pull(sink, pull_id, blocks), Ended()]
+        sink.transport.pull(migrate(100 + pull_id, others, (16, 17, 18), deadline=time.time() + 20), both[1])
+        first, second = (ended.next() for ended in both)
+        assert not (first.ok and second.ok)
+        assert not first.ok or arrived(source, sink, blocks, blocks)
+        assert not second.ok or arrived(source, sink, others, (16, 17, 18))
+        written = sink.blocks[:, :, list(blocks)]
+        wanted = source.blocks[:, :, list(blocks)]
+        assert ((written == wanted) | (written == 0)).all(), "bytes of another piece"
+
+
 def test_a_slow_network_is_no_fault(source, sink):
     source.faults.delay = sink.faults.delay = 0.05
     assert pull(sink, 1, tuple(range(8))).next().ok
