@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from distserve.cluster.costs import make_loads, measure_costs
 from distserve.cluster.profile_file import write_profile
 from distserve.cluster.profile_shape import EngineSettings, check_shapes, profile_shape
 from distserve.core.config import KvConfig, ParallelConfig
@@ -124,6 +123,9 @@ def _measure_cluster(
     console: Console,
 ) -> ClusterCosts:
     """With instances of one rank, whose steps have been measured."""
+    # A machine where the engine alone is measured need not have what clients and servers are made of.
+    from distserve.cluster.costs import make_loads, measure_costs
+
     engine = settings.engine
     num_engines = len(os.sched_getaffinity(0)) // engine.num_threads
     one_rank = next(shape for shape in shapes if shape.parallel == ONE_RANK)

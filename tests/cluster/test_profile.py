@@ -122,6 +122,18 @@ def test_a_missing_gpu_is_said(tmp_path):
     assert "torch finds no CUDA device" in result.output
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_profiled(tmp_path):
+    path = tmp_path / "p.json"
+    options = ["--device", "cuda", "--engine-only", "--quick", "--dtype", "bfloat16", "--output", str(path)]
+    result = CliRunner().invoke(command, [str(model_dir()), *options])
+    assert result.exit_code == 0, result.output
+    profile = read_profile(path)
+    assert profile.machine["gpu"] == torch.cuda.get_device_name()
+    step = StepShape(num_decodes=4, decode_context=400)
+    assert 0 < profile.step_time().seconds(step) < 0.1
+
+
 def test_wrong_arguments_end_with_a_sentence(tmp_path):
     result = CliRunner().invoke(command, [str(tmp_path / "no-model")])
     assert result.exit_code == 1

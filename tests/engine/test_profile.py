@@ -5,6 +5,7 @@ from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
 from distserve.core.profile import MeasuredStepTime, Measurement, StepFit, Surface, Table, residuals
 from distserve.demo import model_dir
+from distserve.engine.device.backend import HostBackend
 from distserve.engine.fit import fit_steps
 from distserve.engine.profile import Grid, make_grid, measure
 from distserve.engine.worker import Worker
@@ -44,6 +45,14 @@ def test_steps_of_a_real_engine():
     assert calls[-1] == (18, 18)
     fit = fit_steps(measured)
     assert MeasuredStepTime(fit).seconds(shapes[1]) == pytest.approx(measured[1].median)
+
+
+def test_steps_of_an_engine_on_a_device():
+    worker = Worker(model_dir(), kv=KvConfig(40), num_threads=1, backend=HostBackend(), max_batch_size=4)
+    grid = Grid(decode=((1, 20), (4, 20)), prefill=((1, 96, 0), (2, 24, 0)), mixed=((2, 20, 32, 0),))
+    measured = measure(worker, grid, num_rounds=1, on_progress=lambda *_: None)
+    assert [m.shape.num_decodes for m in measured] == [1, 4, 0, 0, 2]
+    assert all(0 < m.least <= m.median and m.through is None for m in measured)
 
 
 def test_a_fit_finds_the_formula_the_times_were_made_of():
