@@ -110,10 +110,12 @@ class FusedDecoder:
         first: int,
         end: int,
     ) -> None:
+        if first == end:
+            return
         eps = self.shape.norm_eps
+        normed = rms_norm(hidden, self._torch[first].input_norm, eps)
         for index in range(first, end):
             layer = self._torch[index]
-            normed = rms_norm(hidden, layer.input_norm, eps)
             partial = layer.attention(normed, step, k_caches[index], v_caches[index])
             if self.all_reduce is not None:
                 self.all_reduce(partial)
@@ -121,4 +123,8 @@ class FusedDecoder:
             partial = layer.mlp(normed)
             if self.all_reduce is not None:
                 self.all_reduce(partial)
-            hidden += partial
+            if index + 1 < end:
+                # One pass over the residual stream for the sum and the next layer's norm.
+                normed = add_rms_norm(partial, hidden, self._torch[index + 1].input_norm, eps)
+            else:
+                hidden += partial
