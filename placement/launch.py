@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distserve.bench.errors import BenchError
-from distserve.cluster.seats import CPU
 from distserve.core.errors import ConfigError, DistserveError
 from distserve.core.topology import Placement
 
@@ -41,10 +40,6 @@ CONFIG has the keys model, slo, workload and cluster, and engine and serving as 
 placement: auto, or no such key, the planner decides; with the path of a plan, or pools of instances, they are started.
 """
 
-_ROUGHLY = (
-    "instances of several ranks on CPUs are predicted roughly: their steps as measured, but what scheduling, messages "
-    "and KV pulls add as with one rank"
-)
 _LOOK_EVERY = 10.0
 _WINDOW_REQUESTS = 500
 _SHORTEST_WINDOW, _LONGEST_WINDOW = 60.0, 3600.0
@@ -142,6 +137,7 @@ class _Launcher:
     async def _try(self, endpoint: "Endpoint", problem: "Problem", rate: float) -> None:
         from placement.offered import Offered
         from placement.trial import Trial, as_started, measure, predict, table, verdict
+        from simulator.latency.measured import SEVERAL_RANKS, ProfileLatencyModel
 
         workload = Offered(problem.workload, problem.search.seed).at(rate, 0, self.options["bench_requests"])
         assert workload.arrivals is not None
@@ -155,8 +151,9 @@ class _Launcher:
         trial = Trial(rate, predicted, measured)
         self.report.print(table(trial, problem.slo))
         self.report.print(verdict(trial), highlight=False, soft_wrap=True)
-        if any(instance.parallel.num_ranks > 1 for instance in endpoint.instances) and problem.cluster.gpu == CPU:
-            self.report.print(_ROUGHLY, highlight=False, soft_wrap=True)
+        has_several = any(instance.parallel.num_ranks > 1 for instance in endpoint.instances)
+        if has_several and isinstance(problem.latency, ProfileLatencyModel):
+            self.report.print(SEVERAL_RANKS, highlight=False, soft_wrap=True)
 
     async def _watch(self, endpoint: "Endpoint", problem: "Problem", rate: float) -> None:
         from distserve.cluster.clock import cluster_time

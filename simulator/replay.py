@@ -16,7 +16,7 @@ from distserve.core.topology import ClusterSpec, Placement
 from simulator.inputs import SimulationFile, beside, read_file, read_latency, read_model
 from simulator.latency.gpus import find_gpu
 from simulator.latency.interface import LatencyModel
-from simulator.latency.measured import ProfileLatencyModel
+from simulator.latency.measured import SEVERAL_RANKS, ProfileLatencyModel
 from simulator.load import BatchRecorder
 from simulator.model import ClusterModel, Delays
 from simulator.perfetto import PerfettoRecorder
@@ -206,6 +206,8 @@ def _notes(spec: WorkloadSpec, workload: Workload, model: ClusterModel) -> list[
             f"the instances share {model.host.num_cores:g} cores with client, API and router; plots and traces show "
             "each step as long as it takes alone"
         )
+        if any(instance.spec.parallel.num_ranks > 1 for instance in model.instances):
+            notes.append(SEVERAL_RANKS)
     if spec.trace is not None and spec.trace.note:
         notes.append(spec.trace.note)
     if workload.length_factor != 1.0:

@@ -58,7 +58,7 @@ def _shapes(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tu
     help="Shards x pipeline stages of an instance to measure; may be repeated.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to compute.")
-@click.option("--dtype", default="float32", help="float32 or bfloat16, for weights and KV.")
+@click.option("--dtype", default="float32", help="float32 or bfloat16, on GPUs also float16, for weights and KV.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each rank.")
 @click.option("--block-size", type=click.IntRange(1, 256), default=16, help="Tokens per KV block.")
 @click.option(

@@ -10,6 +10,12 @@ from distserve.core.scheduler import ROUTER
 from simulator.client import CLIENT
 from simulator.model import Delays, HostModel
 
+SEVERAL_RANKS = (
+    "instances of several ranks are predicted roughly: their steps as measured, but what scheduling, messages and KV "
+    "pulls add as with one rank"
+)
+"""What is to be said of a prediction with such instances, from a profile of a whole cluster."""
+
 
 class ProfileLatencyModel:
     """Implements :class:`simulator.latency.interface.LatencyModel` for the shapes that were measured."""

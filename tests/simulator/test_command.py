@@ -314,7 +314,27 @@ def test_instances_that_share_a_host_are_as_its_profile_says(write: Callable[...
     assert few["summary"]["tpot"]["mean"] > 1.02 * many["summary"]["tpot"]["mean"]
     assert few["summary"]["num_answered"] == 120
     assert any("cores with client" in note for note in few["run"]["notes"])
+    assert not any("several ranks" in note for note in few["run"]["notes"])
     assert json.loads((tmp_path / "trace.json").read_text())
+
+
+def test_instances_of_several_ranks_share_a_host_as_measured(write: Callable[..., Path], tmp_path: Path) -> None:
+    fit = StepFit(Surface((1, 512), (1, 1024), ((0.01, 0.02), (0.1, 0.2))), Table((1, 64), (0.01, 0.05)), 0, 0, 0, 0, 0)
+    shapes = (
+        ShapeProfile(ParallelConfig(), fit),
+        ShapeProfile(ParallelConfig(2, 2), fit, through=fit.raised(0.03, 0.0)),
+    )
+    costs = ClusterCosts(*(0.0 for _ in range(13)))
+    profile = Profile(FORMAT, "", {"cores": 8}, "tiny", "", "float32", 1, 16, 2048, {}, shapes, costs)
+    write_profile(profile, tmp_path / "profile.json")
+    cluster = CONFIG["cluster"] | {"gpu": "cpu", "nodes": 1, "gpus_per_node": 8}
+    config = write(cluster=cluster, placement={"prefill": {"tp": 2, "pp": 2}, "decode": {}}, engine={"kv_tokens": 8192})
+    found = figures(config, "--profile", str(tmp_path / "profile.json"))
+    assert found["summary"]["num_answered"] == 120
+    assert any("several ranks are predicted roughly" in note for note in found["run"]["notes"])
+    config = write(cluster=cluster, placement={"prefill": {"tp": 2}, "decode": {}}, engine={"kv_tokens": 8192})
+    message = refused(config, "--profile", str(tmp_path / "profile.json"))
+    assert "distserve profile MODEL --shape 1x1 --shape 2x2 --shape 2x1" in message
 
 
 def test_overload_is_said(write: Callable[..., Path]) -> None:
