@@ -28,6 +28,8 @@ class Life:
     num_computed: int = 0
     seq_id: int | None = None
     has_started: bool = False
+    has_sampled: bool = False
+    """Since it was opened last: one that is recomputed is a prompt, also with a single token left to compute."""
     has_ended: bool = False
 
     @property
@@ -41,8 +43,7 @@ class Life:
     @property
     def is_running(self) -> bool:
         """Past its prompt: the next token is the only one to be computed."""
-        is_past_prompt = self.num_output > 0 and self.num_computed == self.num_tokens - 1
-        return self.seq_id is not None and is_past_prompt and not self.has_ended
+        return self.seq_id is not None and self.has_sampled and not self.has_ended
 
 
 class Watched(Bench):
@@ -73,7 +74,7 @@ class Watched(Bench):
                     assert command.num_computed_tokens == 0 or life.has_started
                     self.counts["recomputed"] += life.has_started
                     life.seq_id, life.num_computed = command.seq_id, command.num_computed_tokens
-                    life.has_started = True
+                    life.has_started, life.has_sampled = True, False
                     self.by_seq[command.seq_id] = life
                     opened.append(life)
                 case CloseSequence(seq_id):
@@ -138,8 +139,10 @@ class Watched(Bench):
         fresh = [life for life, _ in prompts if life in opened]
         assert fresh == [life for life, _ in prompts][len(prompts) - len(fresh) :], "those that have started precede"
         assert fresh == opened == sorted(fresh, key=lambda life: life.age), "the others in order of arrival"
+        assert all(life.age < other.age for life in opened for other in unstarted), "nobody is overtaken"
         for life, chunk in (*decodes, *prompts):
             life.num_computed += chunk.num_tokens
+            life.has_sampled = chunk.samples
             if chunk.samples:
                 token = token_at(life.request, 0, life.num_output)
                 life.num_tokens += 1
