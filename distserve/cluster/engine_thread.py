@@ -78,11 +78,11 @@ class EngineThread:
                     worker.close(seq_id)
                 case RunStep() if isinstance(worker, RankGroup):
                     self._launch(worker, command)
+                case RunStep() if worker.is_asynchronous:
+                    self._launch_ahead(worker, command)
                 case RunStep():
-                    assert isinstance(worker, Worker)
                     self._feed(self._step(worker, command))
-        if isinstance(worker, RankGroup):
-            worker.shutdown()
+        worker.shutdown()
 
     def _launch(self, group: RankGroup, command: RunStep) -> None:
         """Start a step of several ranks, whose outcome may be fed by another thread.
@@ -92,6 +92,21 @@ class EngineThread:
         step_id = command.step_id
         self._transport.begin_step(step_id)
         group.launch(command, self._feed, partial(self._transport.layer_done, step_id))
+        self._transport.end_step(step_id)
+
+    def _launch_ahead(self, worker: Worker, command: RunStep) -> None:
+        """Start a step on a device, whose outcome is fed by another thread.
+
+        What the transport is told has been launched, not computed: a transport of device memory is made for that.
+        """
+        step_id = command.step_id
+        self._transport.begin_step(step_id)
+        try:
+            worker.launch(command, self._feed, partial(self._transport.layer_done, step_id))
+        except Exception as error:  # a step that fails must not take the instance's other sequences with it
+            logger.exception("step %d failed", step_id)
+            self._feed(StepFailed(step_id, f"{type(error).__name__}: {error}"))
+            return
         self._transport.end_step(step_id)
 
     def _step(self, worker: Worker, command: RunStep) -> StepDone | StepFailed:

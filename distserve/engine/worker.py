@@ -112,6 +112,11 @@ class Worker:
         """Shape and type of the KV pool."""
         return self.kv.layout
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether :meth:`launch` returns before the step is done."""
+        return self._runner is not None
+
     def open(self, command: OpenSequence) -> None:
         """Take a sequence on."""
         if self._runner is not None:
