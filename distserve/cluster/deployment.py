@@ -15,7 +15,7 @@ from distserve.cluster.parts import NEARBY, Card, ClusterKey, EnginePlan, Instan
 from distserve.cluster.ray_actors import CONCURRENCY, InstanceActor, RouterActor
 from distserve.cluster.ray_cluster import RayCluster
 from distserve.cluster.reservation import ROUTER_CPUS, RankResources, Reservation, cpus_per_rank
-from distserve.cluster.seats import FoundNode, WantedInstance, group_by_node
+from distserve.cluster.seats import FoundNode, NodeGroup, WantedInstance, group_by_node
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.errors import DistserveError, InstanceError
 
@@ -101,7 +101,7 @@ class Deployment:
         assert self._reservation is not None, "reserve comes first"
         blueprint = self.blueprint
         spec = blueprint.specs[slot]
-        group = next(group for group in group_by_node(blueprint.instances) if (slot, 0) in group.seats)
+        group = self._group_of(slot)
         generation = self._generations.get(slot, -1) + 1
         self._generations[slot] = generation
         # A lost instance's id is never given again: what was said of the dead does not concern its successor.
@@ -123,6 +123,13 @@ class Deployment:
             scheduling_strategy=self._reservation.seat(slot),
         ).remote(config)
         return Member(slot, spec, actor), actor.load.remote()
+
+    def has_node_for(self, slot: int) -> bool:
+        """Whether the node that the instance in ``slot`` was planned for is still there, or any will do."""
+        planned = self._group_of(slot).node
+        if planned is None or planned not in self.nodes:
+            return True
+        return any(node.node_id == self.nodes[planned].node_id for node in self.cluster.nodes())
 
     def adopt_router(self, card: Card) -> None:
         """Let a router, the first or a later one, know everyone, and then everyone know it."""
@@ -188,6 +195,9 @@ class Deployment:
     def _listen_on(self) -> str | None:
         """Loopback in a local cluster; elsewhere each part knows its own node's address."""
         return self.cluster.host if self.cluster.is_local else None
+
+    def _group_of(self, slot: int) -> NodeGroup:
+        return next(group for group in group_by_node(self.blueprint.instances) if (slot, 0) in group.seats)
 
     def _cards(self) -> list[Card]:
         return [member.card for member in self.members.values() if member.card is not None]

@@ -81,6 +81,14 @@ class Supervisor:
         self._due.append((time.monotonic() + pause, lambda: self._start_instance(slot)))
 
     def _start_instance(self, slot: int) -> None:
+        if not self._deployment.has_node_for(slot):
+            name = self._deployment.blueprint.specs[slot].instance_id
+            logger.error(
+                "%s is not replaced: its node has left the Ray cluster. What is left goes on serving; start distserve "
+                "again to place all instances anew",
+                name,
+            )
+            return
         member, loading = self._deployment.start_instance(slot)
         self._pending[loading] = lambda call: self._on_instance_loaded(member, call)
 
