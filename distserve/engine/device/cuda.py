@@ -37,13 +37,14 @@ class CudaBackend:
 
     def upload(self, array: Array) -> Tensor:
         """See :class:`Backend`."""
-        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return (tensor.pin_memory() if array.size else tensor).to(self.device, non_blocking=True)
 
     def download(self, tensors: Sequence[Tensor]) -> Download:
         """See :class:`Backend`."""
         copies = []
         for tensor in tensors:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.numel() > 0)
             copies.append(copy.copy_(tensor, non_blocking=True))
         # Whoever waits sleeps: spinning would take a core from the thread that launches the next step.
         event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

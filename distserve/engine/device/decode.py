@@ -19,6 +19,9 @@ from distserve.engine.model import LanguageModel
 
 logger = logging.getLogger(__name__)
 
+_TOLERANCE = 1e-2
+"""Relative difference of logits between a pass and its replay: the same kernels, whose sums may be in another order."""
+
 
 class DecodeGraphs:
     """Captured decode steps of a model, and the buffers they read.
@@ -56,10 +59,11 @@ class DecodeGraphs:
         self._starts = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._loaded: DeviceBatch | None = None
 
-    def capture(self) -> None:
+    def capture(self, vocab_size: int, num_blocks: int) -> None:
         """Capture all rungs, the largest first: the smaller ones find its memory.
 
-        A model that cannot be captured is run without graphs; a warning says so.
+        A model that cannot be captured, or whose graphs compute something else, is run without; a warning says so.
+        Leaves trial data in the first of the pool's ``num_blocks`` blocks.
         """
         for rung in reversed(self._rungs):
             try:
@@ -70,6 +74,21 @@ class DecodeGraphs:
                     "decode steps run without CUDA graphs, so slower: the model cannot be captured: %s", error
                 )
                 return
+        wrong = [rung for rung in self._rungs if rung <= num_blocks and not self._agrees(rung, vocab_size)]
+        if wrong:
+            self._replays.clear()
+            logger.warning("decode steps run without CUDA graphs, slower: replayed at %s they give other logits", wrong)
+
+    def _agrees(self, rung: int, vocab_size: int) -> bool:
+        """Whether a replay gives the logits of the pass itself, on other inputs than it was captured with."""
+        rows = self._rows[:rung]
+        self._tokens[:rung].copy_((rows * 7919 + 5) % vocab_size)
+        self._positions[:rung].copy_(rows % self._block_size)
+        self._tables[:rung, 0].copy_(rows)
+        expected = self._step(rung).float().clone()
+        difference = (self._replays[rung]().float() - expected).norm() / expected.norm()
+        # Written so that a difference that is no number does not agree.
+        return bool(difference <= _TOLERANCE)
 
     def fits(self, batch: DeviceBatch) -> bool:
         """Whether :meth:`run` takes the batch."""

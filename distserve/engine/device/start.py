@@ -83,6 +83,7 @@ def load_runner(
 
 def make_pool(layout: KvLayout, buffer: torch.Tensor | None, backend: Backend) -> KvPool:
     """KV memory for ``backend``: ``buffer``, or memory of its own, with a spare block where padding needs one."""
+    assert buffer is None or buffer.device == backend.device
     needs_spare = buffer is None and not backend.skips_padding
     return KvPool(layout, buffer, device=backend.device, num_spare=int(needs_spare))
 
@@ -121,12 +122,14 @@ def start_runner(
         else:
             model = TransformersModel(module, kv)
         check_agreement(model, trial, kv, config.model_type)
-        captured = _capture(model, kv, backend, max_batch_size, config.max_position_embeddings) if graphs else None
+        captured = None
+        if graphs:
+            captured = _capture(model, kv, backend, max_batch_size, config.max_position_embeddings, config.vocab_size)
     return DeviceRunner(model, kv, backend, vocab_size=config.vocab_size, graphs=captured)
 
 
 def _capture(
-    model: LanguageModel, kv: KvPool, backend: Backend, max_batch_size: int, max_model_len: int
+    model: LanguageModel, kv: KvPool, backend: Backend, max_batch_size: int, max_model_len: int, vocab_size: int
 ) -> DecodeGraphs | None:
     layout = kv.layout
     if not backend.skips_padding and kv.num_spare == 0:
@@ -143,5 +146,5 @@ def _capture(
         max_blocks=max_blocks,
         padding=padding,
     )
-    result.capture()
+    result.capture(vocab_size, layout.num_blocks)
     return result

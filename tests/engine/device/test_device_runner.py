@@ -199,6 +199,19 @@ def test_a_model_that_cannot_be_captured_is_served_all_the_same(
     assert Harness(worker).generate(make_request(llama.prompts[0]), NUM_TOKENS).output == llama.expected[0]
 
 
+def test_graphs_that_replay_what_they_were_captured_with_are_not_served(
+    llama: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stuck(HostBackend):
+        def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            result = run().clone()
+            return lambda: result
+
+    worker = rehearsal(llama, backend=Stuck())
+    assert "other logits" in caplog.text
+    assert Harness(worker).generate(make_request(llama.prompts[0]), NUM_TOKENS).output == llama.expected[0]
+
+
 def test_graphs_may_be_left_out(llama: Served) -> None:
     backend = HostBackend()
     worker = rehearsal(llama, backend=backend, graphs=False)
