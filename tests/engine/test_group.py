@@ -49,7 +49,7 @@ def start() -> Iterator[Callable[..., RankGroup]]:
     groups: list[RankGroup] = []
 
     def make(path: Path, tp: int, pp: int, **more: object) -> RankGroup:
-        group = RankGroup(path, parallel=ParallelConfig(tp, pp), kv=KV, timeout=30.0, **more)
+        group = RankGroup(path, parallel=ParallelConfig(tp, pp), kv=KV, timeout=120.0, **more)
         groups.append(group)
         return group
 
