@@ -151,16 +151,6 @@ def split_card(
     )
 
 
-def check_alike(where: str, cards: Sequence[CardMemory]) -> None:
-    """Raise ConfigError unless the ``cards`` of ``where`` (a stage) are of one type and size: the slowest rules."""
-    kinds = sorted({f"GPU {card.index}: {card.name}, {_gib(card.total)}" for card in cards})
-    if len({(card.name, card.total) for card in cards}) > 1:
-        raise ConfigError(
-            f"{where} has GPUs of different types ({'; '.join(kinds)}): shards compute in step and hold equal parts, "
-            "so give it GPUs that are alike"
-        )
-
-
 def _usable(card: CardMemory) -> int:
     return max(0, card.free - int(card.total * SPARE_SHARE))
 

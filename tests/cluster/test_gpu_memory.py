@@ -12,7 +12,6 @@ from distserve.cluster.gpu_memory import (
     Limits,
     ModelMemory,
     activation_bytes,
-    check_alike,
     split_card,
 )
 from distserve.cluster.sizing import KvRequest
@@ -150,9 +149,3 @@ def test_a_card_that_is_too_small_says_how_much_is_missing_and_what_would_help()
 def test_where_nothing_helps_it_says_so():
     with pytest.raises(ConfigError, match="use a larger card or a smaller model"):
         split_card(replace(H200, free=10 * GIB), BOTH, LLAMA_8B, LIMITS, KvRequest())
-
-
-def test_shards_of_a_stage_are_on_gpus_that_are_alike():
-    check_alike("stage 0", [H200, replace(H200, index=1)])
-    with pytest.raises(ConfigError, match=r"stage 0 of decode-0 has GPUs of different types .GPU 0: NVIDIA H200"):
-        check_alike("stage 0 of decode-0", [H200, CardMemory(1, "NVIDIA H100", 80 * GIB, 80 * GIB)])
