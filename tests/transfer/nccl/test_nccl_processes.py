@@ -1,7 +1,7 @@
 """Ranks in processes of their own: what is left when one is killed or stopped, and tokens of a prompt that moved.
 
-On a card (``-m gpu``) with NCCL itself: a communicator of one rank that sends to itself, and two ranks on one card where
-the library allows that. In the default suite with communicators over sockets.
+On a card (``-m gpu``) with NCCL itself: a communicator of one rank that sends to itself, and two ranks on one card
+where the library allows that. In the default suite with communicators over sockets.
 """
 
 import json

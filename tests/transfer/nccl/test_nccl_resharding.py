@@ -1,4 +1,4 @@
-"""Instances of different shapes over the NCCL transport: what arrives, against a brute-force scatter of the whole KV."""
+"""Instances of different shapes over the NCCL transport: what arrives, against a brute-force scatter of all KV."""
 
 import time
 from contextlib import ExitStack
