@@ -14,6 +14,7 @@ from distserve.engine.device.cuda import CudaBackend
 from distserve.engine.device.decode import DecodeGraphs
 from distserve.engine.device.experts import use_grouped_experts
 from distserve.engine.device.ladder import make_ladder
+from distserve.engine.device.norms import fuse_norms
 from distserve.engine.device.room import check_room
 from distserve.engine.device.runner import DeviceRunner
 from distserve.engine.fused import FusedModel, can_fuse
@@ -113,13 +114,14 @@ def start_runner(
     """
     config = module.config
     with backend.scope(), torch.inference_mode():
-        if fused:
-            use_grouped_experts(module)
         trial = run_trial(module, kv)
         model: LanguageModel
         if fused and can_fuse(module, kv, trial.settings):
             model = FusedModel(module, kv, trial.settings)
         else:
+            if fused:
+                use_grouped_experts(module)
+                fuse_norms(module)
             model = TransformersModel(module, kv)
         check_agreement(model, trial, kv, config.model_type)
         captured = None
