@@ -67,7 +67,21 @@ def main() -> None:
 @click.option("--kv-memory", type=float, help="KV memory of each instance, in bytes, in place of --kv-tokens.")
 @click.option("--prefix-caching", is_flag=True, default=None, help="Compute and move what prompts have in common once.")
 @click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]")
-@click.option("--max-batch-tokens", type=int, help="Prompt tokens per prefill batch.  [default: 512]")
+@click.option(
+    "--max-batch-tokens",
+    type=int,
+    help="Tokens per step: of prompts on prefill instances, of all on mixed ones.  [default: by --profile, or 512]",
+)
+@click.option(
+    "--profile",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path, resolve_path=True),
+    help="What `distserve profile` measured here: --max-batch-tokens is where throughput saturates.",
+)
+@click.option(
+    "--mixed-policy",
+    help="splitfuse (prompts are split to fill steps beside decoding) or whole (never split, before any decoding).  "
+    "[default: splitfuse]",
+)
 @click.option("--max-batch-size", type=int, help="Sequences per decode batch.  [default: 64]")
 @click.option(
     "--kv-transport",

@@ -208,6 +208,7 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
         "serving.api_key": options["api_key"],
         "serving.ray_address": options["ray_address"],
         "serving.node_patience": options["wait_for_nodes"],
+        "engine.profile": options["profile"] and options["profile"].resolve(),
         "placement": "auto" if data.get("placement") is None else None,
     }
     config = load_config(file, flags, model_dir(), planner)

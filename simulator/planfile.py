@@ -12,6 +12,7 @@ from distserve.cluster.config import ConfigFile, EngineSection
 from distserve.cluster.placement_section import ClusterSection, PlacementSection
 from distserve.cluster.seats import WantedInstance, check_seats
 from distserve.cluster.yaml_file import read_yaml
+from distserve.core.budget import check_budget
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, SchedulerConfig
 from distserve.core.errors import ConfigError
 from distserve.core.router import RouterConfig
@@ -36,10 +37,14 @@ class PlanFile(ConfigFile):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an instance has if its pool does not say: the section ``engine``, and the GPU whose memory it shares."""
+    """What an instance has if its pool does not say: the section ``engine``, and the GPU whose memory it shares.
+
+    ``token_budget`` is chosen from a profile; None: the section's own.
+    """
 
     engine: EngineSection
     gpu: GpuSpec
+    token_budget: int | None = None
     memory_utilisation: float = 0.9
 
 
@@ -140,11 +145,12 @@ def on_one_host(model: ClusterModel, latency: LatencyModel, placement: Placement
 def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) -> InstanceSpec:
     engine, said = limits.engine, wanted.limits
     scheduler = SchedulerConfig(
-        max_batch_tokens=said.max_batch_tokens or engine.max_batch_tokens,
+        max_batch_tokens=said.max_batch_tokens or limits.token_budget or engine.max_batch_tokens,
         max_batch_size=said.max_batch_size or engine.max_batch_size,
         max_in_flight=wanted.parallel.pp,
         max_model_len=engine.max_model_len or _ANY_LENGTH,
         prefix_caching=engine.prefix_caching,
+        policy=engine.mixed_policy,
     )
     model.check(wanted.parallel)
     kv_tokens = said.kv_tokens or engine.kv_tokens
@@ -152,7 +158,9 @@ def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) 
         kv = KvConfig(kv_tokens // engine.block_size, engine.block_size)
     else:
         kv = _kv_left(name, wanted.parallel, model, limits, scheduler.max_batch_tokens)
-    return InstanceSpec(name, wanted.role, kv, scheduler, wanted.parallel)
+    spec = InstanceSpec(name, wanted.role, kv, scheduler, wanted.parallel)
+    check_budget(spec)
+    return spec
 
 
 def _kv_left(name: str, parallel: ParallelConfig, model: ModelShape, limits: Limits, batch_tokens: int) -> KvConfig:

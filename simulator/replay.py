@@ -99,7 +99,7 @@ def prepare(config: Path, options: Mapping[str, Any]) -> Replay:
     gpu = find_gpu(cluster.gpu)
     if file.cluster.gpu_memory is not None:
         gpu = replace(gpu, memory_bytes=int(file.cluster.gpu_memory))
-    placement = place(planned.section, cluster, shape, Limits(file.engine, gpu))
+    placement = place(planned.section, cluster, shape, Limits(file.engine, gpu, file.engine.token_budget(base)))
     spec = _workload_spec(file, base, options)
     rate = options["rate"] or file.workload.arrivals.rate
     if rate is None and isinstance(spec.arrivals, Gamma):

@@ -13,14 +13,19 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from distserve.cluster.placement_section import ClusterSection, PlacementSection, PlannedSeats, read_plan
 from distserve.cluster.planner import Planner, find_planner
+from distserve.cluster.profile_file import read_profile
 from distserve.cluster.seats import WantedInstance, check_kv_transport, check_seats, wanted
 from distserve.cluster.sizing import KvRequest
 from distserve.cluster.yaml_file import explain, read_yaml
-from distserve.core.config import Role
+from distserve.core.budget import saturating_budget
+from distserve.core.config import PrefillPolicy, Role
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec
 
 _DEFAULT_MODEL_NAME = "distserve-demo"
+
+_PROMPT_LEN = 512
+"""Tokens of the prompts that steps are taken to be full of when a token budget is chosen."""
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,10 +54,29 @@ class EngineSection(_Section):
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
     max_batch_tokens: Positive = 512
     max_batch_size: Positive = 64
+    mixed_policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
+    profile: Path | None = None
     prefix_caching: bool = False
     kv_transport: Literal["auto", "shm", "tcp"] = "auto"
     kv_interface: Annotated[str, Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+
+    def token_budget(self, base: Path) -> int:
+        """``max_batch_tokens`` if it is set, else where throughput saturates by ``profile``, else the default.
+
+        A relative ``profile`` is beside ``base``. Raises ConfigError if it is no profile, or of another dtype.
+        """
+        if self.profile is None or "max_batch_tokens" in self.model_fields_set:
+            return self.max_batch_tokens
+        profile = read_profile(base / self.profile)
+        if profile.dtype != self.dtype:
+            raise ConfigError(f"{self.profile} is a profile in {profile.dtype}, to be served is {self.dtype}")
+        return saturating_budget(
+            profile.step_time(),
+            prompt_len=min(_PROMPT_LEN, profile.limits["max_model_len"] // 2),
+            least=max(self.max_batch_size, self.block_size),
+            most=profile.limits["max_batch_tokens"],
+        )
 
 
 class ServingSection(_Section):
@@ -95,7 +119,8 @@ class ConfigFile(_Section):
 class EngineSettings:
     """Limits and resources of every instance. ``max_model_len`` None: the model's; ``threads`` None: a fair share.
 
-    ``kv_transport`` (auto, shm or tcp) and ``kv_interface`` are as in :class:`distserve.cluster.parts.KvAccess`.
+    ``mixed_policy`` counts on mixed instances only. ``kv_transport`` (auto, shm or tcp) and ``kv_interface`` are as in
+    :class:`distserve.cluster.parts.KvAccess`.
     """
 
     dtype: str
@@ -104,6 +129,7 @@ class EngineSettings:
     max_batch_tokens: int
     max_batch_size: int
     threads: int | None
+    mixed_policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
     prefix_caching: bool = False
     kv_transport: str = "auto"
     kv_interface: str | None = None
@@ -171,6 +197,8 @@ def load_config(
         raise ConfigError("engine.kv_interface is what TCP listens on, and engine.kv_transport shm uses none: drop one")
     planned = _planned(checked, path, model_dir.resolve(), planner)
     check_kv_transport(planned.instances, engine.kv_transport)
+    if "mixed_policy" in engine.model_fields_set and not any(i.role is Role.MIXED for i in planned.instances):
+        raise ConfigError("mixed_policy is for mixed instances, and there are none: give --mixed 1 or more, or drop it")
     return ServeConfig(
         model_dir=model_dir.resolve(),
         instances=planned.instances,
@@ -181,9 +209,10 @@ def load_config(
             kv=KvRequest(
                 engine.kv_tokens, None if engine.kv_memory is None else int(engine.kv_memory), engine.block_size
             ),
-            max_batch_tokens=engine.max_batch_tokens,
+            max_batch_tokens=engine.token_budget(path.parent if path is not None else Path()),
             max_batch_size=engine.max_batch_size,
             threads=engine.threads,
+            mixed_policy=engine.mixed_policy,
             prefix_caching=engine.prefix_caching,
             kv_transport=engine.kv_transport,
             kv_interface=engine.kv_interface,

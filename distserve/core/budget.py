@@ -45,7 +45,10 @@ def saturating_budget(step_time: StepTime, *, prompt_len: int, least: int, most:
     """
     first = -(-least // granularity) * granularity
     if first > most:
-        raise ConfigError(f"no token budget is at least {least} and at most {most}: measure with a larger one")
+        raise ConfigError(
+            f"no token budget is at least {least} and at most the {most} tokens that were measured: profile with a "
+            "larger max_batch_tokens, or lower max_batch_size"
+        )
     budgets = range(first, most + 1, granularity)
     rate = prompt_rate(step_time, prompt_len)
     best = max(rate(budget) for budget in budgets)

@@ -7,18 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distserve.cluster.config import EngineSection, EngineSettings
-from distserve.cluster.describe import examine
-from distserve.cluster.seats import WantedInstance
-from distserve.cluster.sizing import KvRequest, free_memory
-from distserve.cluster.specs import build_specs
+from distserve.cluster.config import EngineSection
+from distserve.cluster.sizing import KvRequest, free_memory, size_kv
 from distserve.cluster.yaml_file import explain
-from distserve.core.config import InstanceSpec, ParallelConfig, PrefillPolicy, Role
+from distserve.core.budget import check_budget
+from distserve.core.config import InstanceSpec, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
-
-
-class _Options(EngineSection):
-    mixed_policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
+from distserve.engine.description import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +33,31 @@ def size_instance(directory: Path, options: dict[str, Any]) -> SizedInstance:
         UnsupportedModelError: the model cannot be served exactly.
     """
     try:
-        section = _Options.model_validate(options)
+        engine = EngineSection.model_validate(options)
     except ValidationError as error:
-        raise ConfigError(explain(error, None, {}, {}, _Options)) from error
-    engine = EngineSettings(
-        dtype=section.dtype,
-        max_model_len=section.max_model_len,
-        kv=KvRequest(
-            section.kv_tokens, None if section.kv_memory is None else int(section.kv_memory), section.block_size
-        ),
-        max_batch_tokens=section.max_batch_tokens,
-        max_batch_size=section.max_batch_size,
-        threads=section.threads,
-        prefix_caching=section.prefix_caching,
+        raise ConfigError(explain(error, None, {}, {}, EngineSection)) from error
+    model = describe(directory)
+    max_model_len = engine.max_model_len or model.max_model_len
+    if max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"max_model_len {max_model_len} is more than the model can take: at most {model.max_model_len}"
+        )
+    kv = size_kv(
+        KvRequest(engine.kv_tokens, None if engine.kv_memory is None else int(engine.kv_memory), engine.block_size),
+        weight_bytes=model.weight_bytes(engine.dtype),
+        token_bytes=model.token_bytes(engine.dtype),
+        max_model_len=max_model_len,
+        num_instances=1,
+        num_ranks=1,
+        free=free_memory(),
     )
-    wanted = (WantedInstance(Role.MIXED, ParallelConfig()),)
-    (spec,) = build_specs(
-        wanted, engine, examine(directory, engine.dtype), policy=section.mixed_policy, free=free_memory()
+    scheduler = SchedulerConfig(
+        max_batch_tokens=engine.max_batch_tokens,
+        max_batch_size=engine.max_batch_size,
+        max_model_len=max_model_len,
+        prefix_caching=engine.prefix_caching,
+        policy=engine.mixed_policy,
     )
+    spec = InstanceSpec("mixed-0", Role.MIXED, kv, scheduler)
+    check_budget(spec)
     return SizedInstance(spec, engine.dtype, engine.threads or len(os.sched_getaffinity(0)))
