@@ -9,7 +9,11 @@ from distserve.core.config import KvConfig
 from distserve.core.errors import ConfigError
 
 PROCESS_BYTES = 400 * 2**20
-"""Memory a rank takes beside weights and KV: interpreter, torch, activations. Measured: 330-420 MiB."""
+"""Memory an instance takes beside weights and KV: interpreter, torch, activations. Measured: 330-420 MiB."""
+
+RANK_BYTES = 250 * 2**20
+"""Memory that each further rank of an instance takes beside weights and KV, and its share in the process that starts
+them. Measured: 150-230 MiB, as they have their code in common."""
 
 _DEFAULT_KV_BYTES = 256 * 2**20
 """KV per instance that is not exceeded unless asked for, or unless one full-length sequence needs it."""
@@ -44,11 +48,17 @@ def free_memory() -> int:
 
 def check_processes(num_instances: int, num_ranks: int, free: int) -> None:
     """Raise ConfigError if not even the bare processes of the instances' ``num_ranks`` fit into ``free`` bytes."""
-    if num_ranks * PROCESS_BYTES > free:
+    needed = _process_bytes(num_instances, num_ranks)
+    if needed > free:
+        ranks = "" if num_ranks == num_instances else f" of {num_ranks} ranks"
         raise ConfigError(
-            f"{num_instances} instances need more than {_mib(num_ranks * PROCESS_BYTES)}, {_mib(free)} are free: each "
-            f"of their {num_ranks} ranks takes {_mib(PROCESS_BYTES)} before any weights. Ask for fewer."
+            f"{num_instances} instances{ranks} need more than {_mib(needed)} before weights, {_mib(free)} are free: "
+            "ask for fewer"
         )
+
+
+def _process_bytes(num_instances: int, num_ranks: int) -> int:
+    return num_instances * PROCESS_BYTES + (num_ranks - num_instances) * RANK_BYTES
 
 
 def size_kv(
@@ -76,12 +86,13 @@ def size_kv(
         ConfigError: the instances do not fit into memory, or the KV asked for holds no block.
     """
     block_bytes = token_bytes * request.block_size
+    processes = _process_bytes(num_instances, num_ranks)
     if request.num_tokens is not None:
         kv_bytes = -(-request.num_tokens // request.block_size) * block_bytes
     elif request.num_bytes is not None:
         kv_bytes = request.num_bytes
     else:
-        left = free - num_ranks * PROCESS_BYTES - num_instances * weight_bytes
+        left = free - processes - num_instances * weight_bytes
         wanted = max(
             min(_DEFAULT_SEQUENCES * max_model_len * token_bytes, _DEFAULT_KV_BYTES), max_model_len * token_bytes
         )
@@ -93,14 +104,14 @@ def size_kv(
             f"({_mib(block_bytes)}): give at least --kv-tokens {max_model_len}"
         )
     each = weight_bytes + num_blocks * block_bytes
-    needed = num_ranks * PROCESS_BYTES + num_instances * each
+    needed = processes + num_instances * each
     if needed > free:
-        fit = max(0, free // (each + num_ranks * PROCESS_BYTES // num_instances))
-        process = "its process" if num_ranks == num_instances else "each of its processes"
+        fit = max(0, free // (each + processes // num_instances))
+        process = "its process" if num_ranks == num_instances else "its processes"
         raise ConfigError(
             f"{num_instances} instances need {_mib(needed)}, {_mib(free)} are free: each takes {_mib(weight_bytes)} of "
             f"weights, {_mib(num_blocks * block_bytes)} of KV ({num_blocks * request.block_size} tokens) and "
-            f"{_mib(PROCESS_BYTES)} for {process}. {_advice(fit)}"
+            f"{_mib(processes // num_instances)} for {process}. {_advice(fit)}"
         )
     return KvConfig(num_blocks=num_blocks, block_size=request.block_size)
 

@@ -203,7 +203,7 @@ def test_more_instances_than_memory_holds_is_an_error_with_numbers() -> None:
         assert part in str(error.value)
     with pytest.raises(ConfigError, match="3 would fit"):
         size_kv(KvRequest(num_tokens=1024), free=5 * GIB, **{**SIZES, "num_instances": 10, "num_ranks": 10})
-    with pytest.raises(ConfigError, match=r"2 instances need 3\.6 GiB.* for each of its processes.*1 would fit"):
+    with pytest.raises(ConfigError, match=r"2 instances need 3\.3 GiB.* for its processes.*1 would fit"):
         size_kv(KvRequest(num_tokens=1024), free=3 * GIB, **{**SIZES, "num_ranks": 4})
     with pytest.raises(ConfigError, match="not a single block"):
         size_kv(KvRequest(num_bytes=100), free=64 * GIB, **SIZES)
