@@ -4,7 +4,7 @@
 
 The KV of a prompt of an 8B Llama (32 layers, 8 KV heads of 128, bfloat16, blocks of 16 tokens at random places) is
 pulled out of the memory of another process and timed as an instance sees it: from its order to its end, with planning,
-launch and looking. Beside each pull torch's ``copy_`` moves as many bytes within the card, launch and wait included. The
+launch and looking. Beside each pull, torch copies as many bytes within the card, launch and wait included. The
 ratio is the median over pairs. Needs one card with 6 GB free, and torch for CUDA.
 """
 

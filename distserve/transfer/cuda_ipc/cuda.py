@@ -71,9 +71,10 @@ class CudaDevice:
 
     def prepare(self, row_bytes: int) -> None:
         """Compile the kernel for such rows."""
-        scratch = torch.zeros(2, row_bytes, dtype=torch.uint8, device=self._device)
+        # Of torch's allocator, so aligned as pools are: kernels are compiled for that.
+        src, dst = (torch.zeros(row_bytes, dtype=torch.uint8, device=self._device) for _ in range(2))
         start = np.zeros(1, dtype=np.int64)
-        self.copy(scratch[0], scratch[1], RowCopy(start, start, row_bytes, 1, row_bytes, row_bytes))
+        self.copy(src, dst, RowCopy(start, start, row_bytes, 1, row_bytes, row_bytes))
         self._stream.synchronize()
 
     def copy(self, src: Tensor, dst: Tensor, rows: RowCopy) -> "CudaEvent":
