@@ -53,7 +53,7 @@ POOLS = {
 }
 VARIANTS = {"none": (False, False), "caching, by load": (True, False), "caching, by hits": (True, True)}
 BATCH_TOKENS = {Role.PREFILL: 8192, Role.DECODE: 8192, Role.MIXED: 2048}
-SPEEDS = (1.0, 2.0, 2.5)
+SPEEDS = (1.0, 2.0, 2.5, 3.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ def deployment(pools: str, variant: str) -> ClusterModel:
 
 def memory(role: Role) -> KvConfig:
     """What weights and workspace leave of a card."""
-    kv = kv_config(LLAMA_8B, find_gpu(CLUSTER.gpu), ParallelConfig(), max_batch_tokens=BATCH_TOKENS[role])
+    gpu, tokens = find_gpu(CLUSTER.gpu), BATCH_TOKENS[role]
+    kv = kv_config(LLAMA_8B, gpu, ParallelConfig(), block_size=64, max_batch_tokens=tokens)
     assert kv is not None
     return kv
 
@@ -219,7 +220,7 @@ def plot(results: Sequence[Result]) -> Figure:
             loads = [one.requests_per_second for one in mine]
             axis.plot(loads, [one.ttft_mean for one in mine], "-o", color=colour, label=f"{variant}, mean")
             axis.plot(loads, [one.ttft_p90 for one in mine], "--o", color=colour, label=f"{variant}, p90", alpha=0.6)
-        axis.set(title=pools, xlabel="requests/s", ylabel="TTFT, s", yscale="log")
+        axis.set(title=pools, xlabel="requests/s", ylabel="TTFT, s", ylim=(0, None))
     axes[0].legend(fontsize=7)
     for pools, marker in zip(POOLS, "os", strict=True):
         for variant, colour in list(styles.items())[1:]:

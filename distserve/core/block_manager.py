@@ -97,35 +97,33 @@ class BlockManager:
             del self._holds[block]
             if block in self._waiting:
                 self._waiting.remove(block)
-                self._put_back(block)
+                self.release([block])
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference from each block of a table, the last block first; the last reference frees it."""
-        if self._shares or self._holds or not self._keys.keys().isdisjoint(blocks):
+        keys, known, free, shares, holds = self._keys, self._known, self._free, self._shares, self._holds
+        if not (shares or holds) and keys.keys().isdisjoint(blocks):
+            free += blocks
+        else:
             for block in reversed(blocks):
-                self._release(block)
-            return
-        self._free += blocks
-        assert len(self._free) <= self.num_blocks, "blocks released twice"
+                if block in shares:
+                    self._unshare(block)
+                elif block in holds:
+                    assert block not in self._waiting, "block released twice"
+                    self._waiting.add(block)
+                elif block in keys:
+                    assert block not in known, "block released twice"
+                    known[block] = None
+                else:
+                    free.append(block)
+            if len(known) > self._max_known:
+                self._evict(len(known) - self._max_known)
+        assert self.num_free <= self.num_blocks, "blocks released twice"
 
-    def _release(self, block: int) -> None:
-        others = self._shares.pop(block, 0)
+    def _unshare(self, block: int) -> None:
+        others = self._shares.pop(block)
         if others > 1:
             self._shares[block] = others - 1
-        elif others == 0 and block in self._holds:
-            assert block not in self._waiting, "block released twice"
-            self._waiting.add(block)
-        elif others == 0:
-            self._put_back(block)
-
-    def _put_back(self, block: int) -> None:
-        if block in self._keys:
-            assert block not in self._known, "block released twice"
-            self._known[block] = None
-            if len(self._known) > self._max_known:
-                self._evict(1)
-        else:
-            self._free.append(block)
 
     # -- content -------------------------------------------------------------------------------------------------------
 

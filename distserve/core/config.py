@@ -150,12 +150,10 @@ class InstanceSpec:
     parallel: ParallelConfig = ParallelConfig()
 
     def check_prefix_cache(self) -> None:
-        """Raise ConfigError if more KV is to be kept for later prompts than there is memory, or none can be."""
+        """Raise ConfigError if more KV is to be kept for later prompts than there is memory, or less than a block."""
         tokens = self.scheduler.prefix_cache_tokens
         if tokens is None:
             return
-        if not self.scheduler.prefix_caching:
-            raise ConfigError("prefix_cache_tokens bounds the prefix cache, which is off: set prefix_caching as well")
         if not self.kv.block_size <= tokens <= self.kv.num_tokens:
             raise ConfigError(
                 f"a prefix cache of {tokens} tokens does not fit {self.instance_id}: its KV memory holds "

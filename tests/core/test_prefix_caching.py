@@ -148,6 +148,15 @@ def test_the_last_token_is_computed_in_any_case() -> None:
     assert [computed(node, name) for name in "ab"] == [16, 4]
 
 
+def test_what_is_kept_can_be_bounded() -> None:
+    limits = replace(config(), prefix_cache_tokens=3 * SIZE)
+    node = Bench(MixedScheduler(InstanceSpec("mixed-0", Role.MIXED, KvConfig(400, SIZE), limits)), RememberingWorker)
+    for name in "ab":
+        node.submit(request(name, (0, 30)))
+        run_out(node)
+    assert computed(node, "b") == 30 - 3 * SIZE, "the head of what was there"
+
+
 def test_answers_are_found_too() -> None:
     node = mixed()
     node.submit(request("a", (0, 10)))
