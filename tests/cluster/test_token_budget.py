@@ -31,6 +31,13 @@ def test_the_policy_is_read_from_the_file_and_from_a_flag(tmp_path: Path) -> Non
         load(tmp_path, "mixed_policy: both")
 
 
+def test_a_role_that_does_not_exist_is_said_with_those_that_do(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("placement: {both: {instances: 2}}")
+    with pytest.raises(ConfigError, match=r"line 1: placement\.both is unknown; known here: decode, mixed, prefill"):
+        load_config(file, {}, model_dir())
+
+
 def test_a_policy_of_mixed_instances_needs_some() -> None:
     with pytest.raises(ConfigError, match="for mixed instances, and there are none: give --mixed 1"):
         load_config(None, {"engine.mixed_policy": "whole"}, model_dir())

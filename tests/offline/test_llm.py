@@ -180,6 +180,14 @@ async def test_outputs_are_those_of_the_endpoint(llm: LLM) -> None:
         assert entry.logprob == pytest.approx(known[str(token_id)]["logprob"], abs=1e-4)
 
 
+def test_whole_prompts_and_shared_prefixes_give_the_same(llm: LLM) -> None:
+    prompts = [[50 + i % 7 for i in range(length)] for length in (5, 70, 40, 71, 90)]
+    expected = llm.generate(prompts, GREEDY)
+    options: dict[str, Any] = {"mixed_policy": "whole", "prefix_caching": True, "max_batch_tokens": 48}
+    with LLM(kv_tokens=4096, threads=1, **options) as other:
+        assert other.generate(prompts, GREEDY) == expected
+
+
 def test_many_prompts_come_back_in_order(llm: LLM) -> None:
     prompts = [[5 + i, 6, 7 + 3 * i] + [9] * (i % 50) for i in range(60)]
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))

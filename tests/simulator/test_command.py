@@ -199,6 +199,16 @@ def test_a_placement_of_another_file_and_of_a_plan_the_file_names(write: Callabl
         assert {instance["num_kv_blocks"] for instance in instances} == {1250}
 
 
+def test_mixed_instances_never_split_prompts_if_told_so(write: Callable[..., Path]) -> None:
+    rates = []
+    for policy in ("splitfuse", "whole"):
+        config = write(placement={"mixed": {"instances": 1}}, engine={"mixed_policy": policy, "max_batch_tokens": 128})
+        summary = figures(config, "--rate", "2", "--requests", "60")["summary"]
+        assert summary["num_answered"] == 60
+        rates.append(summary["tpot"]["p99"])
+    assert rates[1] > 1.2 * rates[0], "decoding waits for whole prompts"
+
+
 def test_a_lost_instance_shows(write: Callable[..., Path]) -> None:
     config = write()
     before, after = figures(config), figures(config, "--fault", "5:loss:decode-1", "--fault", "9:loss:decode-0")
@@ -256,6 +266,9 @@ def test_a_trace_is_replayed_at_its_own_times(write: Callable[..., Path], tmp_pa
         ({"placement": {"prefill": {"tp": 3}, "decode": {}}}, (), ["tp 3"]),
         ({"placement": {"prefill": {"instances": 9}, "decode": {}}}, (), ["10 GPUs", "2 nodes of 4"]),
         ({"cluster": CONFIG["cluster"] | {"gpu": "l4"}, "placement": {"mixed": {}}}, (), ["no room for KV"]),
+        ({"placement": {"mixed": {"max_batch_tokens": 32}}}, (), ["mixed-0", "max_batch_size = 64", "32 or less"]),
+        ({"engine": {"max_batch_tokens": 8}}, (), ["prefill-0", "smaller than a KV block of 16 tokens"]),
+        ({"engine": {"mixed_policy": "first"}}, (), ["engine.mixed_policy", "'splitfuse' or 'whole'"]),
     ],
 )
 def test_mistakes_are_said_with_what_would_be_right(
