@@ -2,11 +2,13 @@
 
 A pull's prompt may still be computed: the tokens of earlier chunks flow at once, those of the last chunk a group of
 layers at a time, as the source's step passes them (layers take equal times). What is ready when the flows before
-it have ended goes together. Where no network is modelled, a block takes ``Delays.seconds_per_block``, whatever else is
-under way, and the last chunk's blocks go when their step has ended.
+it have ended goes together. Between two instances pulls take turns, as they do on a transport: of those that have
+something ready the oldest flows. Where no network is modelled, a block takes ``Delays.seconds_per_block``, whatever
+else is under way, and the last chunk's blocks go when their step has ended.
 """
 
 import heapq
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from distserve.core.commands import Migrate
@@ -37,6 +39,11 @@ class _Pull:
     started_at: float
     num_bytes: int = 0
     flows: set[int] = field(default_factory=set)
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The two instances."""
+        return (self.source_id, self.key[0])
 
 
 class PullNetwork:
@@ -81,6 +88,10 @@ class Pulls:
         self._recorder = recorder
         self._pulls: dict[PullKey, _Pull] = {}
         self._of_flow: dict[int, _Pull] = {}
+        self._lines: defaultdict[tuple[str, str], dict[PullKey, _Pull]] = defaultdict(dict)
+        """Pulls between two instances (source, puller), the oldest first; empty where there is no network."""
+        self._flowing: set[tuple[str, str]] = set()
+        """Pairs of instances between which a pull flows."""
         self._timers: list[tuple[float, int, PullKey]] = []
         """When a pull without flows goes on, or ends."""
         self._num_timers = 0
@@ -120,7 +131,8 @@ class Pulls:
                 is_first = together and group < NUM_LAYER_GROUPS
                 groups.append((max(ready, begin), num_late / NUM_LAYER_GROUPS * (group if is_first else 1)))
         num_bytes = num_blocks * block_size * sum(num for _, num in per_token)
-        self._pulls[key] = _Pull(key, command.source_id, request_id, per_token, groups, now, num_bytes)
+        pull = _Pull(key, command.source_id, request_id, per_token, groups, now, num_bytes)
+        self._pulls[key] = self._lines[pull.pair][key] = pull
         self._wake(groups[0][0], key)
         return None
 
@@ -136,10 +148,14 @@ class Pulls:
         pull = self._pulls.pop((puller, pull_id), None)
         if pull is None:
             return False
+        self._lines[pull.pair].pop(pull.key, None)
         for flow_id in pull.flows:
             assert self._network is not None
             del self._of_flow[flow_id]
             self._network.flows.cancel(now, flow_id)
+        if pull.flows:
+            self._flowing.remove(pull.pair)
+            self._take_turns(now, pull.pair)
         return True
 
     def lose(self, now: float, instance_id: str) -> list[PullKey]:
@@ -159,7 +175,7 @@ class Pulls:
             _, _, key = heapq.heappop(self._timers)
             pull = self._pulls.get(key)
             if pull is not None:
-                self._go_on(now, pull, done)
+                self._take_turns(now, pull.pair)
         network = self._network
         while network is not None and network.flows.next_time <= now:
             completion = network.flows.next_completion()
@@ -173,26 +189,36 @@ class Pulls:
         return done
 
     def _go_on(self, now: float, pull: _Pull, done: list[tuple[str, Migrated]]) -> None:
-        """Nothing of the pull flows: send what is ready, else wait for it, else it has ended."""
-        groups = pull.groups
-        if not groups:
-            del self._pulls[pull.key]
+        """What flowed of the pull has arrived: it has ended, or waits for more; another may have its turn."""
+        self._flowing.remove(pull.pair)
+        if pull.groups:
+            if pull.groups[0][0] > now:
+                self._wake(pull.groups[0][0], pull.key)
+        else:
+            del self._pulls[pull.key], self._lines[pull.pair][pull.key]
             puller, pull_id = pull.key
             done.append((puller, Migrated(pull_id, ok=True, num_bytes=pull.num_bytes)))
             if self._recorder is not None:
                 self._recorder.on_pull(pull.request_id, pull.source_id, puller, pull.started_at, now, pull.num_bytes)
+        self._take_turns(now, pull.pair)
+
+    def _take_turns(self, now: float, pair: tuple[str, str]) -> None:
+        """If nothing flows between the two, all that is ready of the oldest pull that has something does."""
+        if pair in self._flowing:
             return
-        if groups[0][0] > now:
-            self._wake(groups[0][0], pull.key)
+        waiting = self._lines[pair].values()
+        ready = next((pull for pull in waiting if pull.groups and pull.groups[0][0] <= now), None)
+        if ready is None:
             return
+        self._flowing.add(pair)
         num_tokens = 0.0
-        while groups and groups[0][0] <= now:
-            num_tokens += groups.pop(0)[1]
+        while ready.groups and ready.groups[0][0] <= now:
+            num_tokens += ready.groups.pop(0)[1]
         assert self._network is not None
-        for route, bytes_per_token in pull.per_token:
+        for route, bytes_per_token in ready.per_token:
             flow_id = self._network.flows.start(now, route, num_tokens * bytes_per_token)
-            self._of_flow[flow_id] = pull
-            pull.flows.add(flow_id)
+            self._of_flow[flow_id] = ready
+            ready.flows.add(flow_id)
 
     def _wake(self, time: float, key: PullKey) -> None:
         self._num_timers += 1
