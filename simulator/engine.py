@@ -48,7 +48,7 @@ class StretchPoint:
 class Engine:
     """Times steps, and keeps count of what was done.
 
-    Each of the stages has ``num_shards`` ranks. ``busy`` is seconds the first stage worked, ``num_sequences`` the batch
+    Each stage has ``num_shards`` ranks. ``busy`` is seconds the busiest stage worked, ``num_sequences`` the batch
     sizes added up.
     """
 
@@ -86,7 +86,7 @@ class Engine:
         end = start + seconds[0]
         for stage in range(1, self.num_stages):
             end = self._enter(end + between, stage, seconds[stage], shape) + seconds[stage]
-        self._count(shape, seconds[0])
+        self._count(shape, seconds[-1])
         if len(self.step_ends) > 2 * self.num_stages:
             over = [step_id for step_id, at in self.step_ends.items() if at <= now]
             for step_id in over:
