@@ -120,15 +120,15 @@ def test_a_busy_instance_gives_the_tokens_of_the_cpu_worker(llama: Served, seed:
             assert len(mine.prompt_logprobs or ()) == len(theirs.prompt_logprobs or ())
 
 
-@pytest.mark.parametrize("in_flight", [1, 2, 3])
+@pytest.mark.parametrize(("in_flight", "lookahead"), [(1, False), (2, True), (3, True), (2, False)])
 def test_sequences_that_leave_in_the_middle_change_nothing_for_the_others(
-    llama: Served, worker: Worker, backend: HostBackend, in_flight: int
+    llama: Served, worker: Worker, backend: HostBackend, in_flight: int, lookahead: bool
 ) -> None:
     config = SchedulerConfig(max_batch_tokens=32, max_batch_size=9, headroom=0.0)
     expected = play(llama.worker(), config, 77, aborts=False).tokens()
     before = backend.num_replays
-    lookahead = replace(config, max_in_flight=in_flight, lookahead=in_flight > 1)
-    found = play(worker, lookahead, 77, aborts=True).tokens()
+    ahead = replace(config, max_in_flight=in_flight, lookahead=lookahead)
+    found = play(worker, ahead, 77, aborts=True).tokens()
     assert backend.num_replays > before + 10
     assert sum(map(len, found.values())) < sum(map(len, expected.values()))
     for key, tokens in found.items():
