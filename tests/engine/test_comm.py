@@ -73,6 +73,7 @@ def test_what_a_group_on_gpus_lacks_is_said(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(distributed, "is_nccl_available", lambda: has_nccl)
     check_devices(ParallelConfig(2, 2), "cpu")
     with pytest.raises(ConfigError, match=message):
