@@ -17,8 +17,8 @@ from distserve.cluster.profile_file import read_profile
 from distserve.cluster.seats import WantedInstance, check_kv_transport, check_seats, wanted
 from distserve.cluster.sizing import KvRequest
 from distserve.cluster.yaml_file import explain, read_yaml
-from distserve.core.budget import saturating_budget
-from distserve.core.config import PrefillPolicy, Role
+from distserve.core.budget import check_budget, saturating_budget
+from distserve.core.config import InstanceSpec, KvConfig, PrefillPolicy, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec
 
@@ -199,24 +199,24 @@ def load_config(
     check_kv_transport(planned.instances, engine.kv_transport)
     if "mixed_policy" in engine.model_fields_set and not any(i.role is Role.MIXED for i in planned.instances):
         raise ConfigError("mixed_policy is for mixed instances, and there are none: give --mixed 1 or more, or drop it")
+    settings = EngineSettings(
+        dtype=engine.dtype,
+        max_model_len=engine.max_model_len,
+        kv=KvRequest(engine.kv_tokens, None if engine.kv_memory is None else int(engine.kv_memory), engine.block_size),
+        max_batch_tokens=engine.token_budget(path.parent if path is not None else Path()),
+        max_batch_size=engine.max_batch_size,
+        threads=engine.threads,
+        mixed_policy=engine.mixed_policy,
+        prefix_caching=engine.prefix_caching,
+        kv_transport=engine.kv_transport,
+        kv_interface=engine.kv_interface,
+    )
+    _check_budgets(planned.instances, settings)
     return ServeConfig(
         model_dir=model_dir.resolve(),
         instances=planned.instances,
         cluster=planned.cluster,
-        engine=EngineSettings(
-            dtype=engine.dtype,
-            max_model_len=engine.max_model_len,
-            kv=KvRequest(
-                engine.kv_tokens, None if engine.kv_memory is None else int(engine.kv_memory), engine.block_size
-            ),
-            max_batch_tokens=engine.token_budget(path.parent if path is not None else Path()),
-            max_batch_size=engine.max_batch_size,
-            threads=engine.threads,
-            mixed_policy=engine.mixed_policy,
-            prefix_caching=engine.prefix_caching,
-            kv_transport=engine.kv_transport,
-            kv_interface=engine.kv_interface,
-        ),
+        engine=settings,
         host=serving.host,
         port=serving.port,
         api_key=serving.api_key,
@@ -226,6 +226,19 @@ def load_config(
         event_log=serving.event_log.resolve() if serving.event_log else None,
         node_patience=serving.node_patience,
     )
+
+
+def _check_budgets(instances: tuple[WantedInstance, ...], engine: EngineSettings) -> None:
+    """Raise ConfigError if a step of some instance is too small for what must go into one."""
+    for instance in instances:
+        limits = instance.limits
+        scheduler = SchedulerConfig(
+            max_batch_tokens=limits.max_batch_tokens or engine.max_batch_tokens,
+            max_batch_size=limits.max_batch_size or engine.max_batch_size,
+            policy=engine.mixed_policy,
+        )
+        kv = KvConfig(0, engine.kv.block_size)
+        check_budget(InstanceSpec(f"{instance.role} instance", instance.role, kv, scheduler))
 
 
 def _names(checked: ConfigFile) -> tuple[str, ...]:

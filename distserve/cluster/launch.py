@@ -22,7 +22,6 @@ from distserve.cluster.seats import FoundNode, check_engine, group_by_node, matc
 from distserve.cluster.session import Session
 from distserve.cluster.sizing import KvRequest, check_processes, free_memory, size_kv
 from distserve.cluster.supervise import Supervisor
-from distserve.core.budget import check_budget
 from distserve.core.config import InstanceSpec, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
 from distserve.core.shards import check_shards
@@ -159,7 +158,6 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
         name = f"{instance.role}-{numbers[instance.role]}"
         numbers[instance.role] += 1
         specs.append(InstanceSpec(name, instance.role, kv, scheduler, instance.parallel))
-        check_budget(specs[-1])
     least = min(spec.kv.num_tokens for spec in specs)
     if least < max_model_len:
         logger.warning("KV memory holds %d tokens, requests longer than that are refused", least)

@@ -45,9 +45,11 @@ def params_for(
     return list(given)
 
 
-async def make_job(prompt: Prompt, params: SamplingParams, model: ServedModel, owner_id: str, arrival: float) -> Job:
+async def make_job(
+    prompt: Prompt, params: SamplingParams, model: ServedModel, owner_id: str, arrival: float, *, stream: bool = False
+) -> Job:
     """Check ``params``, render and tokenise ``prompt``. Raises InvalidRequestError."""
-    fields = _fields(params)
+    fields = _fields(params) | {"stream": stream}
     if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         prompt = Chat(cast("Sequence[Mapping[str, Any]]", prompt))
     if isinstance(prompt, Chat):

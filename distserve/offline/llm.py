@@ -169,7 +169,7 @@ class LLM:
 
         async def produce() -> None:
             try:
-                job = await self._job(prompt, sampling_params or SamplingParams())
+                job = await self._job(prompt, sampling_params or SamplingParams(), stream=True)
                 await self._answer(job, lambda index, piece: put(delta_of(index, piece)))
             finally:
                 put(None)
@@ -204,8 +204,8 @@ class LLM:
 
     # -- on the background loop ---------------------------------------------------------------------------------------
 
-    async def _job(self, prompt: Prompt, params: SamplingParams) -> Job:
-        return await make_job(prompt, params, self.model, self._backend.owner_id, cluster_time())
+    async def _job(self, prompt: Prompt, params: SamplingParams, *, stream: bool = False) -> Job:
+        return await make_job(prompt, params, self.model, self._backend.owner_id, cluster_time(), stream=stream)
 
     async def _generate(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], advance: Advance

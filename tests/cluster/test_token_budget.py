@@ -38,6 +38,26 @@ def test_a_role_that_does_not_exist_is_said_with_those_that_do(tmp_path: Path) -
         load_config(file, {}, model_dir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"engine.max_batch_tokens": 15},
+            "prefill instance: .* 15 is smaller than a KV block",
+        ),
+        (
+            {"engine.max_batch_tokens": 48, "placement.mixed.instances": 1},
+            "mixed instance: .* 48 has no room",
+        ),
+        ({"engine.max_batch_size": 513, "placement.mixed.instances": 1}, "max_batch_tokens to 513 or more"),
+    ],
+)
+def test_a_step_too_small_is_refused_before_anything_starts(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, flags, model_dir())
+    load_config(None, flags | {"engine.max_batch_tokens": 600}, model_dir())
+
+
 def test_a_policy_of_mixed_instances_needs_some() -> None:
     with pytest.raises(ConfigError, match="for mixed instances, and there are none: give --mixed 1"):
         load_config(None, {"engine.mixed_policy": "whole"}, model_dir())

@@ -63,6 +63,7 @@ class Node:
     size=st.integers(1, 8),
     num_blocks=st.integers(16, 60),
     prefix_caching=st.booleans(),
+    in_flight=st.sampled_from([(1, False), (2, False), (2, True)]),
 )
 def test_greedy_tokens_are_those_of_generate(
     llama: Served,
@@ -73,10 +74,13 @@ def test_greedy_tokens_are_those_of_generate(
     size: int,
     num_blocks: int,
     prefix_caching: bool,
+    in_flight: tuple[int, bool],
 ) -> None:
     config = SchedulerConfig(
         max_batch_tokens=budget,
         max_batch_size=size,
+        max_in_flight=in_flight[0],
+        lookahead=in_flight[1],
         headroom=0.0,
         policy=policy,
         prefix_caching=prefix_caching,

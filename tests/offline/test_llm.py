@@ -293,6 +293,8 @@ async def test_a_stream_that_is_left_frees_its_memory(llm: LLM) -> None:
 async def test_a_stream_raises_what_is_wrong(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="temperature: should be less than or equal to 2"):
         await anext(llm.stream(TEXT, SamplingParams(temperature=3.0)))
+    with pytest.raises(InvalidRequestError, match="prompt_logprobs cannot be streamed"):
+        await anext(llm.stream(TEXT, SamplingParams(prompt_logprobs=1)))
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
