@@ -61,6 +61,7 @@ def main() -> None:
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on; 0 picks a free one.  [default: 8000]")
 @click.option("--ray-address", help="Join this Ray cluster (host:port, or auto) in place of a local one.")
+@click.option("--gpu", type=int, help="Place all instances on this GPU, counted from 0.  [default: compute on CPUs]")
 @click.option("--dtype", help="float32 or bfloat16, for weights and KV.  [default: float32]")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and output together.  [default: the model's]")
 @click.option("--kv-tokens", type=int, help="KV memory of each instance, in tokens.  [default: by free memory]")

@@ -48,6 +48,7 @@ class EngineSection(_Section):
     """``engine``: limits and resources of every instance."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    gpu: Annotated[int, Field(ge=0)] | None = None
     max_model_len: Positive | None = None
     kv_tokens: Positive | None = None
     kv_memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -133,6 +134,8 @@ class EngineSettings:
     prefix_caching: bool = False
     kv_transport: str = "auto"
     kv_interface: str | None = None
+    gpu: int | None = None
+    """The GPU of this machine that all instances share; None: they compute on CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +200,8 @@ def load_config(
         raise ConfigError("engine.kv_interface is what TCP listens on, and engine.kv_transport shm uses none: drop one")
     planned = _planned(checked, path, model_dir.resolve(), planner)
     check_kv_transport(planned.instances, engine.kv_transport)
+    if engine.gpu is not None:
+        _check_gpu(planned, engine, serving)
     if "mixed_policy" in engine.model_fields_set and not any(i.role is Role.MIXED for i in planned.instances):
         raise ConfigError("mixed_policy is for mixed instances, and there are none: give --mixed 1 or more, or drop it")
     settings = EngineSettings(
@@ -210,6 +215,7 @@ def load_config(
         prefix_caching=engine.prefix_caching,
         kv_transport=engine.kv_transport,
         kv_interface=engine.kv_interface,
+        gpu=engine.gpu,
     )
     _check_budgets(planned.instances, settings)
     return ServeConfig(
@@ -226,6 +232,29 @@ def load_config(
         event_log=serving.event_log.resolve() if serving.event_log else None,
         node_patience=serving.node_patience,
     )
+
+
+def _check_gpu(planned: PlannedSeats, engine: EngineSection, serving: ServingSection) -> None:
+    """Raise ConfigError for what does not go with all instances on one GPU of this machine."""
+    if serving.ray_address is not None:
+        raise ConfigError("engine.gpu (--gpu) is a GPU of this machine, and serving.ray_address joins others: drop one")
+    if planned.cluster is not None:
+        raise ConfigError("engine.gpu (--gpu) puts all instances on one GPU, and the placement says where they are")
+    if engine.kv_transport != "auto":
+        raise ConfigError(
+            f"engine.kv_transport {engine.kv_transport} is for KV in host memory, and with engine.gpu (--gpu) it is in "
+            "the GPU's: leave it out"
+        )
+    if any(instance.limits.kv_tokens for instance in planned.instances):
+        raise ConfigError(
+            "kv_tokens of a pool does not go with engine.gpu (--gpu), which divides the card: drop it, or give "
+            "engine.kv_tokens"
+        )
+    if sharded := next((i for i in planned.instances if i.parallel.num_ranks > 1), None):
+        raise ConfigError(
+            f"engine.gpu (--gpu) is one GPU, and a {sharded.role} instance of {sharded.parallel.num_ranks} ranks wants "
+            "one for each: set tp and pp to 1"
+        )
 
 
 def _check_budgets(instances: tuple[WantedInstance, ...], engine: EngineSettings) -> None:

@@ -5,9 +5,10 @@ the cards, and calls :meth:`Instance.start`.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from distserve.cluster.gpu import Hardware, cuda_hardware, gpu_transport
 from distserve.cluster.interface import address_on
 from distserve.cluster.kv_peers import KvPeers
 from distserve.cluster.network import Mailbox, ReceiverThread
@@ -25,7 +26,7 @@ from distserve.engine.sharding.shard import shard_of_model
 from distserve.transfer.choose import TransportKind
 
 
-def _transport_for(config: InstanceConfig, host: str) -> InstanceTransport:
+def _transport_for(config: InstanceConfig, host: str, hardware: Hardware | None) -> InstanceTransport:
     spec, plan, access = config.spec, config.plan, config.kv_access
     kv_host = None
     if access.opens_port:
@@ -33,23 +34,36 @@ def _transport_for(config: InstanceConfig, host: str) -> InstanceTransport:
     secret = hashlib.sha256(config.key.secret.encode()).digest()
     options = MemoryOptions(secret, TransportKind(access.transport), kv_host)
     shard = shard_of_model(plan.model_dir, spec.parallel, 0)
-    own = rank_transport(shard.layout(spec.kv, plan.dtype), shard, options)
+    layout = shard.layout(spec.kv, plan.dtype)
+    if hardware is not None:
+        on_card, pool = gpu_transport(layout, shard, secret, hardware.device)
+        return InstanceTransport(on_card, spec.parallel, options, pool)
+    own = rank_transport(layout, shard, options)
     return InstanceTransport(own, spec.parallel, options)
 
 
 class Instance:
-    """The process's one instance."""
+    """The process's one instance. ``open_hardware`` is asked for what the plan's device is, unless that is the CPU."""
 
-    def __init__(self, config: InstanceConfig) -> None:
+    def __init__(self, config: InstanceConfig, open_hardware: Callable[[str], Hardware] = cuda_hardware) -> None:
         spec, plan = config.spec, config.plan
         cores = own_cores(config.first_core, plan.num_threads * spec.parallel.num_ranks, config.num_cores)
         pin_process(cores[: plan.num_threads])
         host = config.host or "127.0.0.1"
         self._log = EventLog.of(spec.instance_id, config.log_dir) if config.log_dir else None
-        self._transport = _transport_for(config, host)
+        hardware = open_hardware(plan.device) if plan.device != "cpu" else None
+        self._transport = _transport_for(config, host, hardware)
         self._mailbox = Mailbox(spec.instance_id, config.key, host)
         self._peers = KvPeers(spec.instance_id, self._transport.connect, self._transport.forget)
-        self._rank = Rank(spec, replace(plan, cores=cores), self._transport, self._mailbox, self._log, self._peers.lost)
+        self._rank = Rank(
+            spec,
+            replace(plan, cores=cores),
+            self._transport,
+            self._mailbox,
+            self._log,
+            self._peers.lost,
+            hardware.backend if hardware is not None else None,
+        )
         self._receiver = ReceiverThread(self._mailbox, self._receive)
         self._endpoint = self._mailbox.endpoint
         # Only prefill instances are pulled from, and only decode instances pull.

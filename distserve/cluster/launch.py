@@ -4,6 +4,7 @@ Everything below the endpoint is started here, in parallel where it can be, and 
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,8 @@ from ray.exceptions import RayError
 from distserve.cluster.config import ServeConfig
 from distserve.cluster.deployment import Blueprint, Deployment, cause_of
 from distserve.cluster.describe import Description, ModelFacts
+from distserve.cluster.gpu_memory import Limits, ProcessMemory, split_card
+from distserve.cluster.gpu_probe import GpuFacts, probe_gpu, visible_as
 from distserve.cluster.network import Mailbox, create_key
 from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan, KvAccess
 from distserve.cluster.ray_cluster import joined_cluster, local_cluster, this_node
@@ -42,6 +45,12 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
     """Start every part but the endpoint; stop them again at the end."""
     groups = group_by_node(config.instances)
     nodes: dict[int, FoundNode] = {}
+    gpu: GpuFacts | None = None
+    if config.engine.gpu is not None:
+        show(f"examining GPU {config.engine.gpu}")
+        gpu = probe_gpu(config.model_dir, config.engine.dtype, config.engine.gpu)
+        # What is started from here on sees this GPU alone, and knows it as the first.
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_as(config.engine.gpu, os.environ)
     if config.ray_address is None:
         here = this_node()
         if config.cluster is not None:
@@ -73,7 +82,7 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
         key = create_key()
         mailbox = Mailbox(OWNER, key, cluster.host)
         stack.callback(mailbox.close)
-        blueprint = _blueprint(config, facts, num_threads, key)
+        blueprint = _blueprint(config, facts, num_threads, key, gpu)
         deployment = Deployment(
             cluster,
             blueprint,
@@ -122,7 +131,9 @@ def _start_parts(deployment: Deployment, show: Callable[[str], None]) -> None:
     deployment.adopt_instances(loaded, all_must_meet=True)
 
 
-def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: ClusterKey) -> Blueprint:
+def _blueprint(
+    config: ServeConfig, facts: ModelFacts, num_threads: int, key: ClusterKey, gpu: GpuFacts | None
+) -> Blueprint:
     engine = config.engine
     max_model_len = min(engine.max_model_len or facts.max_model_len, facts.max_model_len)
     if engine.max_model_len is not None and engine.max_model_len > facts.max_model_len:
@@ -133,24 +144,31 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
     free = free_memory()
     specs: list[InstanceSpec] = []
     numbers: Counter[Role] = Counter()
-    for instance in config.instances:
+    on_card = _split(config, gpu, max_model_len) if gpu is not None else None
+    for slot, instance in enumerate(config.instances):
         check_shards(instance.parallel, facts.num_layers, facts.num_kv_heads)
         planned = instance.limits
         asked = engine.kv if planned.kv_tokens is None else KvRequest(planned.kv_tokens, None, engine.kv.block_size)
-        kv = size_kv(
-            asked,
-            weight_bytes=facts.weight_bytes,
-            # Where there are more shards than KV heads, several have the same one.
-            token_bytes=facts.token_bytes * max(1, instance.parallel.tp // facts.num_kv_heads),
-            max_model_len=max_model_len,
-            num_instances=len({slot for slot, _ in fullest.seats}),
-            num_ranks=len(fullest.seats),
-            free=free,
+        kv = (
+            on_card[slot].kv
+            if on_card is not None
+            else size_kv(
+                asked,
+                weight_bytes=facts.weight_bytes,
+                # Where there are more shards than KV heads, several have the same one.
+                token_bytes=facts.token_bytes * max(1, instance.parallel.tp // facts.num_kv_heads),
+                max_model_len=max_model_len,
+                num_instances=len({slot for slot, _ in fullest.seats}),
+                num_ranks=len(fullest.seats),
+                free=free,
+            )
         )
         scheduler = SchedulerConfig(
             max_batch_tokens=planned.max_batch_tokens or engine.max_batch_tokens,
             max_batch_size=planned.max_batch_size or engine.max_batch_size,
-            max_in_flight=instance.parallel.pp,
+            # On a GPU the next step is launched while the tokens of the last one travel.
+            max_in_flight=instance.parallel.pp if on_card is None else 2,
+            lookahead=on_card is not None,
             max_model_len=max_model_len,
             prefix_caching=engine.prefix_caching,
             policy=engine.mixed_policy,
@@ -164,11 +182,23 @@ def _blueprint(config: ServeConfig, facts: ModelFacts, num_threads: int, key: Cl
     return Blueprint(
         instances=config.instances,
         specs=tuple(specs),
-        plan=EnginePlan(config.model_dir, engine.dtype, num_threads),
+        plan=EnginePlan(config.model_dir, engine.dtype, num_threads, device="cuda:0" if gpu is not None else "cpu"),
         key=key,
         log_dir=config.event_log,
         kv_access=_kv_access(config),
     )
+
+
+def _split(config: ServeConfig, gpu: GpuFacts, max_model_len: int) -> tuple[ProcessMemory, ...]:
+    """The GPU's memory, divided among the instances."""
+    engine = config.engine
+    pools = [instance.limits for instance in config.instances]
+    limits = Limits(
+        max_batch_tokens=max(pool.max_batch_tokens or engine.max_batch_tokens for pool in pools),
+        max_batch_size=max(pool.max_batch_size or engine.max_batch_size for pool in pools),
+        max_model_len=max_model_len,
+    )
+    return split_card(gpu.card, [instance.role for instance in config.instances], gpu.model, limits, engine.kv)
 
 
 def _kv_access(config: ServeConfig) -> KvAccess:

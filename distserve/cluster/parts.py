@@ -37,6 +37,8 @@ class EnginePlan:
     dtype: str
     num_threads: int
     cores: tuple[int, ...] = ()
+    device: str = "cpu"
+    """``cpu``, or ``cuda:N`` as the instance's process numbers its GPUs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from distserve.core.events import Event, Machine, Migrated, Received, Timer
 from distserve.core.messages import InstanceGone
 from distserve.core.mixed import MixedScheduler
 from distserve.core.prefill import PrefillScheduler
+from distserve.engine.device.backend import Backend
 from distserve.engine.group.driver import RankGroup
 from distserve.engine.worker import Worker
 from distserve.transfer.transport import Transport
@@ -52,6 +53,7 @@ class Rank:
         log: Records the scheduler's events and commands, if wanted.
         on_broken: Told of the peer, and when the pull began (``time.monotonic``), if one has failed neither for its
             deadline nor because it was given up.
+        backend: What the engine computes on, in place of the plan's device.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class Rank:
         network: Network,
         log: Log | None = None,
         on_broken: Callable[[str, float], None] | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.spec = spec
         self._plan = plan
+        self._backend = backend
         self._transport = transport
         self._engine = EngineThread(self._load, transport, self._feed, plan.cores[: plan.num_threads])
         self._timers = TimerThread(lambda: self._feed(Timer()))
@@ -110,8 +114,9 @@ class Rank:
         self._transport.close()
 
     def _load(self) -> Worker | RankGroup:
-        buffer = torch.frombuffer(self._transport.buffer, dtype=torch.uint8)
         transport = self._transport
+        pool = transport.pool if isinstance(transport, InstanceTransport) else None
+        buffer = torch.frombuffer(transport.buffer, dtype=torch.uint8) if pool is None else pool
         if isinstance(transport, InstanceTransport) and self.spec.parallel.num_ranks > 1:
             group = RankGroup(
                 self._plan.model_dir,
@@ -134,6 +139,9 @@ class Rank:
             kv=self.spec.kv,
             kv_buffer=buffer,
             num_threads=self._plan.num_threads,
+            device=self._plan.device,
+            max_batch_size=self.spec.scheduler.max_batch_size,
+            backend=self._backend,
         )
 
     def _feed(self, event: Event) -> None:

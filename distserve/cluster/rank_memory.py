@@ -10,6 +10,7 @@ from functools import partial
 from threading import Lock
 
 import msgspec
+from torch import Tensor
 
 from distserve.cluster.clock import cluster_time
 from distserve.core.commands import Migrate
@@ -183,10 +184,13 @@ class _RemoteRank:
 class InstanceTransport:
     """An instance's :class:`distserve.transfer.transport.Transport`: rank 0's memory, and all ranks' pulls.
 
-    Until :meth:`attach`, only rank 0's memory is there.
+    Until :meth:`attach`, only rank 0's memory is there. ``pool`` is that memory where it is a GPU's.
     """
 
-    def __init__(self, own: ShardedTransport, parallel: ParallelConfig, options: MemoryOptions) -> None:
+    def __init__(
+        self, own: ShardedTransport, parallel: ParallelConfig, options: MemoryOptions, pool: Tensor | None = None
+    ) -> None:
+        self.pool = pool
         self._own = own
         self.options = options
         self._parallel = parallel
@@ -194,7 +198,6 @@ class InstanceTransport:
         self._addresses = [own.address]
         self._puller = InstancePuller([own])
         self.layout = own.layout
-        self.buffer = own.buffer
         self.begin_step = own.begin_step
         self.layer_done = own.layer_done
         self.end_step = own.end_step
@@ -209,6 +212,11 @@ class InstanceTransport:
     def told(self, rank: int, answer: bytes) -> None:
         """What rank ``rank`` says of a pull."""
         self._remote[rank].told(_answers.decode(answer))
+
+    @property
+    def buffer(self) -> memoryview:
+        """Rank 0's memory; raises TransferError if it is a GPU's."""
+        return self._own.buffer
 
     @property
     def address(self) -> str:

@@ -154,7 +154,8 @@ def _size(node: FoundNode, cluster: ClusterSpec) -> int:
 def _same_gpu(node: FoundNode, gpu: str) -> bool:
     """Whether the node may have GPUs called ``gpu``: Ray's names are coarser than ours, and some it does not know."""
     wanted_model = gpu.partition("-")[0]
-    return not node.gpu_types or any(name.partition("-")[0].lower() == wanted_model for name in node.gpu_types)
+    # All of them: shards compute in step and hold equal parts, and which of a node's GPUs a rank gets is Ray's choice.
+    return all(name.partition("-")[0].lower() == wanted_model for name in node.gpu_types)
 
 
 def _describe_needs(needs: Sequence[int], cluster: ClusterSpec) -> str:

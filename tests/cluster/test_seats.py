@@ -163,3 +163,11 @@ def test_shared_memory_ends_at_a_node() -> None:
     # Where nothing was planned all share a node; mixed instances exchange nothing.
     check_kv_transport([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 1)], "shm")
     check_kv_transport([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], "shm")
+
+
+def test_a_node_with_gpus_of_several_types_is_not_used() -> None:
+    """Which of them a shard gets is Ray's choice, and those of a stage have to be alike."""
+    groups = group_by_node([instance(Role.MIXED, 2, 1, (0, 0), (0, 1))])
+    with pytest.raises(ConfigError, match="1 node of 8 A100/H100 GPUs"):
+        match_nodes(groups, A100, boxes(1, 8, "A100", "H100"))
+    assert match_nodes(groups, A100, boxes(1, 8, "A100"))

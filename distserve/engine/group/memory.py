@@ -1,5 +1,6 @@
 """Whether an instance has its devices, and they have room for weights and KV cache, before anything is started."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import psutil
@@ -24,8 +25,20 @@ def check_devices(parallel: ParallelConfig, device: str) -> None:
             f"an instance of tp {parallel.tp} and pp {parallel.pp} needs {parallel.num_ranks} GPUs, one for each rank; "
             f"this process sees {found}"
         )
+    check_alike(parallel, [torch.cuda.get_device_name(rank) for rank in range(parallel.num_ranks)])
     if parallel.num_ranks > 1 and not distributed.is_nccl_available():
         raise ConfigError("ranks on GPUs speak through NCCL, which this build of torch lacks: install torch with CUDA")
+
+
+def check_alike(parallel: ParallelConfig, names: Sequence[str]) -> None:
+    """Raise ConfigError if a stage has GPUs of several types, ``names`` in rank order: its shards compute in step."""
+    for stage in range(parallel.pp):
+        kinds = sorted(set(names[stage * parallel.tp : (stage + 1) * parallel.tp]))
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"stage {stage} of an instance of tp {parallel.tp} has different GPUs: {', '.join(kinds)}. Its "
+                "shards compute in step and hold equal parts: give it GPUs that are alike (CUDA_VISIBLE_DEVICES)"
+            )
 
 
 def check_memory(description: ModelDescription, first: Shard, kv: KvConfig, dtype: str, device: torch.device) -> None:
