@@ -36,8 +36,6 @@ def size_instance(directory: Path, options: dict[str, Any]) -> SizedInstance:
         engine = EngineSection.model_validate(options)
     except ValidationError as error:
         raise ConfigError(explain(error, None, {}, {}, EngineSection)) from error
-    if engine.gpu is not None:
-        raise ConfigError("gpu is an option of `distserve serve`: a model within one's own process computes on CPUs")
     model = describe(directory)
     max_model_len = engine.max_model_len or model.max_model_len
     if max_model_len > model.max_model_len:
