@@ -132,7 +132,8 @@ def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | Non
             )
     if cluster is not None and cluster.gpu != CPU:
         raise ConfigError(
-            f"the plan is for {cluster.gpu}, and the engine computes on CPUs so far: launch a plan for `gpu: cpu`"
+            f"the plan is for {cluster.gpu}, and plans are started on CPUs so far: launch one for `gpu: cpu`, or put all "
+            "instances on one GPU of this machine by `distserve serve --gpu 0`"
         )
 
 

@@ -8,6 +8,8 @@ import pytest
 from distserve.core.errors import TransferError
 from distserve.transfer.choose import Whereabouts
 from distserve.transfer.gpu import GpuTransport, is_near
+from distserve.transfer.nccl.sockets import SocketCollectives
+from distserve.transfer.nccl.transport import NcclTransport
 from tests.transfer.fake_device import FakeDevice
 from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, fill, migrate
 
@@ -108,4 +110,51 @@ def test_one_pool_has_peers_near_and_far():
         for transport in (sink, near, far):
             transport.close()
     assert [network.calls[-1] for network in networks] == [("close",)] * 3
+    assert not lost
+
+
+def test_kv_in_gpu_memory_comes_from_the_same_card_and_over_nccl():
+    """One pool, a peer that is mapped and one that sends: fake cards, and sockets in NCCL's place."""
+    collectives, lost = [], []
+
+    def over_nccl(pool):
+        collectives.append(SocketCollectives())
+        return NcclTransport(
+            LAYOUT, pool, host="127.0.0.1", secret=SECRET, clock=time.time, collectives=collectives[-1]
+        )
+
+    def make(machine):
+        return GpuTransport(
+            LAYOUT,
+            device=FakeDevice("card-0"),
+            secret=SECRET,
+            clock=time.time,
+            on_lost=lost.append,
+            far=over_nccl,
+            machine=machine,
+        )
+
+    sink, near, far = make("a"), make("a"), make("b")
+    try:
+        ended = Ended()
+        for seed, source in ((1, near), (2, far)):
+            fill(source.buffer, LAYOUT, seed)
+        for source, block in ((near, 3), (far, 4)):
+            sink.connect("source", source.address)
+            pull = migrate(block, (block,), (block,), ready=0, step=6, deadline=time.time() + 60)
+            sink.pull(pull, ended)
+            assert ended.none()
+            source.begin_step(6)
+            for layer in range(LAYOUT.num_layers):
+                source.layer_done(6, layer)
+            source.end_step(6)
+            event = ended.next()
+            assert event.ok, event.reason
+            theirs = blocks_of(source.buffer, LAYOUT)[:, :, block]
+            assert (blocks_of(sink.buffer, LAYOUT)[:, :, block] == theirs).all()
+    finally:
+        for transport in (sink, near, far):
+            transport.close()
+        for each in collectives:
+            each.close()
     assert not lost
