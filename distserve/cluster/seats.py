@@ -132,8 +132,8 @@ def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | Non
             )
     if cluster is not None and cluster.gpu != CPU:
         raise ConfigError(
-            f"the plan is for {cluster.gpu}, and plans are started on CPUs so far: launch one for `gpu: cpu`, or put all "
-            "instances on one GPU of this machine by `distserve serve --gpu 0`"
+            f"the plan is for {cluster.gpu}, and plans are started on CPUs so far: launch one for `gpu: cpu`, or "
+            "put all instances on one GPU of this machine by `distserve serve --gpu 0`"
         )
 
 
