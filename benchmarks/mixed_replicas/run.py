@@ -1,9 +1,10 @@
 """Mixed replicas behind the router: how they scale in simulation, and two against one on this machine.
 
-    python -m benchmarks.mixed_replicas.run                  # the simulation alone, about 2 minutes of one core
-    python -m benchmarks.mixed_replicas.run --model MODEL    # and the servers, about 5 minutes more on two cores
+    python -m benchmarks.mixed_replicas.run simulated                  # about 2 minutes of one core
+    python -m benchmarks.mixed_replicas.run measured --model MODEL     # about 5 minutes of two cores
 
-MODEL is what ``python benchmarks/make_model.py MODEL`` writes. Run it with nothing else running.
+Each part is written beside the other's latest result. MODEL is what ``python benchmarks/make_model.py MODEL`` writes.
+Measure with nothing else running.
 """
 
 import argparse
@@ -74,15 +75,22 @@ def balance(num_requests: int) -> list[dict[str, Any]]:
 
 def report(result: dict[str, Any]) -> str:
     """The tables."""
-    facts, scale = result["facts"], result["scaling"]
+    parts = {"simulated": _simulated, "measured": _measured}
+    lines = ["# Mixed replicas"]
+    for name, write in parts.items():
+        if name in result:
+            lines += write(result[name])
+    return "\n".join([*lines, ""])
+
+
+def _simulated(part: dict[str, Any]) -> list[str]:
+    facts, scale = part["facts"], part["scaling"]
     one = scale["one"]
     lines = [
-        "# Mixed replicas",
-        "",
-        f"{facts['date']}, {facts['num_cpus']} x {facts['cpu']}; `{facts['command']}`.",
         "",
         "## Load at equal latency, simulated",
         "",
+        f"{facts['date'][:10]}; `{facts['command']}`.",
         "Llama-2-70B on 4 A100 a replica, SplitFuse with 768 tokens a step, 2600 +- 780 tokens in, 60 +- 18 out.",
         f"One replica has {scale['rate']:.2f} requests/s, {BUSY:.0%} of what it can just keep up with. Many have as",
         "many as they can without mean or P95 of TTFT or latency above the one's.",
@@ -107,26 +115,32 @@ def report(result: dict[str, Any]) -> str:
     lines += [
         f"| {row['rate']} | {row['by']} | {row['idle_beside_queue']:.2%} | {row['ttft_p50']:.2f} s "
         f"| {row['ttft_p95']:.2f} s | {row['ttft_p99']:.2f} s |"
-        for row in result["balance"]
+        for row in part["balance"]
     ]
-    if "measured" in result:
-        lines += [
-            "",
-            "## Two replicas against one, measured",
-            "",
-            "`distserve serve --mixed 1` and `--mixed 2`, one thread each, bfloat16, in turns, closed loop, medians of",
-            f"{result['rounds']} rounds. Client, API process and router share the two cores with the replicas. Load",
-            f"average of the machine before: {facts['load_average_at_start']}, after: {result['load_average_at_end']}.",
-            "",
-            "| clients | one, tokens/s | two, tokens/s | ratio | TTFT P50, one / two | TPOT P50, one / two |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {row['clients']} | {row['tokens_per_second']['1']:.0f} | {row['tokens_per_second']['2']:.0f} "
-            f"| **{row['ratio']:.2f}** | {_pair(row['ttft_p50'])} | {_pair(row['tpot_p50'])} |"
-            for row in result["measured"]
-        ]
-    return "\n".join([*lines, ""])
+    return lines
+
+
+def _measured(part: dict[str, Any]) -> list[str]:
+    facts = part["facts"]
+    lines = [
+        "",
+        "## Two replicas against one, measured",
+        "",
+        f"{facts['date'][:10]}, {facts['num_cpus']} x {facts['cpu']}; `{facts['command']}`.",
+        "",
+        "`distserve serve --mixed 1` and `--mixed 2`, one thread each, bfloat16, in turns, closed loop, medians of",
+        f"{part['rounds']} rounds. Client, API process and router share the cores with the replicas. Load average of",
+        f"the machine before: {facts['load_average_at_start']}, after: {part['load_average_at_end']}.",
+        "",
+        "| clients | one, tokens/s | two, tokens/s | ratio | TTFT P50, one / two | TPOT P50, one / two |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['clients']} | {row['tokens_per_second']['1']:.0f} | {row['tokens_per_second']['2']:.0f} "
+        f"| **{row['ratio']:.2f}** | {_pair(row['ttft_p50'])} | {_pair(row['tpot_p50'])} |"
+        for row in part["rows"]
+    ]
+    return lines
 
 
 def _seconds(row: dict[str, float]) -> str:
@@ -146,22 +160,29 @@ def main() -> None:
     """Run the parts and write the report."""
     unwind_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="measure servers of this model too")
+    parser.add_argument("part", choices=("simulated", "measured"))
+    parser.add_argument("--model", type=Path, help="model directory of the servers")
     parser.add_argument("--quick", action="store_true", help="to rehearse")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     quick = options.quick
-    rounds = 1 if quick else 3
-    result: dict[str, Any] = {"facts": describe_run("benchmarks.mixed_replicas.run"), "rounds": rounds}
-    if options.model is not None:
+    part: dict[str, Any] = {"facts": describe_run("benchmarks.mixed_replicas.run")}
+    if options.part == "simulated":
+        part["scaling"] = scaling(60 if quick else 400)
+        part["balance"] = balance(300 if quick else 3000)
+    else:
+        if options.model is None:
+            parser.error("measured needs --model")
+        part["rounds"] = 1 if quick else 3
+        clients = (2, 8) if quick else (2, 8, 32)
         with TemporaryDirectory() as folder:
-            clients = (2, 8) if quick else (1, 2, 8, 32)
-            result["measured"] = measure(options.model, clients, rounds, 2 if quick else 4, Path(folder), say)
-        result["load_average_at_end"] = round(os.getloadavg()[0], 2)
-    result["scaling"] = scaling(60 if quick else 400)
-    result["balance"] = balance(300 if quick else 3000)
+            part["rows"] = measure(options.model, clients, part["rounds"], 2 if quick else 4, Path(folder), say)
+        part["load_average_at_end"] = round(os.getloadavg()[0], 2)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    file = options.output_dir / "result.json"
+    result = json.loads(file.read_text()) if file.exists() else {}
+    result[options.part] = part
+    file.write_text(json.dumps(result, indent=1) + "\n")
     text = report(result)
     (options.output_dir / "report.md").write_text(text)
     print(text)
