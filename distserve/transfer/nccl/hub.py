@@ -35,7 +35,6 @@ class Hub:
 
     def handle(self, now: float, link_id: int, event: Event) -> Commands:
         """Take in what happened to a link, and let all others see whether it is their turn now."""
-        self._count_waiting()
         commands = [(link_id, command) for command in self.links[link_id].handle(now, event)]
         return commands + self.tick(now)
 
@@ -44,7 +43,6 @@ class Hub:
         commands: Commands = []
         for link_id, link in tuple(self.links.items()):
             if link.is_busy:
-                self._count_waiting()
                 commands += [(link_id, command) for command in link.handle(now, Tick())]
         commands += self._make_room(now)
         for link_id, link in tuple(self.links.items()):
@@ -66,19 +64,15 @@ class Hub:
         missing = [link.layers_missing() for link in self.links.values() if isinstance(link, Outbound)]
         return min((fewest for fewest in missing if fewest is not None), default=None)
 
-    def _count_waiting(self) -> None:
-        self.seats.num_waiting = sum(link.needs_seat for link in self.links.values())
-
     def _make_room(self, now: float) -> Commands:
         """Retire the communicator that has been idle for the longest, if another one is needed in its place."""
-        self._count_waiting()
-        if not self.seats.is_full or not self.seats.num_waiting:
+        if not self.seats.is_full or not any(link.needs_seat for link in self.links.values()):
             return []
         if any(link.phase in {Phase.RETIRING, Phase.CLOSING} for link in self.links.values()):
             return []
         for link_id, generation in self.seats.by_use:
             link = self.links[link_id]
-            if link.generation == generation and link.is_idle:
+            if link.generation == generation and link.may_make_way(now):
                 return [(link_id, command) for command in link.handle(now, Evict())]
         return []
 

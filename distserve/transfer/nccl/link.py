@@ -69,6 +69,7 @@ class Link(ABC):
         self._limits = limits
         self._commands: list[Command] = []
         self._phase_deadline = inf
+        self._first_use = -inf
         self._has_told_retire = self._has_heard_retire = False
         # Slots of operations that were launched and have not ended, by generation, until that is torn down.
         self._condemned: dict[int, list[int]] = {}
@@ -79,12 +80,13 @@ class Link(ABC):
             case Lost(reason):
                 self._lose(now, reason)
             case Evict():
-                if self.is_idle:
+                if self.may_make_way(now):
                     self._tell_retire()
                     self._retire(now)
             case Opened(generation):
                 if generation == self.generation and self.phase is Phase.OPENING:
                     self.phase, self._phase_deadline = Phase.OPEN, inf
+                    self._first_use = now + self._limits.grace
                     self._opened()
                     if self._has_heard_retire:
                         self._retire(now)
@@ -115,6 +117,13 @@ class Link(ABC):
     @abstractmethod
     def is_idle(self) -> bool:
         """Whether the communicator is open and nothing is, or is about to be, on its way."""
+
+    def may_make_way(self, now: float) -> bool:
+        """Whether the communicator is idle, and was of use or given the time for it.
+
+        Else two pairs could take the seat from each other for ever, each before its first READY has arrived.
+        """
+        return self.is_idle and now >= self._first_use
 
     @property
     @abstractmethod
@@ -181,6 +190,7 @@ class Link(ABC):
         return True
 
     def _used(self) -> None:
+        self._first_use = -inf
         seat = Seat(self.link_id, self.generation)
         if seat in self._seats:
             self._seats.use(seat)

@@ -201,9 +201,7 @@ class Outbound(Link):
 
     def _advance(self, now: float) -> None:
         self._pack()
-        # Opening takes long, so it begins while the step computes, unless that takes a seat from one that needs it now.
-        is_wanted = self.needs_seat or (self._pulls and self._seats.has_spare)
-        if is_wanted and self.phase is Phase.CLOSED and now >= self._not_before:
+        if self.needs_seat and now >= self._not_before:
             generation = self.generation + 1
             if self._take_seat(generation, Phase.NAMING, now + self._limits.open_timeout):
                 self._do(MakeId(generation))

@@ -70,8 +70,6 @@ class Seats:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.num_waiting = 0
-        """Links that cannot go on without a seat."""
         self._taken: OrderedDict[Seat, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -84,11 +82,6 @@ class Seats:
     def is_full(self) -> bool:
         """Whether :meth:`take` would say no."""
         return len(self._taken) >= self.capacity
-
-    @property
-    def has_spare(self) -> bool:
-        """Whether there is a seat that nobody waits for."""
-        return len(self._taken) + self.num_waiting < self.capacity
 
     @property
     def by_use(self) -> tuple[Seat, ...]:
