@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from distserve.core.commands import CloseSequence, Command, OpenSequence, RunStep, Send
 from distserve.core.config import InstanceSpec, KvConfig, PrefillPolicy, Role, SchedulerConfig
-from distserve.core.events import Received, Timer
+from distserve.core.events import Received, StepDone, Timer
 from distserve.core.messages import Prefill, Tokens
 from distserve.core.mixed import MixedScheduler
 from distserve.core.request import Request
@@ -20,12 +20,12 @@ BLOCK = 4
 
 
 class Node:
-    """The scheduler on the worker; a step runs when the test says so."""
+    """The scheduler on the worker, which runs commands in order; a step's outcome is heard of when the test says so."""
 
     def __init__(self, worker: Worker, config: SchedulerConfig, num_blocks: int) -> None:
         self.worker = worker
         self.scheduler = MixedScheduler(InstanceSpec("mixed-0", Role.MIXED, KvConfig(num_blocks, BLOCK), config))
-        self.launched: list[RunStep] = []
+        self.launched: list[StepDone] = []
         self.num_open = 0
         self.tokens: dict[str, list[int]] = {}
         self.clock = count()
@@ -36,8 +36,7 @@ class Node:
         self.take(self.scheduler.handle(float(next(self.clock)), Received("router", Prefill(request))))
 
     def step(self) -> None:
-        done = self.worker.run(self.launched.pop(0))
-        self.take(self.scheduler.handle(float(next(self.clock)), done))
+        self.take(self.scheduler.handle(float(next(self.clock)), self.launched.pop(0)))
 
     def take(self, commands: list[Command]) -> None:
         for command in commands:
@@ -49,7 +48,7 @@ class Node:
                     self.worker.close(seq_id)
                     self.num_open -= 1
                 case RunStep():
-                    self.launched.append(command)
+                    self.launched.append(self.worker.run(command))
                 case Send(_, Tokens(outputs)):
                     for output in outputs:
                         self.tokens[output.request_id].append(output.token_id)
