@@ -245,6 +245,10 @@ def _check_gpu(planned: PlannedSeats, engine: EngineSection, serving: ServingSec
             f"engine.kv_transport {engine.kv_transport} is for KV in host memory, and with engine.gpu (--gpu) it is in "
             "the GPU's: leave it out"
         )
+    if engine.kv_interface is not None:
+        raise ConfigError(
+            "engine.kv_interface is for KV between hosts, and with engine.gpu (--gpu) it stays on one GPU"
+        )
     if any(instance.limits.kv_tokens for instance in planned.instances):
         raise ConfigError(
             "kv_tokens of a pool does not go with engine.gpu (--gpu), which divides the card: drop it, or give "

@@ -50,6 +50,9 @@ def main() -> None:
                 answer = instance.start()
             case "copies":
                 answer = device.num_launched
+            case "refuse":
+                answer = device.num_to_refuse
+                device.num_to_refuse = arguments[0]
         print(json.dumps(answer), flush=True)
 
 

@@ -134,13 +134,19 @@ async def test_two_roles_on_one_card_give_the_tokens_of_generate():
             router.driver.feed(InstanceUp(process.spec))
         await backend.ready(2)
         sampling = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True)
-        answers = await asyncio.gather(
-            *(collect(backend, Request(f"r{i}", OWNER, tuple(p), sampling)) for i, p in enumerate(PROMPTS))
-        )
-        assert [status for _, status in answers] == [200] * len(PROMPTS)
-        assert [tokens for tokens, _ in answers] == expected
+
+        async def ask(name):
+            requests = [Request(f"{name}{i}", OWNER, tuple(p), sampling) for i, p in enumerate(PROMPTS)]
+            return await asyncio.gather(*(collect(backend, request) for request in requests))
+
+        answers = [(tokens, 200) for tokens in expected]
+        assert await ask("a") == answers
         assert decode.call("copies") >= len(PROMPTS)
         assert prefill.call("copies") == 0
+        # Pulls that cannot be made cost time, no request and no token.
+        decode.call("refuse", len(PROMPTS))
+        assert await ask("b") == answers
+        assert decode.call("refuse", 0) == 0
     finally:
         loop.remove_reader(mailbox.fileno)
         backend.close()
@@ -164,6 +170,7 @@ def test_serve_on_a_gpu_where_there_is_none_says_so_in_a_sentence():
     [
         ({"serving.ray_address": "auto"}, "is a GPU of this machine"),
         ({"engine.kv_transport": "tcp"}, "kv_transport tcp is for KV in host memory"),
+        ({"engine.kv_interface": "eth1"}, "kv_interface is for KV between hosts"),
         ({"placement.decode.tp": 2}, "a decode instance of 2 ranks wants one for each"),
         ({"placement.decode.kv_tokens": 512}, "kv_tokens of a pool does not go with"),
         ({"engine.gpu": -1}, "--gpu: -1 is wrong"),

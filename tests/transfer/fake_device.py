@@ -76,7 +76,7 @@ class FakeDevice:
         self.name = name
         self.copies = WorkQueue()
         self.computation = WorkQueue()
-        self.refuses_copies = False
+        self.num_to_refuse = 0
         self.num_launched = 0
         self.prepared = set()
         self._reachable = {name, *reachable}
@@ -99,7 +99,8 @@ class FakeDevice:
         self.prepared.add(row_bytes)
 
     def copy(self, src, dst, rows):
-        if self.refuses_copies:
+        if self.num_to_refuse:
+            self.num_to_refuse -= 1
             raise TransferError("copy not launched: out of memory")
         starts = np.stack((rows.src_starts, rows.dst_starts))
         assert rows.row_bytes in self.prepared, "copies must not wait for a compiler"

@@ -199,10 +199,9 @@ def test_a_source_whose_device_fails_has_nothing_to_offer(source, sink):
 
 def test_a_copy_that_cannot_be_launched_fails_its_pull_only(source, sink):
     ended = Ended()
-    sink.device.refuses_copies = True
+    sink.device.num_to_refuse = 1
     sink.transport.pull(migrate(1, (1,), (1,)), ended)
     assert "not launched" in ended.next().reason
-    sink.device.refuses_copies = False
     sink.transport.pull(migrate(2, (2,), (2,)), ended)
     assert ended.next().ok
     assert not sink.lost
