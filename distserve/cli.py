@@ -67,6 +67,7 @@ def main() -> None:
 @click.option("--kv-tokens", type=int, help="KV memory of each instance, in tokens.  [default: by free memory]")
 @click.option("--kv-memory", type=float, help="KV memory of each instance, in bytes, in place of --kv-tokens.")
 @click.option("--prefix-caching", is_flag=True, default=None, help="Compute and move what prompts have in common once.")
+@click.option("--prefix-cache-tokens", type=int, help="Most unused KV kept for it, in tokens.  [default: all memory]")
 @click.option("--block-size", type=int, help="Tokens per KV block.  [default: 16]")
 @click.option(
     "--max-batch-tokens",

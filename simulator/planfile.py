@@ -150,6 +150,7 @@ def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) 
         max_in_flight=wanted.parallel.pp,
         max_model_len=engine.max_model_len or _ANY_LENGTH,
         prefix_caching=engine.prefix_caching,
+        prefix_cache_tokens=engine.prefix_cache_tokens,
         policy=engine.mixed_policy,
     )
     model.check(wanted.parallel)
@@ -160,6 +161,7 @@ def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) 
         kv = _kv_left(name, wanted.parallel, model, limits, scheduler.max_batch_tokens)
     spec = InstanceSpec(name, wanted.role, kv, scheduler, wanted.parallel)
     check_budget(spec)
+    spec.check_prefix_cache()
     return spec
 
 

@@ -53,7 +53,7 @@ POOLS = {
 }
 VARIANTS = {"none": (False, False), "caching, by load": (True, False), "caching, by hits": (True, True)}
 BATCH_TOKENS = {Role.PREFILL: 8192, Role.DECODE: 8192, Role.MIXED: 2048}
-SPEEDS = (1.0, 2.0, 2.5, 3.0)
+SPEEDS = (1.0, 2.5)
 
 
 @dataclass(frozen=True, slots=True)

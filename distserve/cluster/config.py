@@ -58,6 +58,7 @@ class EngineSection(_Section):
     mixed_policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
     profile: Path | None = None
     prefix_caching: bool = False
+    prefix_cache_tokens: Positive | None = None
     kv_transport: Literal["auto", "shm", "tcp"] = "auto"
     kv_interface: Annotated[str, Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -132,6 +133,7 @@ class EngineSettings:
     threads: int | None
     mixed_policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
     prefix_caching: bool = False
+    prefix_cache_tokens: int | None = None
     kv_transport: str = "auto"
     kv_interface: str | None = None
     gpu: int | None = None
@@ -198,6 +200,13 @@ def load_config(
         raise ConfigError(f"model directory {model_dir} does not exist")
     if engine.kv_transport == "shm" and engine.kv_interface is not None:
         raise ConfigError("engine.kv_interface is what TCP listens on, and engine.kv_transport shm uses none: drop one")
+    if engine.prefix_cache_tokens is not None and not engine.prefix_caching:
+        raise ConfigError("prefix_cache_tokens bounds the prefix cache, which is off: set prefix_caching as well")
+    if (engine.prefix_cache_tokens or 0) > (engine.kv_tokens or float("inf")):
+        raise ConfigError(
+            f"a prefix cache of {engine.prefix_cache_tokens} tokens is more than the KV memory of {engine.kv_tokens}, "
+            "of which it is a part"
+        )
     planned = _planned(checked, path, model_dir.resolve(), planner)
     check_kv_transport(planned.instances, engine.kv_transport)
     if engine.gpu is not None:
@@ -213,6 +222,7 @@ def load_config(
         threads=engine.threads,
         mixed_policy=engine.mixed_policy,
         prefix_caching=engine.prefix_caching,
+        prefix_cache_tokens=engine.prefix_cache_tokens,
         kv_transport=engine.kv_transport,
         kv_interface=engine.kv_interface,
         gpu=engine.gpu,

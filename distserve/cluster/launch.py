@@ -171,11 +171,14 @@ def _blueprint(
             lookahead=on_card is not None,
             max_model_len=max_model_len,
             prefix_caching=engine.prefix_caching,
+            prefix_cache_tokens=engine.prefix_cache_tokens,
             policy=engine.mixed_policy,
         )
         name = f"{instance.role}-{numbers[instance.role]}"
         numbers[instance.role] += 1
-        specs.append(InstanceSpec(name, instance.role, kv, scheduler, instance.parallel))
+        spec = InstanceSpec(name, instance.role, kv, scheduler, instance.parallel)
+        spec.check_prefix_cache()
+        specs.append(spec)
     least = min(spec.kv.num_tokens for spec in specs)
     if least < max_model_len:
         logger.warning("KV memory holds %d tokens, requests longer than that are refused", least)

@@ -267,6 +267,11 @@ def test_a_trace_is_replayed_at_its_own_times(write: Callable[..., Path], tmp_pa
         ({"placement": {"prefill": {"instances": 9}, "decode": {}}}, (), ["10 GPUs", "2 nodes of 4"]),
         ({"cluster": CONFIG["cluster"] | {"gpu": "l4"}, "placement": {"mixed": {}}}, (), ["no room for KV"]),
         ({"placement": {"mixed": {"max_batch_tokens": 32}}}, (), ["mixed-0", "max_batch_size = 64", "32 or less"]),
+        (
+            {"engine": CONFIG["engine"] | {"prefix_caching": True, "prefix_cache_tokens": 10**9}},
+            (),
+            ["1000000000 tokens does not fit prefill-0"],
+        ),
         ({"engine": {"max_batch_tokens": 8}}, (), ["prefill-0", "smaller than a KV block of 16 tokens"]),
         ({"engine": {"mixed_policy": "first"}}, (), ["engine.mixed_policy", "'splitfuse' or 'whole'"]),
     ],

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import hashlib, sys
+from dataclasses import replace
 from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import WorkloadSpec
@@ -21,14 +22,19 @@ from simulator.model import ClusterModel, HostModel, InstanceModel
 from simulator.simulation import simulate
 
 roles = [Role.PREFILL, Role.DECODE, Role.DECODE, Role.MIXED]
-specs = [InstanceSpec(f"{role}-{i}", role, KvConfig(60, 16), SchedulerConfig(256, 16)) for i, role in enumerate(roles)]
+def specs(caching):
+    limits = SchedulerConfig(256, 16, prefix_caching=caching)
+    return [InstanceSpec(f"{role}-{i}", role, KvConfig(60, 16), limits) for i, role in enumerate(roles)]
 step = LinearStepTime(0.01, 1e-4, 1e-7, 1e-6)
 lengths = parse_lengths("lognormal:mean=200,sigma=0.8,max=400")
 digest = hashlib.sha256()
-for chosen in (specs[:3], specs[3:]):
+load = WorkloadSpec(Gamma(), lengths, lengths, num_requests=300, seed=3).at(4.0)
+heads = tuple(tuple(range(i % 3 * 100, i % 3 * 100 + 30)) for i in range(300))
+load = replace(load, prefix_blocks=heads, tokens_per_block=16)
+for chosen in (specs(False)[:3], specs(False)[3:], specs(True)[:3], specs(True)[3:]):
     for host in (None, HostModel(2, cpu_per_request=1e-3, cpu_per_token=1e-4)):
         model = ClusterModel(tuple(InstanceModel(spec, step) for spec in chosen), host=host)
-        lines = simulate(model, WorkloadSpec(Gamma(), lengths, lengths, num_requests=300, seed=3).at(4.0)).timelines
+        lines = simulate(model, load).timelines
         assert (lines.status == 200).any()
         for name in lines.__dataclass_fields__:
             digest.update(getattr(lines, name).tobytes())
