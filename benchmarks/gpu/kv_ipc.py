@@ -42,9 +42,13 @@ OpenDevice = Callable[[], Device]
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """Medians for prompts of ``num_tokens``: seconds of a pull, of a device copy, and the median of copy over pull."""
+    """Medians for ``num_prompts`` of ``num_tokens`` each, pulled at once.
+
+    ``num_bytes`` of all; seconds of the pulls and of a device copy, and the median of copy over pulls.
+    """
 
     num_tokens: int
+    num_prompts: int
     num_bytes: int
     pull_seconds: float
     copy_seconds: float
@@ -56,8 +60,10 @@ def open_card() -> Device:
     return CudaDevice(0)
 
 
-def measure(open_device: OpenDevice, layout: KvLayout, lengths: Sequence[int], repetitions: int) -> list[Pulled]:
-    """Pull prompts of ``lengths`` tokens out of a process that this one starts; checks the bytes of each length."""
+def measure(
+    open_device: OpenDevice, layout: KvLayout, loads: Sequence[tuple[int, int]], repetitions: int
+) -> list[Pulled]:
+    """Pull ``loads`` (tokens of a prompt, prompts at once) out of a process that this one starts; checks the bytes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     source = context.Process(target=_serve, args=(open_device, layout, theirs), daemon=True)
@@ -65,34 +71,47 @@ def measure(open_device: OpenDevice, layout: KvLayout, lengths: Sequence[int], r
     sink = _transport(open_device(), layout)
     try:
         sink.connect("source", ours.recv())
-        return [_pull(sink, layout, length, repetitions) for length in lengths]
+        return [_pull(sink, layout, *load, repetitions) for load in loads]
     finally:
         sink.close()
         ours.send("end")
         source.join()
 
 
-def _pull(sink: CudaIpcTransport, layout: KvLayout, num_tokens: int, repetitions: int) -> Pulled:
+def _pull(sink: CudaIpcTransport, layout: KvLayout, num_tokens: int, num_prompts: int, repetitions: int) -> Pulled:
     num_blocks = -(-num_tokens // layout.block_size)
     ended: queue.SimpleQueue[Migrated] = queue.SimpleQueue()
-    num_bytes = num_blocks * layout.block_size * layout.token_bytes
+    num_bytes = num_prompts * num_blocks * layout.block_size * layout.token_bytes
     left, right = (torch.zeros(num_bytes, dtype=torch.uint8, device=sink.pool.device) for _ in range(2))
     pairs = []
     for repetition in range(repetitions + 1):
-        src, dst = (tuple(random.sample(range(layout.num_blocks), num_blocks)) for _ in range(2))
-        order = Migrate(repetition, ("r", 0), "source", src, dst, num_blocks, 0, time.time() + _PATIENCE)
+        src, dst = (random.sample(range(layout.num_blocks), num_prompts * num_blocks) for _ in range(2))
+        orders = []
+        for prompt in range(num_prompts):
+            blocks = slice(prompt * num_blocks, (prompt + 1) * num_blocks)
+            pull_id, deadline = repetition * num_prompts + prompt, time.time() + _PATIENCE
+            theirs, ours = tuple(src[blocks]), tuple(dst[blocks])
+            orders.append(Migrate(pull_id, ("r", 0), "source", theirs, ours, num_blocks, 0, deadline))
         start = time.perf_counter()
-        sink.pull(order, ended.put)
-        event = ended.get(timeout=_PATIENCE)
+        for order in orders:
+            sink.pull(order, ended.put)
+        events = [ended.get(timeout=_PATIENCE) for _ in orders]
         pull_seconds = time.perf_counter() - start
-        if not event.ok:
-            raise TransferError(event.reason)
+        if failure := next((event.reason for event in events if not event.ok), ""):
+            raise TransferError(failure)
         pairs.append((pull_seconds, _seconds(lambda: left.copy_(right))))
         _check(sink.pool, layout, src, dst)
     # The first is to warm up.
     pulls, copies = zip(*pairs[1:], strict=True)
     ratios = [copy / pull for pull, copy in pairs[1:]]
-    return Pulled(num_tokens, num_bytes, statistics.median(pulls), statistics.median(copies), statistics.median(ratios))
+    return Pulled(
+        num_tokens,
+        num_prompts,
+        num_bytes,
+        statistics.median(pulls),
+        statistics.median(copies),
+        statistics.median(ratios),
+    )
 
 
 def _serve(open_device: OpenDevice, layout: KvLayout, connection: Connection) -> None:
@@ -149,12 +168,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     parser.add_argument("--repetitions", type=int, default=50, help="pulls per length (default 50)")
     arguments = parser.parse_args()
-    rows = measure(open_card, LLAMA_8B, (256, 2048, 8192), arguments.repetitions)
+    rows = measure(open_card, LLAMA_8B, ((256, 1), (2048, 1), (2048, 4), (8192, 1)), arguments.repetitions)
     for row in rows:
-        sys.stdout.write(
-            f"{row.num_tokens:6d} tokens, {row.num_bytes / 2**20:6.0f} MiB: pull {1e3 * row.pull_seconds:.3f} ms, "
-            f"device copy {1e3 * row.copy_seconds:.3f} ms, ratio {row.ratio:.2f} (wanted at 2048: {WANTED:.2f})\n"
-        )
+        figures = f"pull {1e3 * row.pull_seconds:.3f} ms, device copy {1e3 * row.copy_seconds:.3f} ms, {row.ratio:.2f}"
+        sys.stdout.write(f"{row.num_prompts} x {row.num_tokens} tokens, {row.num_bytes / 2**20:.0f} MiB: {figures}\n")
+    sys.stdout.write(f"wanted at 2048 tokens: {WANTED:.2f} of the device copy's rate\n")
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         facts = describe_run("benchmarks.gpu.kv_ipc", torch.device("cuda", 0))

@@ -8,6 +8,6 @@ TINY = KvLayout(num_layers=2, num_blocks=12, block_size=4, num_kv_heads=2, head_
 
 
 def test_prompts_are_pulled_checked_and_timed():
-    rows = measure(FakeDevice, TINY, (5, 16), repetitions=2)
-    assert [(row.num_tokens, row.num_bytes) for row in rows] == [(5, 8 * TINY.token_bytes), (16, 16 * TINY.token_bytes)]
+    rows = measure(FakeDevice, TINY, ((5, 1), (5, 4)), repetitions=2)
+    assert [(row.num_prompts, row.num_bytes) for row in rows] == [(1, 8 * TINY.token_bytes), (4, 32 * TINY.token_bytes)]
     assert all(row.pull_seconds > 0 and row.ratio > 0 for row in rows)
