@@ -141,6 +141,8 @@ class Rank:
             num_threads=self._plan.num_threads,
             device=self._plan.device,
             max_batch_size=self.spec.scheduler.max_batch_size,
+            # Prefill has no decode steps to capture.
+            graphs=self.spec.role is not Role.PREFILL,
             backend=self._backend,
         )
 
