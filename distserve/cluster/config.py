@@ -74,7 +74,7 @@ class EngineSection(_Section):
         if profile.dtype != self.dtype:
             raise ConfigError(f"{self.profile} is a profile in {profile.dtype}, to be served is {self.dtype}")
         return saturating_budget(
-            profile.step_time(),
+            profile.shapes[0].step_time(profile.cluster),
             prompt_len=min(_PROMPT_LEN, profile.limits["max_model_len"] // 2),
             least=max(self.max_batch_size, self.block_size),
             most=profile.limits["max_batch_tokens"],

@@ -290,6 +290,10 @@ class Profile:
     shapes: tuple[ShapeProfile, ...]
     cluster: ClusterCosts | None = None
 
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            raise ConfigError("a profile needs a shape of instance that was measured")
+
     def shape(self, parallel: ParallelConfig) -> ShapeProfile:
         """What was measured of instances of shape ``parallel``.
 

@@ -64,6 +64,9 @@ def test_files_that_are_no_profiles_are_named(engine_profile, tmp_path):
     broken.write_text(json.dumps(data))
     with pytest.raises(ConfigError, match="rising"):
         read_profile(broken)
+    broken.write_text(json.dumps(data | {"shapes": []}))
+    with pytest.raises(ConfigError, match="needs a shape"):
+        read_profile(broken)
 
 
 def test_a_file_of_the_format_before_is_of_one_rank(engine_profile, tmp_path):

@@ -28,7 +28,7 @@ cluster: {{gpu: cpu, nodes: 1, gpus_per_node: 6, intra_node_bandwidth: 4.0e+9, i
 placement:
   prefill: {{instances: 1, tp: {prefill[0]}, pp: {prefill[1]}}}
   decode: {{instances: 1, tp: {decode[0]}, pp: {decode[1]}}}
-engine: {{dtype: float32, kv_tokens: 2048}}
+engine: {{dtype: float32, kv_tokens: 2048, max_batch_tokens: 512}}
 """
 
 
