@@ -190,9 +190,7 @@ class Outbound(Link):
             self._give_up(now, f"a send did not end within {self._limits.transfer_timeout:g} s")
         for pull in tuple(self._pulls.values()):
             if now > pull.deadline:
-                # Announced is promised: the promise can only be taken back with all of the generation.
-                if any(op.pull is pull and op.state is _State.ANNOUNCED for op in self._ops.values()):
-                    self._give_up(now, "READY was not answered before the pull's deadline")
+                # A GO that comes nevertheless, for what was announced, ends the generation.
                 self._end(pull, "deadline passed at the source")
 
     def _end(self, pull: _Pull, reason: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from distserve.core.errors import ConfigError, TransferError
 from distserve.transfer.nccl import messages
-from distserve.transfer.nccl.agreement import Stop
+from distserve.transfer.nccl.agreement import Arrived, Packed, Stop
 from distserve.transfer.nccl.link import Phase
 from distserve.transfer.nccl.messages import Decoder, encode
 from distserve.transfer.nccl.pieces import cut
@@ -141,6 +141,37 @@ def test_a_failed_generation_fails_what_was_on_its_way_and_nothing_else():
     run_out(world, 5)
     assert world.ended[sink, waiting].reason == ""
     assert world.newest[sink] == 2
+
+
+def test_what_was_announced_in_vain_is_announced_again_and_fetched_once():
+    world = World(1, 1)
+    (sink,) = world.sinks
+    ring = world.hubs[1].incoming
+    others = [ring.take() for _ in range(LIMITS.num_slots)]
+    number = world.pull(sink, num_ready=4, seconds=20)
+    run_out(world, 1)
+    assert not any(comm.receives for comm in world.comms.values())
+    world.break_newest(sink)
+    for slot in others:
+        ring.give(slot)
+    run_out(world, 5)
+    assert world.ended[sink, number].reason == ""
+    assert world.newest[sink] == 2
+
+
+def test_a_go_for_what_was_not_announced_ends_the_generation():
+    world = World(1, 1)
+    (sink,) = world.sinks
+    source = world.peer[sink]
+    world.pull(sink, num_ready=4)
+    run_out(world, 2)
+    world.pull(sink, num_ready=4)
+    world.deliver(source)
+    packing = next(event.op_id for _, event in world.answers if isinstance(event, Packed))
+    num_sends = sum(len(comm.sends) for comm in world.comms.values())
+    world.feed(source, Arrived(messages.Go(1, packing)))
+    assert world.hubs[0].links[source[1]].phase is Phase.CLOSING
+    assert sum(len(comm.sends) for comm in world.comms.values()) == num_sends
 
 
 def test_a_silent_source_costs_its_sink_no_more_than_the_deadline():

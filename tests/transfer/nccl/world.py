@@ -19,7 +19,7 @@ LAYOUT = KvLayout(num_layers=3, num_blocks=8, block_size=2, num_kv_heads=1, head
 CELL = cell_bytes(LAYOUT, range(1))
 LIMITS = Limits(
     min_piece_bytes=2 * CELL,
-    num_slots=3,
+    num_slots=2,
     max_communicators=2,
     open_timeout=4.0,
     transfer_timeout=2.0,
