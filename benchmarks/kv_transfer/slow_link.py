@@ -73,7 +73,7 @@ class Load:
     name: str
     rate: float
     prompt_len: str = "normal:mean=448,std=32,max=512"
-    output_len: str = "normal:mean=32,std=4,max=48"
+    output_len: str = "normal:mean=8,std=1,max=12"
 
 
 @dataclass(frozen=True)
