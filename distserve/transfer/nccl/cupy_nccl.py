@@ -123,7 +123,8 @@ def _import_nccl() -> Any:
 def _checked_version(nccl: Any) -> str:
     """The version of the only NCCL of the process; raises ConfigError if there are two."""
     cupys = _version(nccl.get_version())
-    torchs = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    # A fourth field may name a vendor's build.
+    torchs = ".".join(map(str, torch.cuda.nccl.version()[:3]))  # type: ignore[no-untyped-call]
     if cupys != torchs:
         raise ConfigError(f"CuPy uses NCCL {cupys} and torch {torchs}: one process must have one; {_EXTRA}")
     loaded = loaded_libraries()

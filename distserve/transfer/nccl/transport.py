@@ -39,7 +39,8 @@ class NcclTransport:
     authenticated. ``collectives`` and ``device`` are NCCL's and the pool's if not given.
 
     ``layer_done`` and ``end_step`` record an event on the caller's current stream and return: a step's blocks count as
-    ready when the device has passed it. ``clock`` also measures the limits. Raises ConfigError if CuPy or NCCL is
+    ready when the device has passed it. For ``layer_done`` that stream must be the one that computes; ``end_step`` is
+    behind all layers that were announced, on whatever stream. ``clock`` also measures the limits. Raises ConfigError if CuPy or NCCL is
     missing, TransferError if this host has no such interface.
     """
 
