@@ -40,8 +40,9 @@ class NcclTransport:
 
     ``layer_done`` and ``end_step`` record an event on the caller's current stream and return: a step's blocks count as
     ready when the device has passed it. For ``layer_done`` that stream must be the one that computes; ``end_step`` is
-    behind all layers that were announced, on whatever stream. ``clock`` also measures the limits. Raises ConfigError if CuPy or NCCL is
-    missing, TransferError if this host has no such interface.
+    behind all layers that were announced, on whatever stream. ``clock`` also measures the limits.
+
+    Raises ConfigError if CuPy or NCCL is missing, TransferError if this host has no such interface.
     """
 
     def __init__(
