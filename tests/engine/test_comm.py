@@ -43,6 +43,7 @@ def test_ranks_on_cpus_speak_through_gloo(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_group_on_a_gpu(tmp_path: Path) -> None:
     device = rank_device("cuda", 0)
     torch.cuda.set_device(device)
