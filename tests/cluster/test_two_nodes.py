@@ -92,7 +92,7 @@ def wait_idle(server: Server) -> None:
         time.sleep(0.1)
 
 
-def wait_for(server: Server, text: str, patience: float = 60.0) -> None:
+def wait_for(server: Server, text: str, patience: float = 120.0) -> None:
     end = time.monotonic() + patience
     while text not in server.log.read_text():
         assert time.monotonic() < end, server.log.read_text()
