@@ -1,6 +1,7 @@
 """What is asked of NVIDIA's driver, and in which order: of one that only notes it. The calls themselves need a card."""
 
 import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -59,8 +60,10 @@ class FakeLibrary:
         )
 
 
-def num_descriptors():
-    return len(list(Path("/proc/self/fd").iterdir()))
+def descriptors():
+    """Those open, without what garbage still holds. Other tests' threads may close some of theirs at any time."""
+    gc.collect()
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
 def test_structures_are_as_large_as_the_drivers():
@@ -99,10 +102,10 @@ def test_a_peers_memory_is_mapped_for_reading_only():
 )
 def test_an_allocation_that_fails_leaves_nothing_and_says_why(failing):
     library = FakeLibrary(failing)
-    cuda, before = Driver(library), num_descriptors()
+    cuda, before = Driver(library), descriptors()
     with pytest.raises(TransferError, match=rf"{failing}: out of memory \(2\)"):
         cuda.create(GRANULARITY, 0)
-    assert num_descriptors() == before
+    assert descriptors() <= before
     made = library.calls.count("cuMemCreate") - (failing == "cuMemCreate")
     assert library.calls.count("cuMemRelease") == made
     assert library.calls.count("cuMemAddressFree") == library.calls.count("cuMemAddressReserve") - (
