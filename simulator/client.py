@@ -19,6 +19,7 @@ from distserve.core.messages import (
     Preempted,
     Rejected,
     RequestKey,
+    RoleAnswer,
     Routed,
     Status,
     Submit,
@@ -57,6 +58,8 @@ class Client:
 
     def __init__(self, progress: dict[str, int], on_end: Callable[[Record], None]) -> None:
         self.live: dict[str, Record] = {}
+        self.refusals: list[RoleAnswer] = []
+        """Changes of role that the router would not have."""
         self._progress = progress
         self._on_end = on_end
         self._gone: set[str] = set()
@@ -137,6 +140,9 @@ class Client:
                 self._gone.add(instance_id)
                 for record in [record for record in self.live.values() if record.in_charge == instance_id]:
                     self._lose(record)
+            case RoleAnswer(_, _, status):
+                if status != 202:
+                    self.refusals.append(message)
             case Status(instances):
                 if self._gone:
                     self._gone.difference_update(spec.instance_id for spec, _ in instances)

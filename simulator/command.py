@@ -34,6 +34,9 @@ Examples
   What if an instance dies after a minute, and another is added at 90 seconds?
     distserve simulate service.yaml --fault 60:loss:decode-0 --fault 90:start:decode-1
 \b
+  What if an instance changes its role while it serves?
+    distserve simulate service.yaml --fault 60:prefill:decode-1
+\b
 The file has the keys model, workload, cluster and placement, and slo to be held against; docs/planning.md explains
 them, docs/timeline-format.md the columns of the timelines. Instances are called prefill-0, decode-1 and so on.
 """
@@ -74,7 +77,8 @@ them, docs/timeline-format.md the columns of the timelines. Instances are called
     "faults",
     multiple=True,
     metavar="TIME:KIND:INSTANCE",
-    help="At TIME seconds INSTANCE suffers a loss, a drain or a start (it is absent until then). Repeatable.",
+    help="At TIME seconds INSTANCE suffers a loss, a drain or a start (it is absent until then), or becomes a prefill, "
+    "decode or mixed one. Repeatable.",
 )
 @click.option(
     "--timelines",

@@ -134,7 +134,7 @@ def plot_load(
         for axis in (requests, sizes, memory):
             axis.axvline(fault.time, color="black", linestyle="--", linewidth=1)
         requests.annotate(
-            f"{fault.kind} of {fault.instance_id}",
+            str(fault),
             (fault.time, 0.99),
             xytext=(3, 0),
             textcoords="offset points",

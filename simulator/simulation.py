@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from distserve.bench.workload import Workload
-from distserve.core.config import InstanceSpec, Role
-from distserve.core.decode import DecodeScheduler
+from distserve.core.config import Role
 from distserve.core.errors import ConfigError
-from distserve.core.events import ClientRequest, InstanceDraining, InstanceUp
-from distserve.core.mixed import MixedScheduler
-from distserve.core.prefill import PrefillScheduler
+from distserve.core.events import ClientRequest, InstanceDraining, InstanceUp, Received
+from distserve.core.instance_machine import InstanceMachine
+from distserve.core.messages import ChangeRole
 from distserve.core.prefix import split_keys
 from distserve.core.request import Request, SamplingParams
+from distserve.core.role_changes import PATIENCE
 from distserve.core.router import Router
-from distserve.core.scheduler import ROUTER, InstanceScheduler
+from distserve.core.scheduler import ROUTER
 from simulator.client import CLIENT, Client, Record
 from simulator.engine import Engine
 from simulator.host_loop import HostLoop
@@ -29,11 +29,19 @@ from simulator.worker import SimulatedWorker
 
 
 class FaultKind(StrEnum):
-    """What befalls an instance: it is there from then on, dies, or takes nothing new."""
+    """What befalls an instance: it is there from then on, dies, takes nothing new, or becomes one of another role."""
 
     START = "start"
     LOSS = "loss"
     DRAIN = "drain"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+    @property
+    def role(self) -> Role | None:
+        """The role that the instance is to change to, while it serves; None if it keeps its own."""
+        return Role(self.value) if self.value in set(Role) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,11 @@ class Fault:
     time: float
     kind: FaultKind
     instance_id: str
+
+    def __str__(self) -> str:
+        if self.kind.role is not None:
+            return f"{self.instance_id} becomes {self.kind}"
+        return f"{self.kind} of {self.instance_id}"
 
 
 def simulate(
@@ -62,8 +75,8 @@ def simulate(
     number of requests that have ended, now and then. Prompts have a prefix in common where the workload says so;
     it is computed once where the instances' ``prefix_caching`` is on.
 
-    Raises ConfigError for a workload without arrivals, a fault of an unknown instance, or common prefixes on instances
-    of several block sizes.
+    Raises ConfigError for a workload without arrivals, a fault of an unknown instance, a change of role that the router
+    refuses, or common prefixes on instances of several block sizes.
     """
     run = _Run(model, workload, jump=jump, recorder=recorder, on_progress=on_progress)
     with _no_garbage_collection():
@@ -117,7 +130,9 @@ class _Run:
         )
         self._client = Client(self._progress, self._on_end)
         self._engines: dict[str, Engine] = {}
-        self._schedulers: dict[str, InstanceScheduler] = {}
+        self._machines: dict[str, InstanceMachine] = {}
+        self._changing: set[str] = set()
+        """Instances that change their role at some time: their steps are not jumped over."""
         self._table = TimelineTable(len(workload), list(self._models))
         self._loop.add(ROUTER, Router(model.router))
         self._loop.add(CLIENT, self._client)
@@ -133,6 +148,8 @@ class _Run:
                 known = ", ".join(self._models)
                 raise ConfigError(f"no instance is called {fault.instance_id}; there are {known}")
             late.setdefault(fault.instance_id, fault.kind)
+            if fault.kind.role is not None:
+                self._changing.add(fault.instance_id)
         for instance_id in self._models:
             if late.get(instance_id) is not FaultKind.START:
                 self._start(instance_id)
@@ -152,6 +169,8 @@ class _Run:
         while not loop.is_stopped:
             arrival = self._arrivals[self._next] if self._next < len(self._arrivals) else float("inf")
             loop.run(min(arrival, until))
+            for refused in self._client.refusals:
+                raise ConfigError(f"a change of role is not possible: {refused.reason}")
             if arrival > until or loop.is_stopped:
                 return
             self._offer_next()
@@ -182,7 +201,7 @@ class _Run:
     def _start(self, instance_id: str) -> None:
         model = self._models[instance_id]
         spec = model.spec
-        scheduler = _scheduler(spec)
+        machine = InstanceMachine(spec)
         engine = Engine(
             instance_id,
             SimulatedWorker(self._progress),
@@ -192,9 +211,12 @@ class _Run:
             self._recorder,
         )
         self._engines[instance_id] = engine
-        self._schedulers[instance_id] = scheduler
-        may_jump = self._jump and spec.role is not Role.PREFILL and spec.scheduler.max_in_flight == 1
-        self._loop.add(instance_id, scheduler, engine, may_jump=may_jump)
+        self._machines[instance_id] = machine
+        if instance_id in self._changing:
+            self._loop.add(instance_id, machine, engine)
+        else:
+            may_jump = self._jump and spec.role is not Role.PREFILL and spec.scheduler.max_in_flight == 1
+            self._loop.add(instance_id, machine.scheduler, engine, may_jump=may_jump)
         self._loop.post(self._loop.now, ROUTER, InstanceUp(spec))
 
     def _befall(self, fault: Fault) -> None:
@@ -203,6 +225,9 @@ class _Run:
             self._start(fault.instance_id)
         elif fault.kind is FaultKind.LOSS:
             self._loop.lose(fault.instance_id)
+        elif fault.kind.role is not None:
+            change = ChangeRole(fault.instance_id, fault.kind.role, PATIENCE)
+            self._loop.post(fault.time, ROUTER, Received(CLIENT, change))
         else:
             self._loop.post(fault.time, ROUTER, InstanceDraining(fault.instance_id))
 
@@ -229,12 +254,13 @@ class _Run:
     def _usage(self, instance_id: str) -> InstanceUsage:
         spec = self._models[instance_id].spec
         engine = self._engines.get(instance_id)
-        scheduler = self._schedulers.get(instance_id)
-        if engine is None or scheduler is None:
+        machine = self._machines.get(instance_id)
+        if engine is None or machine is None:
             return InstanceUsage(instance_id, spec.role, 0.0, 0, 0, 0, 0, 0, spec.kv.num_blocks)
+        scheduler = machine.scheduler
         return InstanceUsage(
             instance_id=instance_id,
-            role=spec.role,
+            role=scheduler.spec.role,
             busy=engine.busy,
             num_steps=engine.num_steps,
             num_tokens=engine.num_tokens,
@@ -253,13 +279,3 @@ def _block_size_of_prefixes(model: ClusterModel) -> int | None:
     if len(sizes) > 1:
         raise ConfigError(f"instances that cache prefixes need one block size, not {sorted(sizes)}")
     return sizes.pop() if sizes else None
-
-
-def _scheduler(spec: InstanceSpec) -> InstanceScheduler:
-    match spec.role:
-        case Role.PREFILL:
-            return PrefillScheduler(spec)
-        case Role.DECODE:
-            return DecodeScheduler(spec)
-        case Role.MIXED:
-            return MixedScheduler(spec)

@@ -52,12 +52,6 @@ class DecodeScheduler(DecodingScheduler):
         self._pulls: dict[int, RequestKey] = {}
         self._dropped: dict[int, Intake] = {}
         """Given up while their pulls run: their blocks are freed when the transport says it has ended."""
-        self._gone: set[str] = set()
-        """Instances lost: an offer of theirs may still be on its way."""
-        self._next_pull_id = 0
-        self._num_pulls = 0
-        self._pulled_bytes = 0
-        self._pull_seconds = 0.0
         self._chunks: dict[tuple[int, ...], tuple[Chunk, ...]] = {}
 
     def _is_settled(self) -> bool:
@@ -83,7 +77,7 @@ class DecodeScheduler(DecodingScheduler):
             case InstanceGone(instance_id):
                 self._on_instance_gone(instance_id)
             case _:
-                raise AssertionError(f"not for a decode instance: {message}")
+                self._on_stray(sender, message)
 
     def _on_offer(self, sender: str, offer: Offer) -> None:
         request = offer.request
@@ -303,6 +297,9 @@ class DecodeScheduler(DecodingScheduler):
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 
+    def _live(self) -> list[Sequence]:
+        return [seq for family in self._by_key.values() for seq in family]
+
     def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
         return [seq for seq in self._by_key.get(key, ()) if choice is None or seq.choice == choice]
 
@@ -315,6 +312,3 @@ class DecodeScheduler(DecodingScheduler):
 
     def _load(self) -> tuple[int, int, int]:
         return len(self._intakes), 0, len(self._running)
-
-    def _pull_totals(self) -> tuple[int, int, float]:
-        return self._num_pulls, self._pulled_bytes, self._pull_seconds

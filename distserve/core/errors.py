@@ -8,6 +8,8 @@
     ├── RequestError           one request is at fault; ``status`` is the HTTP status that tells the client
     │   ├── InvalidRequestError     400: the request can never be served as it is
     │   ├── NotFoundError           404: unknown model
+    │   │   └── UnknownInstanceError    404: no instance of that name
+    │   ├── ConflictError           409: the cluster is in no state for it; says why
     │   ├── OverloadedError         429: shed at admission; ``retry_after`` seconds
     │   └── UnavailableError        503: no instance can take it now, or it was lost more often than allowed
     ├── TransferError          a KV migration failed; the request is pulled again or recomputed
@@ -46,6 +48,16 @@ class NotFoundError(RequestError):
     """The request names a model that is not served here."""
 
     status = 404
+
+
+class UnknownInstanceError(NotFoundError):
+    """There is no instance of that name."""
+
+
+class ConflictError(RequestError):
+    """The cluster is in no state to do it; the message says why."""
+
+    status = 409
 
 
 class OverloadedError(RequestError):

@@ -20,6 +20,8 @@ class InstanceView:
     heard_at: float
     assigned: dict[RequestKey, tuple[int, str]] = field(default_factory=dict)
     is_draining: bool = False
+    becoming: Role | None = None
+    """The role it changes to; it is draining until it has."""
     prefixes: RoutedPrefixes | None = None
 
     @classmethod

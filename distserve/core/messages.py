@@ -3,6 +3,7 @@
 Who speaks to whom::
 
     owner   -> router    Hello, Submit
+    operator -> router   ChangeRole, answered with RoleAnswer; operators speak through an owner's process
     router  -> owner     Routed, Rejected, InstanceGone, Status
     router  -> prefill   Prefill, DecodeAssigned
     prefill -> router    DecodeWanted, DecodeDropped, Report
@@ -11,7 +12,7 @@ Who speaks to whom::
     prefill -> owner     HandedOver
     any instance -> owner    Tokens, Preempted, Failed
     owner   -> any instance  Abort
-    router  -> any instance  InstanceGone
+    router  -> any instance  InstanceGone, Become
     decode, mixed -> router  Report
 
 A message may be delayed without bound or lost with its receiver, but two parts' messages arrive in order. Every
@@ -28,7 +29,7 @@ alone resubmits, starts the next attempt.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distserve.core.config import InstanceSpec
+from distserve.core.config import InstanceSpec, Role
 from distserve.core.request import Request, TokenOutput
 
 RequestKey = tuple[str, int]
@@ -231,6 +232,33 @@ class InstanceGone:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeRole:
+    """An instance is to have another role; what it has not ended after ``patience`` seconds goes on elsewhere."""
+
+    instance_id: str
+    role: Role
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoleAnswer:
+    """Whether an instance will change to ``role``: ``status`` is 202, or 404 or 409 and the ``reason`` why not."""
+
+    instance_id: str
+    role: Role
+    status: int = 202
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Become:
+    """Take ``role`` once nothing is left here; hand back what is left after ``patience`` seconds."""
+
+    role: Role
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """An instance's load, sent at intervals and after changes.
 
@@ -238,7 +266,9 @@ class Report:
     ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now,
     ``prefill_rate`` prompt tokens computed per second of late (0: none yet). What follows are totals since the
     instance started: preemptions; KV pulls, their bytes and seconds; tokens that were looked up in the prefix cache,
-    and those of them that were found, so that they were not computed (prefill, mixed) or not pulled (decode).
+    and those of them that were found, so that they were not computed (prefill, mixed) or not pulled (decode); changes
+    of role. ``role`` is what the instance is now (None: as it was started), ``becoming`` what it will be once what it
+    has is done, if anything else.
     """
 
     instance_id: str
@@ -254,6 +284,9 @@ class Report:
     pull_seconds: float = 0.0
     num_queried_tokens: int = 0
     num_hit_tokens: int = 0
+    num_role_changes: int = 0
+    role: Role | None = None
+    becoming: Role | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +319,9 @@ Message = (
     | Failed
     | Abort
     | InstanceGone
+    | ChangeRole
+    | RoleAnswer
+    | Become
     | Report
     | Status
 )

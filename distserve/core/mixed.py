@@ -44,16 +44,16 @@ class MixedScheduler(DecodingScheduler):
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
-    def _on_message(self, sender: str, message: Message) -> None:  # noqa: ARG002 -- it answers owners only
+    def _on_message(self, sender: str, message: Message) -> None:
         match message:
             case Prefill(request):
                 self._on_request(request)
             case Abort():
                 self._on_abort(message)
-            case InstanceGone():
-                pass  # a mixed instance depends on no other
+            case InstanceGone(instance_id):
+                self._gone.add(instance_id)  # a mixed instance depends on no other, but it may have another role later
             case _:
-                raise AssertionError(f"not for a mixed instance: {message}")
+                self._on_stray(sender, message)
 
     def _on_request(self, request: Request) -> None:
         self._seen.append(request.key)
@@ -241,6 +241,9 @@ class MixedScheduler(DecodingScheduler):
         return family
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
+
+    def _live(self) -> list[Sequence]:
+        return [seq for family in self._by_key.values() for seq in family]
 
     def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
         return [seq for seq in self._by_key.get(key, ()) if choice is None or seq.choices == (choice,)]

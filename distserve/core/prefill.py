@@ -74,13 +74,14 @@ class PrefillScheduler(InstanceScheduler):
             case Abort():
                 self._on_abort(message)
             case InstanceGone(instance_id):
+                self._gone.add(instance_id)
                 for key, handoff in list(self._handoffs.items()):
                     # A router that is lost takes unanswered questions with it.
                     unanswered = instance_id == ROUTER and handoff.state is HandoffState.WANTED
                     if (handoff.decode_id == instance_id and not handoff.is_pulled) or unanswered:
                         self._want_again(key, handoff, refused_by=None)
             case _:
-                raise AssertionError(f"not for a prefill instance: {message}")
+                self._on_stray(sender, message)
 
     def _on_prefill(self, request: Request) -> None:
         self._seen.append(request.key)
@@ -259,6 +260,9 @@ class PrefillScheduler(InstanceScheduler):
             self._commands.append(WakeAt(earliest))
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
+
+    def _live(self) -> list[Sequence]:
+        return list(self._sequences.values())
 
     def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
         """A prompt stands for all its choices: a single one cannot be aborted here, its later tokens will be."""

@@ -34,6 +34,8 @@ from distserve.core.events import (
 from distserve.core.instance_view import InstanceView
 from distserve.core.messages import (
     Abort,
+    Become,
+    ChangeRole,
     DecodeAssigned,
     DecodeDropped,
     DecodeWanted,
@@ -45,11 +47,13 @@ from distserve.core.messages import (
     Rejected,
     Report,
     RequestKey,
+    RoleAnswer,
     Routed,
     Status,
     Submit,
 )
 from distserve.core.request import Request
+from distserve.core.role_changes import begin, follow, refusal
 from distserve.core.routed_prefixes import PromptKeys
 from distserve.core.scheduler import ROUTER
 
@@ -168,6 +172,17 @@ class Router:
                 # Should it ever wake, nobody wants what it has: it is to make room for a replacement.
                 self._send(instance_id, InstanceGone(instance_id))
 
+    def _on_change_role(self, sender: str, change: ChangeRole) -> None:
+        refused = refusal(self._instances, change)
+        if refused is not None:
+            self._send(sender, RoleAnswer(change.instance_id, change.role, *refused))
+            return
+        begin(self._instances[change.instance_id], change.role)
+        self._pools.clear()
+        self._send(change.instance_id, Become(change.role, change.patience))
+        self._send(sender, RoleAnswer(change.instance_id, change.role))
+        self._send_status()
+
     def _tell_of_losses(self, part: str) -> None:
         for instance_id in self._gone:
             self._send(part, InstanceGone(instance_id))
@@ -185,6 +200,9 @@ class Router:
                 view = self._instances.get(message.instance_id)
                 if view is not None:
                     view.note(message, self._now)
+                    if follow(view, message):
+                        self._pools.clear()
+                        self._send_status()
                     for _, _, refused_by in self._pending.values():
                         refused_by.discard(message.instance_id)
                     self._assign_pending()
@@ -200,6 +218,8 @@ class Router:
                 if decode_id in self._instances:
                     self._instances[decode_id].assigned.pop(key, None)
                 self._assign_pending()
+            case ChangeRole():
+                self._on_change_role(sender, message)
             case Hello():
                 if sender not in self._owners:
                     self._owners[sender] = None

@@ -29,11 +29,13 @@ from distserve.core.commands import (
     TableUpdate,
     WakeAt,
 )
-from distserve.core.config import InstanceSpec
+from distserve.core.config import InstanceSpec, Role
 from distserve.core.events import NOT_FINITE, Event, Migrated, Received, StepDone, StepFailed, Timer, UnseenStepDone
-from distserve.core.messages import Abort, Failed, Message, Report, RequestKey, Tokens
+from distserve.core.legacy import Legacy
+from distserve.core.messages import Abort, Failed, Message, Preempted, Report, RequestKey, Tokens
 from distserve.core.request import TokenLogprobs, TokenOutput
 from distserve.core.sequence import Sequence
+from distserve.core.strays import answer_stray
 
 ROUTER = "router"
 """The router's name, to which every part speaks."""
@@ -72,6 +74,12 @@ class InstanceScheduler(ABC):
         self._steps: dict[int, Batch] = {}
         self._next_step_id = 0
         self._next_seq_id = 0
+        self._next_pull_id = 0
+        self._gone: set[str] = set()
+        """Instances lost: an offer of theirs may still be on its way."""
+        self.becoming: Role | None = None
+        """The role that the instance changes to once nothing is left here."""
+        self.num_role_changes = 0
         self._seen: list[RequestKey] = []
         self.num_preempted = 0
         """Running sequences that lost their memory to older ones since start."""
@@ -79,6 +87,9 @@ class InstanceScheduler(ABC):
         """Tokens since start that were looked up in the prefix cache."""
         self.num_hit_tokens = 0
         """Those of them that were neither computed nor pulled, because their KV was there."""
+        self._num_pulls = 0
+        self._pulled_bytes = 0
+        self._pull_seconds = 0.0
         self._last_report = -1.0
         self._prefill_rate = 0.0
         self._reported: tuple[int, ...] = ()
@@ -135,9 +146,71 @@ class InstanceScheduler(ABC):
     def _on_migrated(self, event: Migrated) -> None:
         raise AssertionError(f"{self.spec.role} instances pull nothing: {event}")
 
-    def _pull_totals(self) -> tuple[int, int, float]:
-        """(pulls, bytes, seconds) since start."""
-        return (0, 0, 0.0)
+    @abstractmethod
+    def _live(self) -> list[Sequence]:
+        """Every sequence that has not ended."""
+
+    # -- changes of role --------------------------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is left: no sequence, no step or pull under way, no block in use."""
+        num_waiting, _, num_running = self._load()
+        return not (self._steps or num_waiting or num_running) and self.blocks.num_free == self.blocks.num_blocks
+
+    def hand_back(self, now: float) -> list[Command]:
+        """Give up every sequence: their owners resubmit them, with the tokens they have."""
+        self._now = now
+        for seq in self._live():
+            for choice in seq.choices:
+                self._send(seq.request.owner_id, Preempted(seq.request.key, choice))
+            if self._config.prefix_caching and seq.is_open:
+                self._label_done(seq)
+            self._close(seq)
+        self._flush()
+        commands, self._commands = self._commands, []
+        return commands
+
+    def legacy(self) -> Legacy:
+        """What is left when nothing is: for the scheduler of the next role."""
+        assert self.is_idle, "somebody still needs this role"
+        return Legacy(
+            blocks=self.blocks,
+            next_step_id=self._next_step_id,
+            next_seq_id=self._next_seq_id,
+            next_pull_id=self._next_pull_id,
+            gone=frozenset(self._gone),
+            num_role_changes=self.num_role_changes,
+            num_preempted=self.num_preempted,
+            num_queried_tokens=self.num_queried_tokens,
+            num_hit_tokens=self.num_hit_tokens,
+            num_pulls=self._num_pulls,
+            pulled_bytes=self._pulled_bytes,
+            pull_seconds=self._pull_seconds,
+        )
+
+    def succeed(self, legacy: Legacy) -> None:
+        """Go on where the scheduler of another role has ended: engine, memory and what it holds are the same."""
+        self.blocks = legacy.blocks
+        self._next_step_id = legacy.next_step_id
+        self._next_seq_id = legacy.next_seq_id
+        self._next_pull_id = legacy.next_pull_id
+        self._gone = set(legacy.gone)
+        self.num_role_changes = legacy.num_role_changes + 1
+        self.num_preempted = legacy.num_preempted
+        self.num_queried_tokens = legacy.num_queried_tokens
+        self.num_hit_tokens = legacy.num_hit_tokens
+        self._num_pulls = legacy.num_pulls
+        self._pulled_bytes = legacy.pulled_bytes
+        self._pull_seconds = legacy.pull_seconds
+
+    def _on_stray(self, sender: str, message: Message) -> None:
+        """A message that only another role understands: the instance had it, or its sender thinks so."""
+        if self.becoming is None and self.num_role_changes == 0:
+            raise AssertionError(f"not for a {self.spec.role} instance: {message}")
+        answer = answer_stray(sender, message)
+        if answer is not None:
+            self._send(*answer)
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -405,7 +478,6 @@ class InstanceScheduler(ABC):
         if due:
             self._reported = self._last_state = (*state[:-1], 0)
             self._last_report = self._now
-            pulls, pulled_bytes, pull_seconds = self._pull_totals()
             report = Report(
                 instance_id=self.spec.instance_id,
                 num_waiting=waiting,
@@ -415,11 +487,14 @@ class InstanceScheduler(ABC):
                 seen=tuple(self._seen),
                 prefill_rate=self._prefill_rate,
                 num_preempted=self.num_preempted,
-                num_pulls=pulls,
-                pulled_bytes=pulled_bytes,
-                pull_seconds=pull_seconds,
+                num_pulls=self._num_pulls,
+                pulled_bytes=self._pulled_bytes,
+                pull_seconds=self._pull_seconds,
                 num_queried_tokens=self.num_queried_tokens,
                 num_hit_tokens=self.num_hit_tokens,
+                num_role_changes=self.num_role_changes,
+                role=self.spec.role,
+                becoming=self.becoming,
             )
             self._seen.clear()
             self._commands.append(Send(ROUTER, report))

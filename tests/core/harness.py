@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 
 from distserve.core.commands import Conclude, Deliver, Migrate, RunStep
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
-from distserve.core.decode import DecodeScheduler
-from distserve.core.events import ClientGone, ClientRequest, ClientStop, InstanceUp, Migrated
+from distserve.core.events import ClientGone, ClientRequest, ClientStop, InstanceUp, Migrated, Received
+from distserve.core.instance_machine import InstanceMachine
 from distserve.core.latency import LinearStepTime
-from distserve.core.mixed import MixedScheduler
+from distserve.core.messages import ChangeRole
 from distserve.core.owner import Owner
-from distserve.core.prefill import PrefillScheduler
 from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router, RouterConfig
 from distserve.core.scheduler import ROUTER, InstanceScheduler
@@ -133,7 +132,7 @@ class Deployment:
         router: RouterConfig = RouterConfig(),
         remembers: bool = False,
     ) -> None:
-        self.schedulers: dict[str, InstanceScheduler] = {}
+        self.machines: dict[str, InstanceMachine] = {}
         self.workers: dict[str, CheckingWorker] = {}
         self.recorder = CopyingRecorder(self.workers) if remembers else Recorder()
         self.loop = Loop(delays, self.recorder)
@@ -147,18 +146,20 @@ class Deployment:
                 self.start(InstanceSpec(f"{role}-{index}", role, memory, config))
 
     def start(self, spec: InstanceSpec) -> None:
-        scheduler: InstanceScheduler
-        if spec.role is Role.PREFILL:
-            scheduler = PrefillScheduler(spec)
-        elif spec.role is Role.DECODE:
-            scheduler = DecodeScheduler(spec)
-        else:
-            scheduler = MixedScheduler(spec)
+        machine = InstanceMachine(spec)
         worker = self._worker(spec.kv.block_size, token_at)
-        self.schedulers[spec.instance_id] = scheduler
+        self.machines[spec.instance_id] = machine
         self.workers[spec.instance_id] = worker
-        self.loop.add(spec.instance_id, scheduler, Engine(spec.instance_id, worker, STEP_TIME))
+        self.loop.add(spec.instance_id, machine, Engine(spec.instance_id, worker, STEP_TIME))
         self.loop.post(self.loop.now, ROUTER, InstanceUp(spec))
+
+    @property
+    def schedulers(self) -> dict[str, InstanceScheduler]:
+        """Of the roles that the instances have now."""
+        return {name: machine.scheduler for name, machine in self.machines.items()}
+
+    def change_role(self, time: float, name: str, role: Role, patience: float = 30.0) -> None:
+        self.loop.post(time, ROUTER, Received("operator", ChangeRole(name, role, patience)))
 
     def submit(self, request: Request) -> None:
         self.loop.post(request.arrival, "api-0", ClientRequest(request))
@@ -171,7 +172,7 @@ class Deployment:
 
     def lose(self, name: str) -> None:
         self.loop.lose(name)
-        del self.schedulers[name]
+        del self.machines[name]
         del self.workers[name]
 
     def run(self, until: float = 1000.0) -> Recorder:
