@@ -5,12 +5,15 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
+
+from benchmarks.common.servers import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("distserve", "torch", "transformers", "ray", "numpy", "numba")
@@ -21,7 +24,7 @@ def describe_run(module: str) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "cpu": cpu_name(),
         "num_cpus": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -43,7 +46,7 @@ def cpu_name() -> str:
     return f"{name}, family {fields.get('cpu family')} model {fields.get('model')} ({', '.join(matrix)})"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The working tree's commit, marked when it has changes; empty outside a repository."""
     try:
         described = subprocess.run(
@@ -52,3 +55,29 @@ def _commit() -> str:
     except FileNotFoundError:
         return ""
     return described.stdout.strip()
+
+
+class OtherLoad:
+    """A context that counts the cores which processes other than ``servers``, this one and its clients keep busy.
+
+    A measurement is worth what ``cores`` is near 0; not a number before the context's end.
+    """
+
+    def __init__(self, *servers: Server) -> None:
+        self._servers = servers
+        self.cores = float("nan")
+
+    def __enter__(self) -> Self:
+        self._began, self._before = time.monotonic(), self._cpu_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        elapsed = time.monotonic() - self._began
+        self.cores = round((self._cpu_seconds() - self._before) / elapsed, 3)
+
+    def _cpu_seconds(self) -> float:
+        """Core seconds so far of the whole machine, less those of the servers, this process and what it waited for."""
+        whole = psutil.cpu_times()
+        mine = psutil.Process().cpu_times()
+        own = mine.user + mine.system + mine.children_user + mine.children_system
+        return whole.user + whole.nice + whole.system - own - sum(server.cpu_seconds() for server in self._servers)

@@ -26,9 +26,9 @@ from threading import Thread
 import psutil
 
 from benchmarks.common.machine import describe_run
+from benchmarks.common.measure import Client
 from benchmarks.common.servers import Server, unwind_on_sigterm
-from benchmarks.cpu_vs_vllm.measure import Client
-from benchmarks.cpu_vs_vllm.systems import Bench
+from benchmarks.common.systems import Bench
 
 _SAMPLES_PER_SECOND = 200
 _LEAST_SHARE = 0.01

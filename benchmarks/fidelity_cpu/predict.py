@@ -33,8 +33,8 @@ class Mix:
     name: str
     prompt_len: str
     output_len: str
-    ttft_factor: float
-    tpot_factor: float
+    ttft_factor: float = 3.0
+    tpot_factor: float = 4.0
 
     @property
     def mean_prompt(self) -> float:
@@ -48,8 +48,8 @@ class Mix:
 
 
 MIXES = (
-    Mix("chat", "lognormal:mean=300,sigma=0.8,max=1500", "lognormal:mean=60,sigma=0.6,max=256", 3.0, 4.0),
-    Mix("documents", "lognormal:mean=500,sigma=0.5,max=1500", "lognormal:mean=40,sigma=0.5,max=128", 3.0, 4.0),
+    Mix("chat", "lognormal:mean=300,sigma=0.8,max=1500", "lognormal:mean=60,sigma=0.6,max=256"),
+    Mix("documents", "lognormal:mean=500,sigma=0.5,max=1500", "lognormal:mean=40,sigma=0.5,max=128"),
 )
 
 
@@ -76,11 +76,18 @@ def _two_digits(seconds: float) -> float:
     return float(f"{seconds:.2g}")
 
 
-def cluster_model(model: ProfileLatencyModel, pools: Mapping[Role, int], mean_prompt: float) -> ClusterModel:
+def cluster_model(
+    model: ProfileLatencyModel,
+    pools: Mapping[Role, int],
+    mean_prompt: float,
+    *,
+    scheduler: SchedulerConfig = SCHEDULER,
+    kv_tokens: int = KV_TOKENS,
+) -> ClusterModel:
     """``pools`` instances of each role on this machine's cores."""
     profile = model.profile
     specs = [
-        InstanceSpec(f"{role}-{index}", role, KvConfig(KV_TOKENS // profile.block_size, profile.block_size), SCHEDULER)
+        InstanceSpec(f"{role}-{index}", role, KvConfig(kv_tokens // profile.block_size, profile.block_size), scheduler)
         for role, count in pools.items()
         for index in range(count)
     ]
@@ -98,12 +105,13 @@ def predict(model: ClusterModel, workload: Workload, slo: SLO) -> Figures:
     Which request meets which in a queue hangs on less than anyone can know, and moves the median TTFT of one simulated
     run by 2 to 3% (a standard deviation).
     """
-    found = [figures(simulate(model, shifted).timelines, slo) for shifted in _variants(workload)]
+    found = [figures(simulate(model, shifted).timelines, slo) for shifted in variants(workload)]
     attainment, ttft, tpot = np.median([astuple(one) for one in found], axis=0).tolist()
     return Figures(attainment, ttft, tpot)
 
 
-def _variants(workload: Workload) -> Iterator[Workload]:
+def variants(workload: Workload) -> Iterator[Workload]:
+    """``workload`` as it is, and with arrivals that are some milliseconds off."""
     assert workload.arrivals is not None
     yield workload
     rng = np.random.default_rng(0)

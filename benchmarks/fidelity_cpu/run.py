@@ -23,11 +23,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 
 from benchmarks.common.load import LoadError, bench
-from benchmarks.common.machine import describe_run
-from benchmarks.common.servers import Server, ServerError, free_port, running, unwind_on_sigterm
+from benchmarks.common.machine import OtherLoad, describe_run
+from benchmarks.common.servers import ServerError, free_port, running, unwind_on_sigterm
 from benchmarks.fidelity_cpu import timelines
 from benchmarks.fidelity_cpu.predict import (
     KV_TOKENS,
@@ -155,13 +154,12 @@ def measure(result: dict[str, Any], options: argparse.Namespace) -> None:
             log = Path(directory) / "bench.log"
             bench(server.url, load_options(cases[0], 5.0, seed=0), log=log, may_miss=True)
             for case in cases:
-                before, began = cpu_times(server), time.monotonic()
-                document = bench(server.url, load_options(case, seconds, case.seed), log=log, may_miss=True)
-                other = other_load(before, cpu_times(server), time.monotonic() - began)
+                with OtherLoad(server) as other:
+                    document = bench(server.url, load_options(case, seconds, case.seed), log=log, may_miss=True)
                 lines = timelines.rows(document["runs"][0]["requests"])
                 timelines.write(options.output_dir / f"{case.stem}.csv.gz", lines)
                 run = compare(model, pools, case, lines)
-                run["other_load"] = other
+                run["other_load"] = other.cores
                 result["runs"].append(run)
                 say(progress_line(run))
 
@@ -198,19 +196,6 @@ def load_options(case: Case, seconds: float, seed: int) -> dict[str, object]:
         "return_timeline": True,
         "timeout": 300,
     }
-
-
-def cpu_times(server: Server) -> tuple[float, float]:
-    """Core seconds so far of the whole machine, and of the cluster, this process and the clients it has waited for."""
-    whole = psutil.cpu_times()
-    mine = psutil.Process().cpu_times()
-    ours = server.cpu_seconds() + mine.user + mine.system + mine.children_user + mine.children_system
-    return whole.user + whole.nice + whole.system, ours
-
-
-def other_load(before: tuple[float, float], after: tuple[float, float], seconds: float) -> float:
-    """Cores that something else kept busy: a measurement is worth what this is near 0."""
-    return round(((after[0] - before[0]) - (after[1] - before[1])) / seconds, 3)
 
 
 def compare(

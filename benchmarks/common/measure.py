@@ -56,9 +56,13 @@ class Client:
                 return step
         raise LoadError(f"{server.name}: {batch} requests never decoded together for {_LEAST_STEPS} steps")
 
-    def closed_loop(self, server: Server, seed: int, clients: int) -> dict[str, float]:
-        """Output tokens/s and median TPOT of ``clients`` that each wait for their answer, 256 in, 64 out."""
-        num = clients * (2 if self.quick or clients > 8 else 6)
+    def closed_loop(self, server: Server, seed: int, clients: int, per_client: int | None = None) -> dict[str, float]:
+        """Output tokens/s and median TPOT of ``clients`` that each wait for their answer, 256 in, 64 out.
+
+        ``per_client`` requests of each; None: six, or two of more than eight clients.
+        """
+        each = per_client or (2 if clients > 8 else 6)
+        num = clients * (2 if self.quick else each)
         options = {"clients": clients, "num_requests": num, "prompt_len": 256, "output_len": 64}
         figures = summary(self.run(server, seed, options))
         return {"output_tokens_per_second": figures["output_token_throughput"], "tpot": figures["tpot"]["p50"]}

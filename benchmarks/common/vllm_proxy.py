@@ -1,6 +1,6 @@
 """The proxy of vLLM's own disaggregated prefill: each request goes to the prefill server, then to the decode server.
 
-    python -m benchmarks.cpu_vs_vllm.proxy --port 8100 --prefill http://127.0.0.1:8101 --decode http://127.0.0.1:8102
+    python -m benchmarks.common.vllm_proxy --port 8100 --prefill http://127.0.0.1:8101 --decode http://127.0.0.1:8102
 
 What travels between the two is vLLM's ``kv_transfer_params``: the prefill server is asked for one token and answers
 with where its KV lies; the decode server is given that, pulls the KV and streams the answer. The protocol is that of

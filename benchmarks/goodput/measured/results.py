@@ -1,0 +1,135 @@
+"""The runs that were measured so far, as curves, and the goodputs that follow from them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from benchmarks.common.store import Store
+from benchmarks.goodput.measured.contenders import CONTENDERS, Contender
+from benchmarks.goodput.measured.ladder import Bracket, bracket, goodput
+from benchmarks.goodput.measured.runs import TARGET, Requests
+
+Run = dict[str, Any]
+Attainments = dict[float, list[float]]
+
+
+@dataclass(frozen=True)
+class Best:
+    """What a contender reaches with the token budget that serves a cell best: requests/s by round.
+
+    ``ends``: the rates of the first round's bracket. ``is_open``: the highest rate measured was still within.
+    """
+
+    budget: int
+    goodputs: tuple[float, ...]
+    ends: Bracket
+
+    @property
+    def goodput(self) -> float:
+        """The median of the rounds."""
+        return median(self.goodputs)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no rate was measured that is too much."""
+        return self.ends[1] is None
+
+
+class Results:
+    """Runs and predictions in a store, by name; a run never changes once it is there."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._runs: dict[str, Run] = {name: store.read(name) for name in store.names("runs")}
+
+    def keep(self, run: Run) -> None:
+        """Keep a measured run."""
+        self._store.write(run_name(run), run)
+        self._runs[run_name(run)] = run
+
+    def runs(self) -> Iterator[Run]:
+        """All of them, by name."""
+        for name in sorted(self._runs):
+            yield self._runs[name]
+
+    def prediction(self, run: Run) -> dict[str, Any] | None:
+        """The figures predicted for ``run``, if they were."""
+        name = _prediction_name(run)
+        return self._store.read(name) if name in self._store else None
+
+    def keep_prediction(self, run: Run, figures: dict[str, Any]) -> None:
+        """Keep what is predicted for ``run``."""
+        self._store.write(_prediction_name(run), figures)
+
+    def curve(self, number: int, workload: str, contender: str, budget: int) -> Attainments:
+        """Attainments by rate of one round."""
+        wanted = {"round": number, "workload": workload, "contender": contender, "budget": budget}
+        found = [run for run in self._runs.values() if wanted.items() <= run.items()]
+        return {run["rate"]: attainments(run) for run in found}
+
+    def predicted_curve(self, workload: str, contender: str, budget: int) -> Attainments:
+        """The first round's, as predicted."""
+        curve = {}
+        for run in self._runs.values():
+            if (run["round"], run["workload"], run["contender"], run["budget"]) == (1, workload, contender, budget):
+                figures = self.prediction(run)
+                if figures is not None:
+                    curve[run["rate"]] = figures["attainments"]
+        return curve
+
+    def limit(self, workload: str, contender: Contender, objective: int, until: int) -> float | None:
+        """The lowest rate that is too much for every budget before ``until``; None if there is none."""
+        limits: list[float] = []
+        for budget in contender.budgets[: contender.budgets.index(until)]:
+            low, high = bracket(self.curve(1, workload, contender.name, budget), objective, TARGET)
+            if high is not None:
+                limits.append(high)
+            elif low is not None:
+                return None
+        return max(limits, default=None)
+
+    def best(self, workload: str, contender: Contender, objective: int) -> Best | None:
+        """With the budget that the first round found best; None before there is a first round."""
+        found = []
+        for budget in contender.budgets:
+            curve = self.curve(1, workload, contender.name, budget)
+            if curve:
+                found.append((goodput(curve, objective, TARGET), budget, bracket(curve, objective, TARGET)))
+        if not found:
+            return None
+        # At equal goodput the first budget, which is the default.
+        first, budget, ends = max(found, key=lambda one: one[0])
+        later = [self.curve(number, workload, contender.name, budget) for number in range(2, 1 + self.num_rounds)]
+        repeated = [goodput(curve, objective, TARGET) for curve in later if _brackets(curve, objective)]
+        return Best(budget, (first, *repeated), ends)
+
+    @property
+    def num_rounds(self) -> int:
+        """The most that anything was repeated."""
+        return max((run["round"] for run in self._runs.values()), default=0)
+
+    def measured_contenders(self) -> list[Contender]:
+        """Those of which there is a run, in their order."""
+        names = {run["contender"] for run in self._runs.values()}
+        return [contender for name, contender in CONTENDERS.items() if name in names]
+
+
+def attainments(run: Run) -> list[float]:
+    """By objective."""
+    return Requests.from_json(run["requests"]).attainments(run["warmup"])
+
+
+def run_name(run: Run) -> str:
+    """Where a run is kept."""
+    return f"runs/{run['workload']}/{run['contender']}-{run['budget']}/{run['round']}-{run['rate']:g}"
+
+
+def _prediction_name(run: Run) -> str:
+    return f"predictions{run_name(run).removeprefix('runs')}"
+
+
+def _brackets(curve: Attainments, objective: int) -> bool:
+    """Whether a later round has found both sides of an objective's rate, or that nothing passes."""
+    low, high = bracket(curve, objective, TARGET)
+    return high is not None or low is not None

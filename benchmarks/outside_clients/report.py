@@ -1,0 +1,96 @@
+"""Writes what the clients found: JSON with every round, and medians with the deviations out of bounds marked."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+BOUND = 0.05
+REFERENCE = "distserve bench"
+JUDGED = ("throughput", "latency_mean", "latency_p50", "ttft_mean", "ttft_p50", "itl_mean", "itl_p50")
+"""What has to agree; 99th percentiles of one run's requests are shown and not judged."""
+SHOWN = (*JUDGED, "latency_p99", "ttft_p99", "itl_p99")
+_HEADINGS = {
+    "throughput": "tokens out/s",
+    "latency_mean": "latency, mean",
+    "latency_p50": "P50",
+    "latency_p99": "P99",
+    "ttft_mean": "TTFT, mean",
+    "ttft_p50": "P50",
+    "ttft_p99": "P99",
+    "itl_mean": "ITL, mean",
+    "itl_p50": "P50",
+    "itl_p99": "P99",
+}
+_ORDER = sorted(SHOWN, key=list(_HEADINGS).index)
+Rounds = list[dict[str, float]]
+
+
+def medians(rounds: Rounds) -> dict[str, float]:
+    """The median over rounds of every figure."""
+    return {name: median(figures[name] for figures in rounds) for name in rounds[0]}
+
+
+def deviations(clients: dict[str, Rounds], client: str) -> dict[str, float]:
+    """How far ``client`` is from the reference in what both measure, relative."""
+    theirs, ours = medians(clients[client]), medians(clients[REFERENCE])
+    return {name: theirs[name] / ours[name] - 1 for name in theirs}
+
+
+def misses(clients: dict[str, Rounds], client: str) -> list[str]:
+    """What of a client is out of bounds."""
+    return [name for name, error in deviations(clients, client).items() if name in JUDGED and abs(error) > BOUND]
+
+
+def write_report(directory: Path, result: dict[str, Any]) -> int:
+    """Write ``result.json`` and ``report.md``; returns how many figures are out of bounds."""
+    (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (directory / "report.md").write_text("\n".join(_markdown(result)) + "\n")
+    return sum(len(misses(clients, client)) for clients in result["loads"].values() for client in clients)
+
+
+def _markdown(result: dict[str, Any]) -> list[str]:
+    num_judged = num_missed = 0
+    rows = []
+    for load, clients in result["loads"].items():
+        for client, rounds in clients.items():
+            missed = misses(clients, client)
+            if client != REFERENCE:
+                num_judged += sum(name in JUDGED for name in rounds[0])
+                num_missed += len(missed)
+            rows.append(_row(load, clients, client, missed))
+    verdict = "All of them agree" if not num_missed else f"{num_judged - num_missed} of {num_judged} figures agree"
+    return [
+        "# What other clients find",
+        "",
+        f"{verdict} with `distserve bench` within {BOUND:.0%}; what does not is in **bold**.",
+        "",
+        (
+            f"- {result['date']}, {result['cpu']}, {result['num_cpus']} cores, commit {result['commit']}, load average "
+            f"at the start {result['load_average_at_start']}"
+        ),
+        f"- `{result['command']}`, {result['duration'] / 60:.0f} minutes",
+        f"- vLLM's environment: {', '.join(f'{name} {v}' for name, v in sorted(result['vllm'].items()))}",
+        (
+            f"- medians of {max(len(rounds) for clients in result['loads'].values() for rounds in clients.values())} "
+            "rounds, milliseconds; in brackets the deviation; percentiles 99 are not judged"
+        ),
+        "",
+        f"| load | client | {' | '.join(_HEADINGS[name] for name in _ORDER)} |",
+        f"|---|---|{'---:|' * len(_ORDER)}",
+        *rows,
+    ]
+
+
+def _row(load: str, clients: dict[str, Rounds], client: str, missed: list[str]) -> str:
+    found, errors = medians(clients[client]), deviations(clients, client)
+    cells = []
+    for name in _ORDER:
+        if name not in found:
+            cells.append("")
+            continue
+        text = f"{found[name]:.1f}" if name == "throughput" else f"{1e3 * found[name]:.1f}"
+        if client != REFERENCE:
+            text += f" ({errors[name]:+.1%})"
+        cells.append(f"**{text}**" if name in missed else text)
+    return f"| {load} | {client} | {' | '.join(cells)} |"

