@@ -1,0 +1,297 @@
+"""Ways of serving one workload on a fixed fleet, each with its one knob where its goodput is best.
+
+Every way has one knob, and all of them point the same way: turned up it favours TTFT, turned down TPOT. With a pool of
+prefill instances it is how many of the fleet are in that pool, with Dynamic SplitFuse the tokens of a step; whole
+prompts have none. The best setting is climbed to from an estimate, first in the direction of what was missed.
+
+Knows nothing of maps and how they are drawn. Rates, steady states, goodput and bounds are the planner's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from distserve.core.config import ParallelConfig, PrefillPolicy, Role
+from distserve.core.errors import ConfigError
+from distserve.core.latency import StepShape, StepTime
+from distserve.core.topology import Gpu, PlacedInstance, Placement
+from placement.bounds import ShapeBound, bound_shape, network_capacity
+from placement.deployment import joint_run
+from placement.evaluation import binding_constraint
+from placement.goodput import Goodput, find_goodput
+from placement.measure import Effort, measure
+from placement.offered import Offered
+from placement.plan import Interval
+from placement.problem import Problem
+from placement.shapes import Shape, find_shapes
+from simulator.latency.interface import LatencyModel
+
+BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOLERANCE = 0.08
+"""How far apart the rate that held and the one that failed may stay, as a share of the latter."""
+
+_SLACK = 1.02
+"""On capacities, which are of mean lengths: a run may have seen shorter requests."""
+_LIKELY = 0.75
+"""Of a capacity: where a goodput is looked for first."""
+_BETTER = 1.03
+"""A setting of the knob that is not better by so much than the best one is not looked at closely."""
+_CROWDED = 0.85
+"""Share of its capacity at which a prefill pool is expected to meet its TTFT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A way of serving: the ``roles`` of its pools, ``letter`` for short."""
+
+    name: str
+    letter: str
+    roles: tuple[Role, ...]
+    policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
+
+    @property
+    def moves_kv(self) -> bool:
+        """Whether KV goes over the network: only then its bandwidth matters."""
+        return Role.PREFILL in self.roles
+
+
+MODES = (
+    Mode("SplitFuse", "S", (Role.MIXED,)),
+    Mode("whole prompts", "W", (Role.MIXED,), PrefillPolicy.WHOLE_PROMPT),
+    Mode("disaggregated", "D", (Role.PREFILL, Role.DECODE)),
+)
+
+
+class OneShape:
+    """The step times of one shape alone, built once. ``latency`` is where they are from."""
+
+    def __init__(self, latency: LatencyModel, parallel: ParallelConfig) -> None:
+        self.source = latency.source
+        self._parallel = parallel
+        self._step_time = latency.step_time(parallel)
+
+    def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> StepTime:  # noqa: ARG002
+        """See LatencyModel."""
+        if parallel != self._parallel:
+            raise ConfigError(f"the fleet's instances are TP{self._parallel.tp} PP{self._parallel.pp}")
+        return self._step_time
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long runs are: so many residences of a request and so many TTFT limits, within bounds in requests."""
+
+    residences: float = 2.0
+    patiences: float = 4.0
+    least: int = 200
+    most: int = 2500
+
+
+@dataclass(frozen=True)
+class Found:
+    """The goodput of a mode, the setting of its knob (prefill instances or tokens of a step) and what limits it."""
+
+    mode: Mode
+    knob: int
+    setting: str
+    goodput: Goodput
+    binding: str
+    num_simulated: int
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """``num_instances`` equal instances of ``parallel`` that serve ``problem``'s workload within its objective."""
+
+    problem: Problem
+    parallel: ParallelConfig
+    num_instances: int
+    pace: Pace = Pace()
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of all instances."""
+        return self.num_instances * self.parallel.num_ranks
+
+    @cached_property
+    def offered(self) -> Offered:
+        """The same requests for every mode, at every rate."""
+        return Offered(self.problem.workload, self.problem.search.seed)
+
+    @cached_property
+    def shapes(self) -> dict[tuple[Role, PrefillPolicy], Shape]:
+        """The kinds of instances, as the planner would start them."""
+        shapes, refused = find_shapes(self.problem, self.offered)
+        if not shapes:
+            raise ConfigError(f"no instance can be: {refused[0].reason if refused else 'the cluster is too small'}")
+        return {(shape.role, shape.policy): shape for shape in shapes}
+
+    @cached_property
+    def step_time(self) -> StepTime:
+        """Of every instance."""
+        return self.problem.latency.step_time(self.parallel)
+
+    # -- knobs --------------------------------------------------------------------------------------------------------
+
+    def knobs(self, mode: Mode) -> Sequence[int]:
+        """The settings of a mode's knob, ascending."""
+        if mode.moves_kv:
+            return range(1, self.num_instances)
+        if mode.policy is PrefillPolicy.SPLITFUSE:
+            return BUDGETS
+        return (self.shapes[Role.MIXED, mode.policy].max_batch_tokens,)
+
+    def likely_knob(self, mode: Mode) -> int:
+        """Where to look first: pools whose capacities within the objective are alike; the planner's token budget."""
+        if not mode.moves_kv:
+            return self.shapes[Role.MIXED, mode.policy].max_batch_tokens
+        prefill = _CROWDED * self._bound(self.shapes[Role.PREFILL, PrefillPolicy.SPLITFUSE]).capacity
+        decode = self._decode_rate()
+        return max(self.knobs(mode), key=lambda count: min(count * prefill, (self.num_instances - count) * decode))
+
+    def pools(self, mode: Mode, knob: int) -> list[tuple[Shape, int]]:
+        """The instances of a mode at one setting of its knob."""
+        if mode.moves_kv:
+            counts = (knob, self.num_instances - knob)
+            kinds = [self.shapes[role, PrefillPolicy.SPLITFUSE] for role in mode.roles]
+            return list(zip(kinds, counts, strict=True))
+        shape = self.shapes[Role.MIXED, mode.policy]
+        kv = self.problem.kv(self.parallel, max(knob, self.problem.limits.max_batch_size))
+        return [(replace(shape, max_batch_tokens=knob, kv=kv or shape.kv), self.num_instances)]
+
+    def placement(self, mode: Mode, knob: int) -> Placement:
+        """Every pool on nodes of its own: whatever KV is moved crosses the network cards of both nodes."""
+        cluster, tp = self.problem.cluster, self.parallel.tp
+        per_node = cluster.gpus_per_node // tp
+        instances: list[PlacedInstance] = []
+        node = 0
+        for shape, count in self.pools(mode, knob):
+            limits = self.problem.limits
+            if shape.role is Role.MIXED and shape.policy is PrefillPolicy.SPLITFUSE:
+                limits = replace(limits, max_batch_size=min(limits.max_batch_size, shape.max_batch_tokens))
+            problem = replace(self.problem, limits=limits)
+            for number in range(count):
+                first = number % per_node * tp
+                gpus = tuple(Gpu(node + number // per_node, first + shard) for shard in range(tp))
+                instances.append(PlacedInstance(shape.spec(problem, f"{shape.role}-{number}"), gpus))
+            node += -(-count // per_node)
+        placement = Placement(cluster, tuple(instances))
+        placement.check()
+        return placement
+
+    # -- goodput ------------------------------------------------------------------------------------------------------
+
+    def best(self, mode: Mode, floor: float = 0.0, first: int | None = None) -> Found:
+        """``mode`` with its knob at its best; ``first`` is where to look first.
+
+        A goodput below ``floor`` (requests/s) is of no interest: its ``low`` is 0.
+        """
+        knobs = self.knobs(mode)
+        at = knobs.index(self.likely_knob(mode) if first is None else first)
+        tried = {at: self._goodput(mode, knobs[at], floor)}
+        while True:
+            direction = 1 if _misses_ttft(tried[at]) else -1
+            reached = tried[at].interval.estimate
+            for place in (at + direction, at - direction):
+                if place in tried or not 0 <= place < len(knobs):
+                    continue
+                tried[place] = self._goodput(mode, knobs[place], max(floor, _BETTER * reached), reached)
+                if _rank(tried[place]) > _rank(tried[at]):
+                    at = place
+                    break
+            else:
+                break
+        return self._found(mode, knobs[at], tried[at], sum(goodput.num_simulated for goodput in tried.values()))
+
+    def unless_slower(self, found: Found, floor: float = 0.0) -> Found:
+        """What was found on a faster network, if it holds on this one; else the best there is here."""
+        goodput = found.goodput
+        if goodput.low <= 0:
+            return found  # a slower network makes nothing better
+        problem = self.problem
+        run = joint_run(problem, self.offered, self.placement(found.mode, found.knob))
+        point = measure(run, goodput.low, problem.slo, self.offered.cv, self._effort(goodput.low))
+        if point.point.holds(problem.slo.attainment):
+            return replace(found, num_simulated=point.num_simulated)
+        return self.best(found.mode, floor, found.knob)
+
+    def _found(self, mode: Mode, knob: int, goodput: Goodput, num_simulated: int) -> Found:
+        if mode.moves_kv:
+            letters = [role[0].upper() for role in mode.roles]
+            setting = f"{knob}{letters[0]} + {self.num_instances - knob}{letters[1]}"
+        else:
+            setting = f"{self.num_instances}M, {knob} tokens"
+        binding = "an idle instance is too slow"
+        if goodput.measured:
+            binding = binding_constraint(self.problem, self.placement(mode, knob), goodput)
+        return Found(mode, knob, setting, goodput, binding, num_simulated)
+
+    def _goodput(self, mode: Mode, knob: int, floor: float, likely: float = 0.0) -> Goodput:
+        placement = self.placement(mode, knob)
+        ceiling = self._ceiling(mode, knob, placement)
+        if ceiling <= floor or ceiling == 0:
+            most = min(ceiling, floor)
+            return Goodput(Interval(0.0, 0.0, most), 0.0, most, ())
+        return find_goodput(
+            joint_run(self.problem, self.offered, placement),
+            self.problem.slo,
+            self.offered.cv,
+            ceiling,
+            self._effort,
+            tolerance=TOLERANCE,
+            start=likely or _LIKELY * ceiling,
+            floor=floor,
+        )
+
+    def _ceiling(self, mode: Mode, knob: int, placement: Placement) -> float:
+        """Requests/s that bounds without a simulation allow; 0 if even an idle instance misses the objective."""
+        target = self.problem.slo.attainment
+        bounds = [(self._bound(shape), count) for shape, count in self.pools(mode, knob)]
+        if any(bound.attainment < target for bound, _ in bounds):
+            return 0.0
+        capacity = min(bound.capacity * count for bound, count in bounds)
+        return _SLACK * min(capacity, network_capacity(self.problem, self.offered, placement))
+
+    def _bound(self, shape: Shape) -> ShapeBound:
+        if shape not in self._bounds:
+            self._bounds[shape] = bound_shape(self.problem, self.offered, shape)
+        return self._bounds[shape]
+
+    @cached_property
+    def _bounds(self) -> dict[Shape, ShapeBound]:
+        return {}
+
+    def _decode_rate(self) -> float:
+        """Requests/s of one decode instance whose batch is as large as TPOT and memory allow."""
+        prompts, outputs = self.offered.sample
+        context = float((prompts + outputs / 2).mean())
+        kv = self.shapes[Role.DECODE, PrefillPolicy.SPLITFUSE].kv
+        most = max(min(self.problem.limits.max_batch_size, int(kv.num_tokens / context)), 1)
+
+        def seconds(batch: int) -> float:
+            return self.step_time.seconds(StepShape(num_decodes=batch, decode_context=int(batch * context)))
+
+        fitting = [batch for batch in range(1, most + 1) if seconds(batch) <= self.problem.slo.tpot]
+        batch = max(fitting, default=1)
+        return batch / seconds(batch) / max(float(outputs.mean()) - 1, 1.0)
+
+    def _effort(self, rate: float) -> Effort:
+        slo, pace = self.problem.slo, self.pace
+        _, outputs = self.offered.sample
+        alone = self.step_time.seconds(StepShape(num_decodes=1, decode_context=1))
+        residence = float(outputs.mean()) * min(slo.tpot, 4 * alone)
+        span = pace.residences * residence + pace.patiences * slo.ttft
+        num = min(max(int(rate * span), pace.least), pace.most)
+        return Effort(num, num)
+
+
+def _misses_ttft(goodput: Goodput) -> bool:
+    """Whether TTFT is what is missed more where the objective is missed first."""
+    failing = [measured.point for measured in goodput.measured if measured.point.rate >= goodput.high]
+    return bool(failing) and failing[0].ttft_attainment <= failing[0].tpot_attainment
+
+
+def _rank(goodput: Goodput) -> tuple[float, float]:
+    """By goodput; of those that have none, by how near the target they come at the lowest rate tried."""
+    lowest = goodput.measured[0].point.attainment.estimate if goodput.measured else 0.0
+    return goodput.interval.estimate, lowest if goodput.interval.estimate == 0 else 0.0

@@ -1,0 +1,110 @@
+"""The map as one picture: a panel for each model, objective and link, prompt length across and output length up.
+
+A cell's colour says how far the best mode with a pool of prefill instances is ahead of, or behind, the best mixed one;
+its letter is the mode that wins.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, SubFigure
+
+from benchmarks.goodput.fleet import MODES
+from benchmarks.goodput.map_rows import Row, Verdict, in_cell, judge
+
+TIE = 1.05
+"""Ratios below this are within what other random numbers would give."""
+_MOST = 1.0
+"""Of log2: twice as good is as dark as it gets."""
+_TICKS = (0.5, 0.7, 1.0, 1.4, 2.0)
+_COLOURS = "RdBu"
+_NOWHERE = "#d4d4d4"
+_GPUS_PER_NODE = 8
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """The whole map."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    objectives = list(dict.fromkeys(row.objective for row in rows))
+    bandwidths = sorted({row.bandwidth for row in rows if row.bandwidth}, reverse=True)
+    height = (1.75 * len(objectives) + 0.8) * len(models) + 1.0
+    figure = Figure(figsize=(3.5 * len(bandwidths) + 0.8, height), layout="constrained")
+    heights = [*[1.0] * len(models), len(models) / (height - 1)]
+    parts = figure.subfigures(len(models) + 1, 1, squeeze=False, height_ratios=heights).ravel()
+    for model, part in zip(models, parts, strict=False):
+        _draw_model(part, [row for row in rows if row.model == model], objectives, bandwidths)
+    _draw_key(parts[-1])
+    return figure
+
+
+def _draw_model(part: SubFigure, rows: Sequence[Row], objectives: Sequence[str], bandwidths: Sequence[float]) -> None:
+    part.suptitle(rows[0].model, fontsize=13, fontweight="bold")
+    panels = part.subplots(len(objectives), len(bandwidths), sharex=True, sharey=True, squeeze=False)
+    for line, objective in zip(panels, objectives, strict=True):
+        of_objective = [row for row in rows if row.objective == objective]
+        for panel, bandwidth in zip(line, bandwidths, strict=True):
+            _draw_panel(panel, of_objective, bandwidth)
+        line[0].set_ylabel(f"{_limits(of_objective)}\ntokens out", fontsize=8.5)
+    for panel, bandwidth in zip(panels[0], bandwidths, strict=True):
+        panel.set_title(_link(bandwidth), fontsize=9)
+    for panel in panels[-1]:
+        panel.set_xlabel("tokens in", fontsize=8.5)
+
+
+def _draw_panel(panel: Axes, rows: Sequence[Row], bandwidth: float) -> None:
+    prompts, outputs = sorted({row.prompt for row in rows}), sorted({row.output for row in rows})
+    shades = np.full((len(outputs), len(prompts)), np.nan)
+    panel.set_facecolor(_NOWHERE)
+    for y, output in enumerate(outputs):
+        for x, prompt in enumerate(prompts):
+            of_cell = in_cell(rows, (rows[0].model, rows[0].objective, prompt, output), bandwidth)
+            if not of_cell:
+                continue
+            verdict = judge(of_cell)
+            if verdict.winner:
+                shades[y, x] = np.clip(np.log2(max(verdict.ratio, 1e-9)), -_MOST, _MOST)
+            colour = "white" if abs(shades[y, x]) > 0.7 * _MOST else "black"
+            panel.text(x, y, _words(verdict), ha="center", va="center", fontsize=8.5, color=colour)
+    panel.imshow(shades, origin="lower", cmap=_COLOURS, norm=Normalize(-_MOST, _MOST), aspect="auto")
+    panel.set_xticks(range(len(prompts)), [f"{prompt:,}" for prompt in prompts], fontsize=8)
+    panel.set_yticks(range(len(outputs)), [f"{output:,}" for output in outputs], fontsize=8)
+    panel.set_xticks(np.arange(1, len(prompts)) - 0.5, minor=True)
+    panel.set_yticks(np.arange(1, len(outputs)) - 0.5, minor=True)
+    panel.grid(which="minor", color="white", linewidth=1.2)
+    panel.tick_params(which="both", length=0)
+
+
+def _draw_key(part: SubFigure) -> None:
+    axis = part.subplots()
+    bar = part.colorbar(ScalarMappable(Normalize(-_MOST, _MOST), _COLOURS), cax=axis, orientation="horizontal")
+    bar.set_ticks(np.log2(_TICKS).tolist(), labels=["2x worse", "1.4x", "equal", "1.4x", "2x better"])
+    letters = ", ".join(f"{mode.letter} {mode.name}" for mode in MODES)
+    bar.set_label(
+        f"goodput per GPU with a pool of prefill instances, beside the best mixed instances. Winner: {letters};\n"
+        f"by how much over the best of the other colour (=: less than {TIE - 1:.0%}); grey: nobody meets the objective",
+        fontsize=9,
+    )
+
+
+def _words(verdict: Verdict) -> str:
+    if not verdict.winner:
+        return "none"
+    times = max(verdict.ratio, 1 / verdict.ratio) if verdict.ratio > 0 else float("inf")
+    if times < TIE:
+        return f"{verdict.winner} ="
+    if not np.isfinite(times):
+        return f"{verdict.winner} only"
+    return f"{verdict.winner} {'>' * verdict.is_bound}{times:.1f}" if times >= 2 else f"{verdict.winner} {times:.2f}"
+
+
+def _limits(rows: Sequence[Row]) -> str:
+    shortest, longest = (extreme(row.ttft for row in rows) for extreme in (min, max))
+    return f"{rows[0].objective}\nTPOT {1000 * rows[0].tpot:.0f} ms\nTTFT {shortest:.1f} to {longest:.1f} s"
+
+
+def _link(bandwidth: float) -> str:
+    per_node = 8 * _GPUS_PER_NODE * bandwidth / 1e9
+    return f"{bandwidth / 1e9:.3g} GB/s per GPU ({per_node:,.0f} Gbit/s per node)"

@@ -1,0 +1,123 @@
+"""When disaggregation pays: a map over prompt and output lengths, objectives and links, of who wins and by how much.
+
+    python -m benchmarks.goodput.when_it_pays            # about 25 minutes of one core after `make fast`
+    python -m benchmarks.goodput.when_it_pays --quick    # a corner of it, less than a minute
+
+A fleet of 8 instances of Llama-3.1-8B (an H100 each), and one of Llama-3.1-70B (TP 4 each), serves the same requests in
+every mode of :mod:`benchmarks.goodput.fleet`. Its goodput is the largest rate at which 90% of them are within TTFT and
+TPOT in a steady state. Arrivals are Poisson, lengths lognormal with a coefficient of variation of 0.6. Prefill and
+decode instances are on different nodes; objectives are multiples of what an idle instance takes (``map_grid.py``).
+
+Points that the table has already are not measured again: an interrupted run goes on, a whole one is only drawn.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.goodput.fleet import MODES, Fleet, Found
+from benchmarks.goodput.map_grid import QUICK, WHOLE, Grid, Point, fleet_at, with_bandwidth
+from benchmarks.goodput.map_plot import draw
+from benchmarks.goodput.map_rows import Row, read_rows, write_rows
+from distserve.bench.report import write_atomically
+
+HERE = Path(__file__).parent
+_BELOW = 0.5
+"""A mode with less than this share of the best one's goodput is only known to have less."""
+
+
+def measure_modes(fleet: Fleet, bandwidths: Sequence[float]) -> Iterator[tuple[float, Found]]:
+    """Every mode with every bandwidth (0: any), each at its best."""
+    best = 0.0
+    for mode in MODES:
+        if not mode.moves_kv:
+            found = fleet.best(mode, _BELOW * best)
+            best = max(best, found.goodput.interval.estimate)
+            yield 0.0, found
+            continue
+        last: Found | None = None
+        for bandwidth in bandwidths:
+            there = with_bandwidth(fleet, bandwidth)
+            last = there.best(mode, _BELOW * best) if last is None else there.unless_slower(last, _BELOW * best)
+            yield bandwidth, last
+
+
+def measure_point(point: Point, grid: Grid, seed: int = 0) -> tuple[list[Row], int]:
+    """The rows of one point of the map over all bandwidths, and how many requests that took to simulate."""
+    fleet = fleet_at(point, grid.pace, seed)
+    rows: list[Row] = []
+    simulated = 0
+    for bandwidth, found in measure_modes(fleet, grid.bandwidths):
+        goodput = found.goodput
+        simulated += found.num_simulated
+        rows.append(
+            Row(
+                *point.key,
+                bandwidth=bandwidth,
+                mode=found.mode.name,
+                goodput=round(goodput.interval.estimate / fleet.num_gpus, 4),
+                low=round(goodput.low / fleet.num_gpus, 4),
+                high=round(goodput.high / fleet.num_gpus, 4),
+                setting=found.setting,
+                binding=found.binding,
+                ttft=fleet.problem.slo.ttft,
+                tpot=fleet.problem.slo.tpot,
+            )
+        )
+    return rows, simulated
+
+
+def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
+    """Measure what the table at ``path`` lacks of the map, keep it up to date, and say how far it is."""
+    rows = read_rows(path)
+    done = {row.key for row in rows}
+    points = list(grid.points())
+    missing = [point for point in points if point.key not in done]
+    began = time.perf_counter()
+    for number, point in enumerate(missing, 1):
+        found, simulated = measure_point(point, grid, seed)
+        rows += found
+        write_rows(path, rows)
+        left = (time.perf_counter() - began) / number * (len(missing) - number) / 60
+        shown = ", ".join(f"{row.mode} {row.goodput:.3g}" for row in found)
+        print(
+            f"[{len(points) - len(missing) + number}/{len(points)}] {point.served.model.name}, {point.objective.name}, "
+            f"{point.prompt} in, {point.output} out: {shown} requests/s/GPU "
+            f"({simulated:,} simulated; {left:.0f} min left)",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, write the table and draw the map."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a corner of the map, short runs; into files of its own")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the table has already")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of all random numbers; others than 0 into files of their own"
+    )
+    parser.add_argument("--outputs", type=int, nargs="+", metavar="TOKENS", help="only these output lengths of the map")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="directory of table and picture")
+    options = parser.parse_args()
+    grid = QUICK if options.quick else WHOLE
+    if options.outputs is not None:
+        wanted = tuple(length for length in grid.outputs if length in options.outputs)
+        if not wanted:
+            sys.exit(f"--outputs: the map has {', '.join(map(str, grid.outputs))}")
+        grid = replace(grid, outputs=wanted)
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = "when_it_pays" + "_quick" * options.quick + (f"_seed{options.seed}" if options.seed else "")
+    table, picture = options.output / f"{stem}.csv", options.output / f"{stem}.png"
+    if options.fresh:
+        table.unlink(missing_ok=True)
+    rows = measure_map(grid, table, options.seed)
+    write_atomically(picture, lambda temporary: draw(rows).savefig(temporary, dpi=110))
+    print(f"{table}\n{picture}")
+
+
+if __name__ == "__main__":
+    main()
