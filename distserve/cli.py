@@ -87,8 +87,8 @@ def main() -> None:
 @click.option("--max-batch-size", type=int, help="Sequences per decode batch.  [default: 64]")
 @click.option(
     "--kv-transport",
-    help="auto, shm or tcp: how KV moves from prefill to decode. auto takes shared memory within a host and TCP "
-    "between hosts, the others take nothing else.  [default: auto]",
+    help="auto, shm, tcp or nccl: how KV moves from prefill to decode. auto takes shared memory within a host and TCP "
+    "between hosts, between GPUs NCCL if there is CuPy; the others take nothing else.  [default: auto]",
 )
 @click.option(
     "--kv-interface",

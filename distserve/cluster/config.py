@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from distserve.cluster.parts import CUDA
 from distserve.cluster.placement_section import ClusterSection, PlacementSection, PlannedSeats, read_plan
 from distserve.cluster.planner import Planner, find_planner
 from distserve.cluster.profile_file import read_profile
@@ -59,7 +60,7 @@ class EngineSection(_Section):
     profile: Path | None = None
     prefix_caching: bool = False
     prefix_cache_tokens: Positive | None = None
-    kv_transport: Literal["auto", "shm", "tcp"] = "auto"
+    kv_transport: Literal["auto", "shm", "tcp", "nccl"] = "auto"
     kv_interface: Annotated[str, Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
@@ -121,8 +122,8 @@ class ConfigFile(_Section):
 class EngineSettings:
     """Limits and resources of every instance. ``max_model_len`` None: the model's; ``threads`` None: a fair share.
 
-    ``mixed_policy`` counts on mixed instances only. ``kv_transport`` (auto, shm or tcp) and ``kv_interface`` are as in
-    :class:`distserve.cluster.parts.KvAccess`.
+    ``mixed_policy`` counts on mixed instances only. ``kv_transport`` (auto, shm, tcp or nccl) and ``kv_interface`` are
+    as in :class:`distserve.cluster.parts.KvAccess`, ``hardware`` as in :class:`distserve.cluster.parts.EnginePlan`.
     """
 
     dtype: str
@@ -137,7 +138,8 @@ class EngineSettings:
     kv_transport: str = "auto"
     kv_interface: str | None = None
     gpu: int | None = None
-    """The GPU of this machine that all instances share; None: they compute on CPUs."""
+    """The GPU of this machine that all instances share; None: they have one each, or compute on CPUs."""
+    hardware: str = CUDA
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +210,9 @@ def load_config(
             "of which it is a part"
         )
     planned = _planned(checked, path, model_dir.resolve(), planner)
-    check_kv_transport(planned.instances, engine.kv_transport)
     if engine.gpu is not None:
         _check_gpu(planned, engine, serving)
+    check_kv_transport(planned.instances, planned.cluster, engine.kv_transport)
     if "mixed_policy" in engine.model_fields_set and not any(i.role is Role.MIXED for i in planned.instances):
         raise ConfigError("mixed_policy is for mixed instances, and there are none: give --mixed 1 or more, or drop it")
     settings = EngineSettings(
@@ -251,9 +253,10 @@ def _check_gpu(planned: PlannedSeats, engine: EngineSection, serving: ServingSec
     if planned.cluster is not None:
         raise ConfigError("engine.gpu (--gpu) puts all instances on one GPU, and the placement says where they are")
     if engine.kv_transport != "auto":
+        what = "KV between GPUs" if engine.kv_transport == "nccl" else "KV in host memory"
         raise ConfigError(
-            f"engine.kv_transport {engine.kv_transport} is for KV in host memory, and with engine.gpu (--gpu) it is in "
-            "the GPU's: leave it out"
+            f"engine.kv_transport {engine.kv_transport} is for {what}, and with engine.gpu (--gpu) it is in one GPU's: "
+            "leave it out"
         )
     if engine.kv_interface is not None:
         raise ConfigError(

@@ -26,7 +26,10 @@ _CLOSE_PATIENCE = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """What to deploy: ``instances``, each with its specification in ``specs``, whose engines are all alike."""
+    """What to deploy: ``instances``, each with its specification in ``specs``, whose engines are all alike.
+
+    ``gpus_per_rank`` is what Ray is to set aside: none where instances compute on CPUs, or share a GPU.
+    """
 
     instances: tuple[WantedInstance, ...]
     specs: tuple[InstanceSpec, ...]
@@ -34,6 +37,7 @@ class Blueprint:
     key: ClusterKey
     log_dir: Path | None = None
     kv_access: KvAccess = NEARBY
+    gpus_per_rank: int = 0
 
     @property
     def max_model_len(self) -> int:
@@ -77,7 +81,7 @@ class Deployment:
     _lost: list[str] = field(default_factory=list)
 
     def reserve(self) -> None:
-        """Reserve CPUs for all parts, those planned for one node on one node; unplanned ones share one.
+        """Reserve CPUs and GPUs for all parts, those planned for one node on one node; unplanned ones share one.
 
         Raises:
             ConfigError: they are not there, or not free.
@@ -85,7 +89,7 @@ class Deployment:
         groups = group_by_node(self.blueprint.instances)
         num_cpus = min((node.num_cpus for node in self.nodes.values()), default=self.cluster.largest_num_cpus)
         share = cpus_per_rank(self.blueprint.plan.num_threads, max(len(g.seats) for g in groups), num_cpus)
-        self._reservation = Reservation(groups, self.nodes, RankResources(share))
+        self._reservation = Reservation(groups, self.nodes, RankResources(share, self.blueprint.gpus_per_rank))
         self._reservation.wait(_PLACEMENT_PATIENCE)
 
     def start_router(self) -> Any:
@@ -119,6 +123,7 @@ class Deployment:
         )
         actor = InstanceActor.options(
             num_cpus=self._reservation.rank.num_cpus,
+            num_gpus=self._reservation.rank.num_gpus,
             max_concurrency=CONCURRENCY,
             scheduling_strategy=self._reservation.seat(slot),
         ).remote(config)

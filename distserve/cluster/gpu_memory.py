@@ -151,6 +151,16 @@ def split_card(
     )
 
 
+def own_card_kv(request: KvRequest, token_kv: int) -> KvConfig:
+    """KV memory of an instance with a card of its own, which ``request`` has to name; ``token_kv`` as of ModelMemory.
+
+    The instance itself says whether there is room. Raises ConfigError if not even a block was asked for.
+    """
+    num_blocks = _asked(request, token_kv * request.block_size)
+    assert num_blocks is not None, "checked before anything starts"
+    return KvConfig(num_blocks, request.block_size)
+
+
 def _usable(card: CardMemory) -> int:
     return max(0, card.free - int(card.total * SPARE_SHARE))
 

@@ -36,7 +36,7 @@ def _transport_for(config: InstanceConfig, host: str, hardware: Hardware | None)
     shard = shard_of_model(plan.model_dir, spec.parallel, 0)
     layout = shard.layout(spec.kv, plan.dtype)
     if hardware is not None:
-        on_card, pool = gpu_transport(layout, shard, secret, hardware.device)
+        on_card, pool = gpu_transport(layout, shard, secret, hardware, options.kind, kv_host)
         return InstanceTransport(on_card, spec.parallel, options, pool)
     own = rank_transport(layout, shard, options)
     return InstanceTransport(own, spec.parallel, options)

@@ -16,12 +16,12 @@ from ray.exceptions import RayError
 from distserve.cluster.config import ServeConfig
 from distserve.cluster.deployment import Blueprint, Deployment, cause_of
 from distserve.cluster.describe import Description, ModelFacts
-from distserve.cluster.gpu_memory import Limits, ProcessMemory, split_card
+from distserve.cluster.gpu_memory import Limits, ProcessMemory, own_card_kv, split_card
 from distserve.cluster.gpu_probe import GpuFacts, probe_gpu, visible_as
 from distserve.cluster.network import Mailbox, create_key
 from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan, KvAccess
 from distserve.cluster.ray_cluster import joined_cluster, local_cluster, this_node
-from distserve.cluster.seats import FoundNode, check_engine, group_by_node, match_nodes
+from distserve.cluster.seats import FoundNode, are_on_gpus, check_engine, group_by_node, match_nodes
 from distserve.cluster.session import Session
 from distserve.cluster.sizing import KvRequest, check_processes, free_memory, size_kv
 from distserve.cluster.supervise import Supervisor
@@ -55,7 +55,7 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
         here = this_node()
         if config.cluster is not None:
             match_nodes(groups, config.cluster, [here])
-        check_engine(config.instances, config.cluster)
+        check_engine(config.instances, config.cluster, config.engine.kv)
         num_threads = _threads(config, here.num_cpus)
         num_cores = num_threads * config.num_instances
         num_ranks = sum(len(group.seats) for group in groups)
@@ -68,13 +68,14 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
         if config.ray_address is None:
             show("starting a local Ray cluster")
             directory = str(stack.enter_context(Session()).directory)
-            cluster = stack.enter_context(local_cluster(directory, num_cores + 1))
+            num_gpus = num_ranks if are_on_gpus(config.cluster) else 0
+            cluster = stack.enter_context(local_cluster(directory, num_cores + 1, num_gpus))
         else:
             show(f"joining the Ray cluster at {config.ray_address}")
             cluster = stack.enter_context(joined_cluster(config.ray_address))
             if config.cluster is not None:
                 nodes = cluster.match(groups, config.cluster, config.node_patience, show)
-            check_engine(config.instances, config.cluster)
+            check_engine(config.instances, config.cluster, config.engine.kv)
             num_cpus = min((node.num_cpus for node in nodes.values()), default=this_node().num_cpus)
             num_threads = _threads(config, num_cpus)
         show("examining the model")
@@ -145,30 +146,34 @@ def _blueprint(
     specs: list[InstanceSpec] = []
     numbers: Counter[Role] = Counter()
     on_card = _split(config, gpu, max_model_len) if gpu is not None else None
+    has_own_gpu = are_on_gpus(config.cluster)
+    is_on_gpu = has_own_gpu or on_card is not None
     for slot, instance in enumerate(config.instances):
         check_shards(instance.parallel, facts.num_layers, facts.num_kv_heads)
         planned = instance.limits
         asked = engine.kv if planned.kv_tokens is None else KvRequest(planned.kv_tokens, None, engine.kv.block_size)
-        kv = (
-            on_card[slot].kv
-            if on_card is not None
-            else size_kv(
+        # Where there are more shards than KV heads, several have the same one.
+        token_bytes = facts.token_bytes * max(1, instance.parallel.tp // facts.num_kv_heads)
+        if on_card is not None:
+            kv = on_card[slot].kv
+        elif has_own_gpu:
+            kv = own_card_kv(asked, token_bytes)
+        else:
+            kv = size_kv(
                 asked,
                 weight_bytes=facts.weight_bytes,
-                # Where there are more shards than KV heads, several have the same one.
-                token_bytes=facts.token_bytes * max(1, instance.parallel.tp // facts.num_kv_heads),
+                token_bytes=token_bytes,
                 max_model_len=max_model_len,
                 num_instances=len({slot for slot, _ in fullest.seats}),
                 num_ranks=len(fullest.seats),
                 free=free,
             )
-        )
         scheduler = SchedulerConfig(
             max_batch_tokens=planned.max_batch_tokens or engine.max_batch_tokens,
             max_batch_size=planned.max_batch_size or engine.max_batch_size,
             # On a GPU the next step is launched while the tokens of the last one travel.
-            max_in_flight=instance.parallel.pp if on_card is None else 2,
-            lookahead=on_card is not None,
+            max_in_flight=2 if is_on_gpu else instance.parallel.pp,
+            lookahead=is_on_gpu,
             max_model_len=max_model_len,
             prefix_caching=engine.prefix_caching,
             prefix_cache_tokens=engine.prefix_cache_tokens,
@@ -185,10 +190,18 @@ def _blueprint(
     return Blueprint(
         instances=config.instances,
         specs=tuple(specs),
-        plan=EnginePlan(config.model_dir, engine.dtype, num_threads, device="cuda:0" if gpu is not None else "cpu"),
+        plan=EnginePlan(
+            config.model_dir,
+            engine.dtype,
+            num_threads,
+            # An instance's process sees one GPU only.
+            device="cuda:0" if is_on_gpu else "cpu",
+            hardware=engine.hardware,
+        ),
         key=key,
         log_dir=config.event_log,
         kv_access=_kv_access(config),
+        gpus_per_rank=1 if has_own_gpu else 0,
     )
 
 
@@ -205,8 +218,11 @@ def _split(config: ServeConfig, gpu: GpuFacts, max_model_len: int) -> tuple[Proc
 
 
 def _kv_access(config: ServeConfig) -> KvAccess:
-    """How ranks reach each other: no port is opened where all of them share a node, unless TCP was asked for."""
+    """How ranks reach each other: no port is opened where all of them share a node's memory, unless TCP was asked for.
+
+    A process on a GPU sees that GPU alone, and reaches no other's memory.
+    """
     engine = config.engine
-    is_apart = len(group_by_node(config.instances)) > 1
-    opens_port = engine.kv_transport == "tcp" or (engine.kv_transport == "auto" and is_apart)
+    is_apart = len(group_by_node(config.instances)) > 1 or are_on_gpus(config.cluster)
+    opens_port = engine.kv_transport in {"tcp", "nccl"} or (engine.kv_transport == "auto" and is_apart)
     return KvAccess(engine.kv_transport, engine.kv_interface, opens_port)

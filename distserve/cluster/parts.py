@@ -8,6 +8,9 @@ from distserve.core.config import InstanceSpec
 OWNER = "api-0"
 """Name of the API process, which owns the requests."""
 
+CUDA = "distserve.cluster.gpu:cuda_hardware"
+"""What opens a CUDA card, as ``module:function``: who passes it on need not import torch."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterKey:
@@ -39,14 +42,17 @@ class EnginePlan:
     cores: tuple[int, ...] = ()
     device: str = "cpu"
     """``cpu``, or ``cuda:N`` as the instance's process numbers its GPUs."""
+    hardware: str = CUDA
+    """The function that opens ``device`` in the instance's process, unless that is the CPU; see CUDA."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvAccess:
     """How ranks reach each other's KV memory.
 
-    ``transport`` is auto (shared memory within a host, else TCP), shm or tcp. A port is opened only if ``opens_port``:
-    on ``interface``, a network interface or network of every node (None: the node's own address).
+    ``transport`` is auto (shared memory within a host, else TCP), shm or tcp; between GPUs auto (mapped memory where a
+    card reaches it, else NCCL, or TCP without it), nccl or tcp. A port is opened only if ``opens_port``: on
+    ``interface``, a network interface or network of every node (None: the node's own address).
     """
 
     transport: str = "auto"

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -107,7 +108,8 @@ class InstanceProcess:
         """Load the model; raises ConfigError and its kin."""
         from distserve.cluster.instance import Instance
 
-        instance = Instance(replace(self._config, host=self._config.host or node_address()))
+        config = replace(self._config, host=self._config.host or node_address())
+        instance = Instance(config, resolve_name(config.plan.hardware))
         instance.load()
         self._instance = instance
         return instance.card

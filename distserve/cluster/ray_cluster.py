@@ -82,8 +82,8 @@ def this_node() -> FoundNode:
     return FoundNode("", len(os.sched_getaffinity(0)), len(list(gpus.iterdir())) if gpus.is_dir() else 0)
 
 
-def local_cluster(directory: str, num_cpus: int) -> AbstractContextManager[RayCluster]:
-    """Start a cluster of this machine alone, with ``num_cpus`` and its files in ``directory``.
+def local_cluster(directory: str, num_cpus: int, num_gpus: int = 0) -> AbstractContextManager[RayCluster]:
+    """Start a cluster of this machine alone, with ``num_cpus`` and ``num_gpus``, and its files in ``directory``.
 
     Must be entered on the main thread, which has to outlive the cluster: the kernel ties Ray's processes to the thread
     that started them.
@@ -95,7 +95,7 @@ def local_cluster(directory: str, num_cpus: int) -> AbstractContextManager[RayCl
         "start a local Ray cluster",
         address="local",
         num_cpus=num_cpus,
-        num_gpus=0,
+        num_gpus=num_gpus,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         _node_ip_address=_LOOPBACK,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from distserve.cluster.sizing import KvRequest
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
@@ -122,23 +123,46 @@ def match_nodes(groups: Iterable[NodeGroup], cluster: ClusterSpec, found: Sequen
     return {node: there for (_, node), there in zip(needs, usable, strict=False) if node is not None}
 
 
-def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | None) -> None:
-    """Raise ConfigError for what can be planned and reserved, but not be computed by the engine of this version."""
+def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | None, kv: KvRequest) -> None:
+    """Raise ConfigError for what can be planned and reserved, but not be computed by the engine of this version.
+
+    ``kv`` is what the engine's section says; on GPUs it has to be said, as nobody looks at them beforehand.
+    """
     for instance in instances:
         if len({gpu.node for gpu in instance.gpus}) > 1:
             raise ConfigError(
                 f"the ranks of a {instance.role} instance are planned on several nodes, and they speak to each other "
                 "within one so far: launch a placement that has each instance on one node"
             )
-    if cluster is not None and cluster.gpu != CPU:
+        if are_on_gpus(cluster) and instance.parallel.num_ranks > 1:
+            raise ConfigError(
+                f"a {instance.role} instance is planned with tp {instance.parallel.tp} and pp {instance.parallel.pp}, "
+                "and instances on GPUs have one rank so far: plan for tp 1 and pp 1, or for `gpu: cpu`"
+            )
+        if are_on_gpus(cluster) and not (instance.limits.kv_tokens or kv.num_tokens or kv.num_bytes):
+            raise ConfigError(
+                f"how much KV memory does a {instance.role} instance take of its GPU? Give placement.{instance.role}."
+                "kv_tokens, which plans of `distserve plan` have, or engine.kv_tokens (--kv-tokens) for all instances"
+            )
+
+
+def are_on_gpus(cluster: ClusterSpec | None) -> bool:
+    """Whether instances planned for ``cluster`` have a GPU for each rank."""
+    return cluster is not None and cluster.gpu != CPU
+
+
+def check_kv_transport(instances: Sequence[WantedInstance], cluster: ClusterSpec | None, transport: str) -> None:
+    """Raise ConfigError if KV cannot move by ``transport``: ``nccl`` is for GPUs, ``shm`` for CPUs of one node."""
+    if transport == "nccl" and not are_on_gpus(cluster):
         raise ConfigError(
-            f"the plan is for {cluster.gpu}, and plans are started on CPUs so far: launch one for `gpu: cpu`, or "
-            "put all instances on one GPU of this machine by `distserve serve --gpu 0`"
+            "kv_transport nccl is for KV between GPUs, and the instances compute on CPUs: give auto, shm or tcp, or "
+            "place the instances on GPUs (their `gpus` in placement, and the GPU's type in the section cluster)"
         )
-
-
-def check_kv_transport(instances: Sequence[WantedInstance], transport: str) -> None:
-    """Raise ConfigError if prefill and decode instances are on several nodes, and KV could move by ``shm`` alone."""
+    if transport == "shm" and are_on_gpus(cluster):
+        raise ConfigError(
+            "kv_transport shm is for KV in host memory, and the instances have it in their GPUs': give auto, nccl or "
+            "tcp"
+        )
     apart = {f"{i.role} on node {i.gpus[0].node}" for i in instances if i.gpus and i.role is not Role.MIXED}
     if transport == "shm" and len({place.rpartition(" ")[2] for place in apart}) > 1:
         raise ConfigError(

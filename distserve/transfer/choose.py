@@ -27,6 +27,8 @@ class TransportKind(StrEnum):
     """Shared memory only; no port is opened, and ranks of other hosts cannot be connected to."""
     TCP = "tcp"
     """TCP only, also on one host."""
+    NCCL = "nccl"
+    """NCCL only, also on one host: for KV in GPU memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class HostTransport(SourceSide, PairwiseTransport):
     (default: :func:`this_machine`).
 
     Raises TransferError if memory for ``layout`` cannot be had, or the interface; ConfigError for ``tcp`` without a
-    ``host``.
+    ``host``, and for ``nccl``.
     """
 
     def __init__(
@@ -95,6 +97,8 @@ class HostTransport(SourceSide, PairwiseTransport):
         kind: TransportKind = TransportKind.AUTO,
         machine: str | None = None,
     ) -> None:
+        if kind is TransportKind.NCCL:
+            raise ConfigError("the transport nccl is for KV in GPU memory, this is the host's: use auto, shm or tcp")
         if kind is TransportKind.TCP and host is None:
             raise ConfigError("the transport tcp needs a host: the address of the interface that peers reach")
         self._layout = layout

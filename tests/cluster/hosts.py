@@ -26,12 +26,12 @@ _CLONE_NEWNET = 0x40000000
 _NODES = """
 import sys, ray
 from ray.cluster_utils import Cluster
-common = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
-head = {"node_ip_address": "127.0.0.2", "num_cpus": int(sys.argv[1]), "temp_dir": sys.argv[2]}
+common = {"object_store_memory": 80 * 2**20, "num_gpus": int(sys.argv[1])}
+head = {"node_ip_address": "127.0.0.2", "num_cpus": int(sys.argv[3]), "temp_dir": sys.argv[2]}
 nodes = Cluster(initialize_head=True, head_node_args={**common, **head, "include_dashboard": False})
 others = [
     nodes.add_node(node_ip_address=f"127.0.0.{number}", num_cpus=int(num_cpus), **common)
-    for number, num_cpus in enumerate(sys.argv[3:], start=3)
+    for number, num_cpus in enumerate(sys.argv[4:], start=3)
 ]
 print("address", nodes.address, flush=True)
 for line in sys.stdin:
@@ -58,14 +58,14 @@ def ray_environment() -> dict[str, str]:
 class RayNodes:
     """Ray nodes of ``num_cpus`` each at 127.0.0.2, 127.0.0.3, ...; the first one is the head.
 
-    Not at 127.0.0.1, in place of which Ray takes the machine's own address.
+    Not at 127.0.0.1, in place of which Ray takes the machine's own address. Each says that it has ``num_gpus``.
     """
 
-    def __init__(self, *num_cpus: int) -> None:
+    def __init__(self, *num_cpus: int, num_gpus: int = 0) -> None:
         self.directory = tempfile.mkdtemp(prefix="dsr-", dir="/tmp")
         self.environment = {**ray_environment(), MARK: self.directory}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _NODES, str(num_cpus[0]), self.directory, *map(str, num_cpus[1:])],
+            [sys.executable, "-c", _NODES, str(num_gpus), self.directory, *map(str, num_cpus)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

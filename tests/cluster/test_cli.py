@@ -45,7 +45,7 @@ def test_commands_are_listed() -> None:
         (["--decode", "0"], "no decode instance"),
         (["--prefill", "5000"], "5001 instances need more than"),
         (["--dtype", "int8"], "--dtype"),
-        (["--kv-transport", "rdma"], "--kv-transport: 'rdma' is wrong, must be 'auto', 'shm' or 'tcp'"),
+        (["--kv-transport", "rdma"], "--kv-transport: 'rdma' is wrong, must be 'auto', 'shm', 'tcp' or 'nccl'"),
         (["--prefix-cache-tokens", "64"], "prefix cache, which is off"),
         (["--prefix-caching", "--prefix-cache-tokens", "65", "--kv-tokens", "64"], "more than the KV memory of 64"),
         (["--prefix-caching", "--prefix-cache-tokens", "0"], "--prefix-cache-tokens"),

@@ -74,8 +74,9 @@ def test_mixed_instances_need_no_others() -> None:
         ("model: /nowhere/at/all", ["/nowhere/at/all"]),
         ("- model", ["expected keys"]),
         ("a: [", ["not valid YAML", "line"]),
-        ("engine: {kv_transport: rdma}", ["engine.kv_transport", "'rdma'", "'auto', 'shm' or 'tcp'"]),
+        ("engine: {kv_transport: rdma}", ["engine.kv_transport", "'rdma'", "'auto', 'shm', 'tcp' or 'nccl'"]),
         ("engine: {kv_transport: shm, kv_interface: eth1}", ["engine.kv_interface", "shm", "drop one"]),
+        ("engine: {kv_transport: nccl}", ["kv_transport nccl", "compute on CPUs", "auto, shm or tcp"]),
         ("engine: {threads: 0}\nserving: {drain_timeout: -1}", ["engine.threads", "serving.drain_timeout"]),
     ],
 )

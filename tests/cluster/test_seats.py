@@ -1,11 +1,14 @@
 """Where ranks go: what was planned together stays together, and a cluster that falls short is told what it lacks."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.cluster.seats import (
     FoundNode,
+    PlannedLimits,
     WantedInstance,
     check_engine,
     check_kv_transport,
@@ -13,6 +16,7 @@ from distserve.cluster.seats import (
     group_by_node,
     match_nodes,
 )
+from distserve.cluster.sizing import KvRequest
 from distserve.core.config import ParallelConfig, Role
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec, Gpu
@@ -143,26 +147,50 @@ def test_a_damaged_placement_is_refused(instances: list[WantedInstance], expecte
 
 
 def test_what_the_engine_cannot_do_yet_is_refused_by_name() -> None:
+    unsaid, said = KvRequest(), KvRequest(num_tokens=4096)
     with pytest.raises(ConfigError, match="ranks of a decode instance are planned on several nodes"):
-        check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 1, 2, (0, 0), (1, 0))], None)
-    check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 3)], None)
-    with pytest.raises(ConfigError, match="a100-80g-sxm"):
-        check_engine([instance(Role.MIXED, 1, 1, (0, 0))], A100)
-    check_engine([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], CPUS)
-    check_engine([instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (1, 0))], CPUS)
+        check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 1, 2, (0, 0), (1, 0))], None, unsaid)
+    check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 3)], None, unsaid)
+    check_engine([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], CPUS, unsaid)
+    apart = [instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (1, 0))]
+    check_engine(apart, CPUS, unsaid)
+    check_engine(apart, A100, said)
+    with pytest.raises(ConfigError, match="planned with tp 2 and pp 1, and instances on GPUs have one rank"):
+        check_engine([instance(Role.MIXED, 2, 1, (0, 0), (0, 1))], A100, said)
+    check_engine([instance(Role.MIXED, 2, 1, (0, 0), (0, 1))], CPUS, said)
+
+
+def test_how_much_kv_an_instance_has_of_its_gpu_is_said_or_asked_for() -> None:
+    prefill = replace(instance(Role.PREFILL, 1, 1, (0, 0)), limits=PlannedLimits(kv_tokens=4096))
+    decode = instance(Role.DECODE, 1, 1, (1, 0))
+    check_engine([prefill], A100, KvRequest())
+    check_engine([prefill, decode], A100, KvRequest(num_bytes=2**30))
+    with pytest.raises(ConfigError, match=r"a decode instance .* Give placement\.decode\.kv_tokens"):
+        check_engine([prefill, decode], A100, KvRequest())
 
 
 def test_shared_memory_ends_at_a_node() -> None:
     near = [instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (0, 1))]
     apart = [near[0], instance(Role.DECODE, 1, 1, (1, 0)), instance(Role.MIXED, 1, 1, (2, 0))]
     with pytest.raises(ConfigError, match=r"decode on node 1, prefill on node 0, .* give --kv-transport auto"):
-        check_kv_transport(apart, "shm")
-    check_kv_transport(apart, "auto")
-    check_kv_transport(apart, "tcp")
-    check_kv_transport(near, "shm")
+        check_kv_transport(apart, CPUS, "shm")
+    check_kv_transport(apart, CPUS, "auto")
+    check_kv_transport(apart, CPUS, "tcp")
+    check_kv_transport(near, CPUS, "shm")
     # Where nothing was planned all share a node; mixed instances exchange nothing.
-    check_kv_transport([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 1)], "shm")
-    check_kv_transport([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], "shm")
+    check_kv_transport([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 1)], None, "shm")
+    check_kv_transport([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], CPUS, "shm")
+
+
+def test_nccl_is_for_gpus_and_shared_memory_for_cpus() -> None:
+    pair = [instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (1, 0))]
+    for transport in ("auto", "nccl", "tcp"):
+        check_kv_transport(pair, A100, transport)
+    for cluster in (CPUS, None):
+        with pytest.raises(ConfigError, match="between GPUs, and the instances compute on CPUs: give auto"):
+            check_kv_transport(pair, cluster, "nccl")
+    with pytest.raises(ConfigError, match=r"shm is for KV in host memory, .* give auto, nccl or tcp"):
+        check_kv_transport(pair, A100, "shm")
 
 
 def test_a_node_with_gpus_of_several_types_is_not_used() -> None:

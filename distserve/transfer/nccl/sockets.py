@@ -1,52 +1,72 @@
-"""Communicators between CPU tensors, over sockets of one host: stand in for NCCL in tests and rehearsals.
+"""Communicators over TCP, through the memory of the hosts: for cards without NCCL between them, and for rehearsals.
 
 They behave as NCCL's do where it matters: making one waits for the other rank, operations run in the order of their
-launch and end later, an abort ends them from outside. An id is the port that its maker listens on.
+launch and end later, an abort ends them from outside. An id is where its maker listens and a word that the other rank
+has to say there; what follows is neither encrypted nor authenticated, as with NCCL.
 """
 
-import contextlib
+import hmac
 import queue
+import secrets
 import socket
 import struct
 import threading
+import time
 
+import torch
 from torch import Tensor
 
+from distserve.core.errors import TransferError
 from distserve.transfer.acceptor import hang_up
-from distserve.transfer.nccl.device import Completion
+from distserve.transfer.nccl.device import Completion, CpuDevice, Device
+from distserve.transfer.tcp_wire import Packets, prepare
 
-_ID = struct.Struct("<H")
+_PATIENCE = 20.0
+"""Seconds for the other rank to come."""
+_WORD_PATIENCE = 1.0
+"""Seconds for whoever has come to say the word: a stranger must not keep the other rank waiting."""
+_WORD_BYTES = 32
+_PORT = struct.Struct("<H")
 _OP = struct.Struct("<Q")
 
 
 class SocketCollectives:
-    """Implements :class:`~distserve.transfer.nccl.collectives.Collectives`, for two ranks."""
+    """Implements :class:`~distserve.transfer.nccl.collectives.Collectives`, for two ranks with memory on ``device``.
 
-    version = "sockets"
+    ``host`` is the interface to listen on, as the other rank reaches it.
+    """
 
-    def __init__(self) -> None:
+    version = "none but TCP"
+
+    def __init__(self, device: Device | None = None, *, host: str = "127.0.0.1") -> None:
+        self._device = device or CpuDevice()
+        self._host = host
         self._lock = threading.Lock()
         self._listening: dict[bytes, socket.socket] = {}
 
     def unique_id(self) -> bytes:
         """Listen for the other rank."""
-        server = socket.create_server(("127.0.0.1", 0))
-        unique_id = _ID.pack(server.getsockname()[1])
+        try:
+            family, _, _, _, where = socket.getaddrinfo(self._host, 0, type=socket.SOCK_STREAM)[0]
+            server = socket.create_server((str(where[0]), 0), family=family)
+        except OSError as error:
+            raise RuntimeError(f"cannot listen on {self._host!r}: {error}") from error
+        word = secrets.token_bytes(_WORD_BYTES)
+        unique_id = word + _PORT.pack(server.getsockname()[1]) + self._host.encode()
         with self._lock:
             self._listening[unique_id] = server
         return unique_id
 
     def communicator(self, unique_id: bytes, rank: int, num_ranks: int = 2) -> "SocketCommunicator":
-        """Meet the other rank; waits for it, for ever."""
+        """Meet the other rank; waits for it, for some seconds."""
         assert num_ranks == 2
         try:
-            if rank == 0:
-                connection = self._accept(unique_id)
-            else:
-                connection = socket.create_connection(("127.0.0.1", *_ID.unpack(unique_id)))
-        except OSError as error:
+            connection = self._accept(unique_id) if rank == 0 else _dial(unique_id)
+            prepare(connection)
+            connection.setblocking(True)
+        except (OSError, struct.error) as error:
             raise RuntimeError(f"no communicator: {error}") from error
-        return SocketCommunicator(connection)
+        return SocketCommunicator(connection, self._device)
 
     def close(self) -> None:
         """End the waits of those who make communicators that nobody has come for."""
@@ -62,17 +82,45 @@ class SocketCollectives:
             server = self._listening.get(unique_id)
         if server is None:
             raise RuntimeError("the id is not known here any more")
-        connection, _ = server.accept()
-        with self._lock, server:
-            self._listening.pop(unique_id, None)
-        return connection
+        deadline = time.monotonic() + _PATIENCE
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                server.settimeout(left)
+                connection, _ = server.accept()
+                if _says_word(connection, unique_id[:_WORD_BYTES]):
+                    return connection
+                connection.close()
+            raise TimeoutError("the other rank has not come")
+        finally:
+            with self._lock, server:
+                self._listening.pop(unique_id, None)
+
+
+def _dial(unique_id: bytes) -> socket.socket:
+    (port,) = _PORT.unpack_from(unique_id, _WORD_BYTES)
+    host = unique_id[_WORD_BYTES + _PORT.size :].decode("utf-8", "replace")
+    connection = socket.create_connection((host, port), _PATIENCE)
+    try:
+        Packets(connection, time.monotonic() + _WORD_PATIENCE).send(unique_id[:_WORD_BYTES])
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _says_word(connection: socket.socket, word: bytes) -> bool:
+    try:
+        said = Packets(connection, time.monotonic() + _WORD_PATIENCE).receive()
+    except (OSError, TransferError):
+        return False
+    return hmac.compare_digest(said, word)
 
 
 class _Op:
     """An operation: bytes that go or come."""
 
     def __init__(self, memory: Tensor, *, sends: bool) -> None:
-        self.view = memory.numpy().data
+        self.memory = memory
         self.sends = sends
         self.has_ended = threading.Event()
 
@@ -83,8 +131,9 @@ class _Op:
 class SocketCommunicator:
     """Implements :class:`~distserve.transfer.nccl.collectives.Communicator`; a thread of its own is its stream."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, device: Device) -> None:
         self._connection = connection
+        self._device = device
         self._ops: queue.SimpleQueue[_Op | None] = queue.SimpleQueue()
         self._error = ""
         self._thread = threading.Thread(target=self._run, name="kv-sockets", daemon=True)
@@ -119,7 +168,9 @@ class SocketCommunicator:
         return op
 
     def _run(self) -> None:
-        with self._connection:
+        self._device.bind()
+        # Beside whatever the device computes: copies on its stream would wait for that.
+        with self._connection, self._device.apart():
             while (op := self._ops.get()) is not None:
                 # What cannot be done has ended too, as a kernel has that was aborted; ``check`` tells the difference.
                 if not self._error:
@@ -127,16 +178,33 @@ class SocketCommunicator:
                 op.has_ended.set()
 
     def _done(self, op: _Op) -> str:
-        num_bytes = len(op.view)
-        with contextlib.suppress(OSError):
+        """Do it; returns why it failed."""
+        try:
             if op.sends:
-                self._connection.sendall(_OP.pack(num_bytes))
-                self._connection.sendall(op.view)
-                return ""
-            head = self._connection.recv(_OP.size, socket.MSG_WAITALL)
-            if len(head) == _OP.size:
-                if _OP.unpack(head)[0] != num_bytes:
-                    return f"a receive of {num_bytes} bytes met a send of {_OP.unpack(head)[0]}"
-                if self._connection.recv_into(op.view, num_bytes, socket.MSG_WAITALL) == num_bytes:
-                    return ""
-        return "the other rank is gone"
+                self._send(op.memory)
+            else:
+                self._receive(op.memory)
+        except OSError:
+            return "the other rank is gone"
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    def _send(self, memory: Tensor) -> None:
+        self._connection.sendall(_OP.pack(memory.numel()))
+        # On a CPU this is the memory itself.
+        self._connection.sendall(memory.cpu().numpy().data)
+
+    def _receive(self, memory: Tensor) -> None:
+        num_bytes = memory.numel()
+        head = self._connection.recv(_OP.size, socket.MSG_WAITALL)
+        if len(head) < _OP.size:
+            raise ConnectionError
+        if _OP.unpack(head)[0] != num_bytes:
+            raise RuntimeError(f"a receive of {num_bytes} bytes met a send of {_OP.unpack(head)[0]}")
+        on_host = memory if memory.device.type == "cpu" else torch.empty(num_bytes, dtype=torch.uint8)
+        if self._connection.recv_into(on_host.numpy().data, num_bytes, socket.MSG_WAITALL) < num_bytes:
+            raise ConnectionError
+        if on_host is not memory:
+            # From pageable memory, so it has ended when this returns.
+            memory.copy_(on_host)
