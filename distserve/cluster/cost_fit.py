@@ -1,7 +1,7 @@
 """What a cluster's costs are, from loads that were put on one: see :class:`distserve.core.profile.ClusterCosts`."""
 
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,11 @@ class Load:
     def is_prompts_alone(self) -> bool:
         """It is about prompts: one at a time, hardly decoded."""
         return self.output_len == PROMPTS_ALONE
+
+    @property
+    def is_steady(self) -> bool:
+        """Every sequence decodes all the while, after their prompts; each client's requests follow each other."""
+        return not self.is_prompts_alone and not self.is_service
 
     @property
     def is_service(self) -> bool:
@@ -124,7 +129,7 @@ def work_out(found: Samples, step_time: MeasuredStepTime, *, pull: float, pull_p
         cpu_per_pull=cpu_per_pull,
         cpu_per_pulled_token=cpu_per_pulled_token,
         idle_cores=samples[0].idle_cores,
-        crowding=_crowding(found, step_time.fit.raised(step + cpu_per_step, per_sequence + cpu_per_token)),
+        cache_loss=_cache_loss(found, cpu_per_step, cpu_per_token),
         waking=_waking(found.rested, step_time.fit.raised(step, per_sequence), message),
     )
 
@@ -169,8 +174,7 @@ def _step_costs(samples: list[Sample], step_time: MeasuredStepTime) -> tuple[flo
     """(per step, per sequence of it) seconds beyond the engine's own, from decode batches; relative least squares."""
     rows, extras = [], []
     for sample in samples:
-        is_steady = not sample.load.is_prompts_alone and not sample.load.is_service
-        gap = _steady_gap(sample) if is_steady else None
+        gap = _steady_gap(sample) if sample.load.is_steady else None
         if gap is not None:
             seconds, context = gap
             batch = sample.load.num_clients
@@ -184,16 +188,25 @@ def _step_costs(samples: list[Sample], step_time: MeasuredStepTime) -> tuple[flo
     return float(solution[0]), float(solution[1])
 
 
-def _crowding(found: Samples, fit: StepFit) -> float:
-    """Seconds that steps take with an engine on every core beyond ``fit``, which has their light work in it."""
-    extras = []
+def _cache_loss(found: Samples, cpu_per_step: float, cpu_per_token: float) -> float:
+    """Seconds that engines on every core lose per second of light work, beyond that second.
+
+    From decode batches that were steady with a core to spare and are so again with none. A step of ``alone`` seconds
+    with ``light`` seconds of work behind it, and a share ``idle`` of its core gone for good, takes ``crowded`` seconds
+    = alone + (1 + loss) * (light + idle * crowded).
+    """
+    alone: dict[int, list[float]] = {}
+    for sample in found.usual:
+        if sample.load.is_steady and (gap := _steady_gap(sample)):
+            alone.setdefault(sample.load.num_clients, []).append(gap[0])
+    lost = light = 0.0
     for sample in found.crowded:
-        gap = _steady_gap(sample)
-        if gap is not None:
-            batch = sample.load.num_clients // found.num_engines
-            shape = StepShape(num_decodes=batch, decode_context=round(batch * gap[1]))
-            extras.append(gap[0] - MeasuredStepTime(fit).seconds(shape))
-    return max(0.0, median(extras)) if extras else 0.0
+        batch = sample.load.num_clients // found.num_engines
+        if batch in alone and (gap := _steady_gap(sample)):
+            work = cpu_per_step + batch * cpu_per_token + gap[0] * sample.idle_cores / found.num_engines
+            lost += gap[0] - mean(alone[batch]) - work
+            light += work
+    return max(0.0, lost / light) if light > 0 else 0.0
 
 
 def _waking(samples: list[Sample], fit: StepFit, message: float) -> float:

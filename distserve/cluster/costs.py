@@ -7,6 +7,8 @@ timelines that the server returns.
 """
 
 import asyncio
+import ctypes
+import os
 import subprocess
 import sys
 import time
@@ -50,7 +52,7 @@ class Loads:
     """What is asked of the cluster.
 
     ``usual``: prompts alone, short and long; decode batches alone; both at once. ``rested``: single prompts, each after
-    a pause. ``crowded``: decode batches on mixed instances, ``num_engines`` of them, one for each core.
+    a pause. ``crowded``: the same decode batches on mixed instances, ``num_engines`` of them, one for each core.
     """
 
     usual: tuple[Load, ...]
@@ -63,12 +65,13 @@ def make_loads(num_engines: int, max_batch_size: int, max_model_len: int, *, qui
     """Loads within the limits, for a machine whose cores have room for ``num_engines``; fewer if ``quick``."""
     prompt, output = max(1, min(256, max_model_len // 4)), max(3, min(128, max_model_len // 8))
     long = max(1, min(1024, max_model_len // 2))
-    batches = (1, 4) if quick else (1, 2, 4, 12)
+    batches = (1, 4) if quick else (1, 2, 4, 1, 2, 4, 12)
     service = [
         (2, 12, prompt, output // 4),
         (4, 24, prompt, output // 2),
         (8, 32, prompt // 2, output // 2),
         (3, 15, long // 2, output // 4),
+        (4, 32, prompt // 16, output // 4),
     ]
     usual = (
         Load(1, 12 if quick else 24, 16, PROMPTS_ALONE),
@@ -80,7 +83,7 @@ def make_loads(num_engines: int, max_batch_size: int, max_model_len: int, *, qui
     is_crowded = 1 <= num_engines <= _MOST_CROWDED
     crowded = [
         Load(batch * num_engines, batch * num_engines, prompt, output)
-        for batch in ((2,) if quick else (1, 2, 4))
+        for batch in ((1,) if quick else (1, 2, 4, 1, 2, 4))
         if is_crowded and batch <= max_batch_size
     ]
     return Loads(usual, rested, tuple(crowded), num_engines)
@@ -112,8 +115,8 @@ def measure_costs(
     """
     pull, pull_per_byte = measure_pulls(layout)
     with _serving(model_dir, {"prefill": 1, "decode": 1, **flags}, show) as (url, root):
-        usual = asyncio.run(_load(url, root, loads.usual, vocab_size, show))
-        rested = asyncio.run(_load(url, root, loads.rested, vocab_size, show, pause=_PAUSE_SECONDS))
+        found = asyncio.run(_load(url, root, (*loads.usual, *loads.rested), vocab_size, show))
+    usual, rested = found[: len(loads.usual)], found[len(loads.usual) :]
     crowded: list[Sample] = []
     if loads.crowded:
         with _serving(model_dir, {"mixed": loads.num_engines, **flags}, show) as (url, root):
@@ -201,26 +204,25 @@ async def _load(
     loads: tuple[Load, ...],
     vocab_size: int,
     show: Callable[[str], None],
-    pause: float = 0.0,
 ) -> list[Sample]:
     samples = []
     target = Target(url, _NAME, return_timeline=True)
     async with open_client(target, None) as client:
         runner = Runner(client, timeout=_REQUEST_SECONDS)
         await _run(runner, Load(1, 3, loads[0].prompt_len, 8), vocab_size)
-        before, start = _threads(root), time.perf_counter()
+        before, start = _spent(root), time.perf_counter()
         await asyncio.sleep(_IDLE_SECONDS)
-        rest = _cpu(before, _threads(root))
+        rest = _cpu(before, _spent(root))
         idle = (rest.light + sum(beside for _, beside in rest.instances.values())) / (time.perf_counter() - start)
         for load in loads:
             show(
                 f"{load.num_clients} client{'s' if load.num_clients > 1 else ''}, {load.prompt_len} tokens in, "
                 f"{load.output_len} out"
             )
-            await asyncio.sleep(pause)
-            before, start = _threads(root), time.perf_counter()
+            await asyncio.sleep(_PAUSE_SECONDS)
+            before, start = _spent(root), time.perf_counter()
             run = await _run(runner, load, vocab_size)
-            cpu, seconds = _cpu(before, _threads(root)), time.perf_counter() - start
+            cpu, seconds = _cpu(before, _spent(root)), time.perf_counter() - start
             offset = cluster_time() - time.perf_counter() + run.started
             failed = [record for record in run.records if record.status is not Status.OK]
             if failed:
@@ -243,30 +245,45 @@ async def _run(runner: Runner, load: Load, vocab_size: int) -> Run:
     )
 
 
-_Threads = dict[int, tuple[int, bool, float]]
-"""By thread: its process, whether that is an instance, and processor seconds so far."""
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """Processor seconds of a process so far; by thread, if it is an instance."""
+
+    seconds: float
+    threads: dict[int, float] | None
 
 
-def _threads(root: psutil.Process) -> _Threads:
-    """All threads of the cluster, and this process as one."""
-    found: _Threads = {0: (0, False, time.process_time())}
+def _spent(root: psutil.Process) -> dict[int, _Spent]:
+    """Of each of the cluster's processes, and of this one."""
+    found = {os.getpid(): _Spent(time.process_time(), None)}
     for process in (root, *root.children(recursive=True)):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            is_instance = "InstanceProcess" in " ".join(process.cmdline()[:1])
-            for thread in process.threads():
-                found[thread.id] = (process.pid, is_instance, thread.user_time + thread.system_time)
+            threads = None
+            if "InstanceProcess" in " ".join(process.cmdline()[:1]):
+                threads = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
+            found[process.pid] = _Spent(_process_seconds(process.pid), threads)
     return found
 
 
-def _cpu(before: _Threads, after: _Threads) -> Cpu:
+def _process_seconds(process_id: int) -> float:
+    """To the nanosecond. What the system says of threads is cut to hundredths, too coarse for light work's many."""
+    clock = ctypes.c_int()
+    if ctypes.CDLL(None).clock_getcpuclockid(process_id, ctypes.byref(clock)) != 0:
+        raise psutil.NoSuchProcess(process_id)
+    return time.clock_gettime(clock.value)
+
+
+def _cpu(before: Mapping[int, _Spent], after: Mapping[int, _Spent]) -> Cpu:
     """What was spent between two looks. An instance's engine is the thread that did most."""
     light = 0.0
     instances: dict[int, tuple[float, float]] = {}
-    for thread_id, (process_id, is_instance, seconds) in after.items():
-        spent = seconds - before.get(thread_id, (0, False, 0.0))[2]
-        if not is_instance:
-            light += spent
+    nothing = _Spent(0.0, {})
+    for process_id, now in after.items():
+        then = before.get(process_id, nothing)
+        seconds = now.seconds - then.seconds
+        if now.threads is None:
+            light += seconds
             continue
-        engine, beside = instances.get(process_id, (0.0, 0.0))
-        instances[process_id] = (max(engine, spent), beside + min(engine, spent))
+        engine = max(spent - (then.threads or {}).get(thread_id, 0.0) for thread_id, spent in now.threads.items())
+        instances[process_id] = (engine, max(0.0, seconds - engine))
     return Cpu(light, instances)
