@@ -1,15 +1,9 @@
-"""An instance on a fake card, in a process of its own, driven line by line: run by ``test_gpu_serve.py``.
+"""An instance on a fake card, in a process of its own: run by ``test_gpu_serve.py`` with its name, role and key.
 
-``argv[1]`` is JSON: name, role and key of the instance. Reads JSON commands, answers each by a line.
+Says its card first, then an answer to each command.
 """
 
-import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
 from distserve.cluster.gpu import Hardware
 from distserve.cluster.instance import Instance
@@ -17,6 +11,7 @@ from distserve.cluster.parts import Card, ClusterKey, EnginePlan, InstanceConfig
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.demo import model_dir
 from distserve.engine.device.backend import HostBackend
+from tests import peers
 from tests.transfer.fake_device import FakeDevice
 
 KV = KvConfig(num_blocks=64)
@@ -28,7 +23,7 @@ def spec(name: str, role: str) -> InstanceSpec:
 
 
 def main() -> None:
-    options = json.loads(sys.argv[1])
+    options = peers.options()
     device = FakeDevice()
     config = InstanceConfig(
         spec(options["name"], options["role"]),
@@ -40,9 +35,8 @@ def main() -> None:
     )
     instance = Instance(config, lambda _: Hardware(device, HostBackend()))
     instance.load()
-    print(json.dumps(asdict(instance.card)), flush=True)
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
+    peers.say(asdict(instance.card))
+    for name, *arguments in peers.commands():
         match name:
             case "meet":
                 answer = instance.meet([Card(**card) for card in arguments[0]])
@@ -53,7 +47,7 @@ def main() -> None:
             case "refuse":
                 answer = device.num_to_refuse
                 device.num_to_refuse = arguments[0]
-        print(json.dumps(answer), flush=True)
+        peers.say(answer)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,12 @@ All else is what ``serve --gpu`` starts: instances, router, owner, and the messa
 """
 
 import asyncio
-import json
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
 
 from distserve.cli import main
 from distserve.cluster.clock import TimerThread, cluster_time
@@ -38,35 +33,13 @@ from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER
 from distserve.demo import model_dir
 from tests.cluster.gpu_instance import spec
+from tests.oracle import demo_model, generate
+from tests.peers import Peer
 
 PROMPTS = [list(range(20 + 7 * number, 20 + 7 * number + 3 + 23 * number)) for number in range(5)]
 NUM_TOKENS = 24
 HOST = "127.0.0.1"
 NO_GPU = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
-
-
-class InstanceProcess:
-    def __init__(self, name, role, key):
-        script = Path(__file__).with_name("gpu_instance.py")
-        options = json.dumps({"name": name, "role": role, "key": asdict(key)})
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.spec = spec(name, role)
-
-    def read(self):
-        return json.loads(self.process.stdout.readline())
-
-    def call(self, *command):
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def end(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
 
 
 class RouterThread:
@@ -99,25 +72,15 @@ async def collect(backend, request):
     raise AssertionError("a stream ends with its Conclude")
 
 
-def generated():
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    return [
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for prompt in PROMPTS
-    ]
-
-
 async def test_two_roles_on_one_card_give_the_tokens_of_generate():
     key = create_key()
-    prefill, decode = InstanceProcess("prefill-0", "prefill", key), InstanceProcess("decode-0", "decode", key)
+    script = Path(__file__).with_name("gpu_instance.py")
+    prefill, decode = (Peer(script, name=f"{role}-0", role=role, key=asdict(key)) for role in ("prefill", "decode"))
     router, mailbox = RouterThread(key), Mailbox(OWNER, key, HOST)
     loop = asyncio.get_running_loop()
     backend = OwnerBackend(OWNER, Owner(OWNER), mailbox, loop)
     try:
-        expected = generated()
+        expected = [generate(demo_model(), prompt, NUM_TOKENS) for prompt in PROMPTS]
         cards = [Card(**process.read()) for process in (prefill, decode)]
         assert "cuda-ipc:fake-0/" in cards[0].kv_address
         everyone = [*cards, Card(ROUTER, router.mailbox.endpoint), Card(OWNER, mailbox.endpoint)]
@@ -129,9 +92,9 @@ async def test_two_roles_on_one_card_give_the_tokens_of_generate():
         backend.start()
         for process in (prefill, decode):
             assert process.call("meet", [asdict(card) for card in everyone]) == []
-        for process in (prefill, decode):
+        for process, role in ((prefill, "prefill"), (decode, "decode")):
             process.call("start")
-            router.driver.feed(InstanceUp(process.spec))
+            router.driver.feed(InstanceUp(spec(f"{role}-0", role)))
         await backend.ready(2)
         sampling = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
@@ -153,7 +116,7 @@ async def test_two_roles_on_one_card_give_the_tokens_of_generate():
         router.close()
         mailbox.close()
         for process in (prefill, decode):
-            process.end()
+            process.kill()
 
 
 @NO_GPU

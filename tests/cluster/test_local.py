@@ -2,25 +2,23 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distserve.cluster.clock import cluster_time
 from distserve.cluster.local import LocalCluster
 from distserve.cluster.owner_backend import OwnerBackend
 from distserve.cluster.parts import OWNER
-from distserve.cluster.rank import scheduler_for
 from distserve.cluster.replay import replay
 from distserve.core.commands import Conclude, Deliver
 from distserve.core.config import KvConfig, SchedulerConfig
+from distserve.core.instance_machine import scheduler_for
 from distserve.core.owner import Owner
 from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router
 from distserve.core.scheduler import InstanceScheduler
 from distserve.demo import model_dir
+from tests.oracle import demo_model, generate
 
 PROMPTS = [list(range(20 + 7 * number, 20 + 7 * number + 3 + 11 * number)) for number in range(6)]
 NUM_TOKENS, NUM_LONG = 24, 100
@@ -75,14 +73,7 @@ class Watcher:
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    return [
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=NUM_LONG, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for prompt in PROMPTS
-    ]
+    return [generate(demo_model(), prompt, NUM_LONG) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(("prefill", "decode", "mixed"), [(1, 1, 0), (2, 2, 0), (0, 0, 1)])
@@ -131,17 +122,9 @@ async def test_prompts_with_a_common_prefix_give_the_same_tokens(
     prefill: int, decode: int, mixed: int, tmp_path: Path
 ) -> None:
     """Repeated prompts, longer ones, and the next turn of a conversation; some at once, some later."""
-    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-
-    def generate(prompt: list[int]) -> list[int]:
-        ids = torch.tensor([prompt])
-        output = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-        return output[0, len(prompt) :].tolist()
-
     system = list(range(50, 115))
     first = [[*system, *range(20, 20 + length)] for length in (7, 7, 30)] + [system[:64], system[:40]]
-    turns = [[*first[0], *generate(first[0]), *range(30, 40)], first[2]]
+    turns = [[*first[0], *generate(demo_model(), first[0], NUM_TOKENS), *range(30, 40)], first[2]]
     kv = KvConfig(num_blocks=64)
     scheduler = SchedulerConfig(max_batch_tokens=48, report_interval=0.02, prefix_caching=True)
     cluster = LocalCluster(model_dir(), prefill, decode, mixed=mixed, kv=kv, scheduler=scheduler, log_dir=tmp_path)
@@ -151,7 +134,7 @@ async def test_prompts_with_a_common_prefix_give_the_same_tokens(
             calls = [collect(backend, greedy(f"r{len(answers) + at}", prompt)) for at, prompt in enumerate(prompts)]
             answers += await asyncio.gather(*calls)
         assert await idle(backend, kv)
-    assert [tokens for tokens, _ in answers] == [generate(prompt) for prompt in first + turns]
+    assert [tokens for tokens, _ in answers] == [generate(demo_model(), prompt, NUM_TOKENS) for prompt in first + turns]
     # What was found is in the log: the machine goes through the same states again.
     machine = scheduler_for(cluster.specs[0])
     assert isinstance(machine, InstanceScheduler)

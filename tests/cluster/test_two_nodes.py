@@ -11,13 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from distserve.demo import model_dir
+from tests.oracle import demo_model, generate
 
 from .hosts import RayNodes
 from .serving import Server
@@ -46,13 +43,8 @@ def config(transport: str, prefill: list[list[list[int]]], decode: list[list[lis
 
 
 def generated() -> list[int]:
-    """The tokens of transformers' own generate."""
-    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    ids = torch.tensor([PROMPT])
-    output = model.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-    tokens: list[int] = output[0, len(PROMPT) :].tolist()
-    return tokens
+    """What must be said to PROMPT."""
+    return generate(demo_model(), PROMPT, NUM_TOKENS)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import transformers
 
 from distserve.core.config import KvConfig
 from distserve.engine.worker import Worker
-from tests.engine.models import CONFIGS, VOCAB, generate, save
+from tests.engine.models import CONFIGS, VOCAB, save
+from tests.oracle import generate
 
 NUM_TOKENS = 14
 """Length of the texts that the paths are compared by."""

@@ -118,3 +118,28 @@ class Harness:
         destination[:, :, moved.blocks] = source[:, :, track.blocks]
         self.close(track)
         return moved
+
+
+def generate_while_blocks_move(worker: Worker, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+    """Greedy texts of prompts in a batch that stays as it is; before each step one block has become another.
+
+    As copy on write has it: a block is copied, the table follows, also in entries already used, and what was in the
+    old one is of no use any more.
+    """
+    harness = Harness(worker)
+    tracks = [harness.open(make_request(prompt)) for prompt in prompts]
+    for track in tracks:
+        harness.prefill(track)
+    for step in range(num_tokens - 1):
+        track = tracks[step % len(tracks)]
+        place = step % len(track.blocks)
+        old, new = track.blocks[place], harness.free.pop(0)
+        harness.copies.append((old, new))
+        harness.updates.append(TableUpdate(track.seq_id, place, (new,)))
+        track.blocks[place] = new
+        harness.decode(tracks, 1)
+        worker.kv.blocks[:, :, old] = 1e3
+        harness.free.append(old)
+    for track in tracks:
+        harness.close(track)
+    return [track.output for track in tracks]

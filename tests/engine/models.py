@@ -7,7 +7,6 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
-    GenerationConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -107,11 +106,3 @@ def save(config: PreTrainedConfig, path: Path, seed: int = 0, scale: float = 0.3
     """Write a model directory (without a tokenizer)."""
     build(config, seed, scale).save_pretrained(path)
     return path
-
-
-def generate(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
-    """What transformers' own greedy generation says."""
-    settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
-    ids = torch.tensor([prompt])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    return output[0, len(prompt) :].tolist()

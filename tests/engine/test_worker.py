@@ -13,7 +13,7 @@ from distserve.engine import fused
 from distserve.engine.inputs import StepInputs
 from distserve.engine.worker import Worker
 from tests.engine.conftest import NUM_TOKENS, Served
-from tests.engine.harness import Harness, Track, make_request
+from tests.engine.harness import Harness, Track, generate_while_blocks_move, make_request
 
 SAMPLED = {"temperature": 1.0, "seed": 11, "top_p": 0.95, "frequency_penalty": 0.3, "presence_penalty": 0.2}
 
@@ -205,24 +205,7 @@ def test_a_sequence_with_bad_logits_does_not_harm_the_others(
 
 
 def test_tables_may_change_while_a_decode_batch_repeats(llama: Served, llama_worker: Worker) -> None:
-    """Also in entries already used: a block is copied elsewhere and the table follows, in the middle of a batch."""
-    harness = Harness(llama_worker)
-    tracks = [harness.open(make_request(prompt)) for prompt in llama.prompts]
-    for track in tracks:
-        harness.prefill(track)
-    for step in range(NUM_TOKENS - 1):
-        track = tracks[step % len(tracks)]
-        place = step % len(track.blocks)
-        old, new = track.blocks[place], harness.free.pop(0)
-        harness.copies.append((old, new))
-        harness.updates.append(TableUpdate(track.seq_id, place, (new,)))
-        track.blocks[place] = new
-        harness.decode(tracks, 1)
-        llama_worker.kv.blocks[:, :, old] = 1e3
-        harness.free.append(old)
-    assert [track.output for track in tracks] == llama.expected
-    for track in tracks:
-        harness.close(track)
+    assert generate_while_blocks_move(llama_worker, llama.prompts, NUM_TOKENS) == llama.expected
 
 
 def test_a_table_may_be_longer_than_the_sequence(llama: Served, llama_worker: Worker) -> None:

@@ -1,7 +1,9 @@
-"""What the transfer tests share: small layouts, recognisable KV, a recorder of ended pulls."""
+"""What the transfer tests share: small layouts, recognisable KV, a recorder of ended pulls, patience."""
 
 import math
 import queue
+import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -49,3 +51,13 @@ class Ended:
         except queue.Empty:
             return True
         return False
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Whether ``condition`` comes true before long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.001)
+    return False

@@ -5,9 +5,6 @@ On a real card with ``-m gpu``. The second runs on a fake one too, in the defaul
 """
 
 import dataclasses
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,8 @@ import torch
 from distserve.core.config import KvLayout
 from distserve.demo import model_dir
 from tests.engine.harness import make_request
+from tests.oracle import demo_model, generate
+from tests.peers import starting
 from tests.transfer.cards import CardRank, pattern
 from tests.transfer.pools import Ended, migrate
 
@@ -28,40 +27,11 @@ PROMPT = [7 * number % 150 + 3 for number in range(45)]
 NUM_TOKENS, FIRST_CHUNK = 16, 24
 
 
-class Peer:
-    def __init__(self, **options):
-        script = Path(__file__).with_name("card_peer.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.address = self.read()["address"]
-
-    def read(self):
-        return json.loads(self.process.stdout.readline())
-
-    def call(self, *command):
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def end(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
 @pytest.fixture
 def start():
-    peers = []
-
-    def starter(**options):
-        peers.append(Peer(**options))
-        return peers[-1]
-
-    yield starter
-    for peer in peers:
-        peer.end()
+    """Starts ``card_peer.py``."""
+    with starting(Path(__file__).with_name("card_peer.py")) as starter:
+        yield starter
 
 
 @pytest.fixture
@@ -96,7 +66,7 @@ def test_bytes_arrive_and_no_others_are_written(card, start, rank):
     expected = torch.zeros(LAYOUT.num_bytes, dtype=torch.uint8).view(shape)
     expected[:, :, list(dst_blocks)] = pattern(LAYOUT, 4).view(shape)[:, :, list(src_blocks)]
     assert torch.equal(sink.pool.cpu().view(shape), expected)
-    source.process.kill()
+    source.kill()
     sink.transport.pull(patient(migrate(2, (1,), (1,), ready=0, step=9)), ended)
     assert not ended.next(60).ok
     with pytest.raises(Exception, match="cannot connect to instance source"):
@@ -126,15 +96,4 @@ def test_a_real_decode_goes_on_with_the_kv_of_a_real_prefill(card, start, rank):
     assert track.blocks == dst_blocks
     for _ in range(NUM_TOKENS - 1):
         sink.harness.step((track, 1))
-    assert track.output == generate(model)
-
-
-def generate(model):
-    from transformers import AutoModelForCausalLM
-
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    module.generation_config.eos_token_id = None
-    tokens = module.generate(
-        torch.tensor([PROMPT]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    return tokens[0, len(PROMPT) :].tolist()
+    assert track.output == generate(demo_model(), PROMPT, NUM_TOKENS)

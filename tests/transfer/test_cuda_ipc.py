@@ -20,7 +20,7 @@ from distserve.transfer.cuda_ipc.transport import CudaIpcTransport
 from distserve.transfer.plan import Part, plane_pieces
 from distserve.transfer.shm import ShmTransport
 from tests.transfer.fake_device import FakeDevice
-from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, fill, migrate
+from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, eventually, fill, migrate
 
 
 class Clock:
@@ -79,15 +79,6 @@ def sink(end, source):
     made = end()
     made.transport.connect("source", source.transport.address)
     return made
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.001)
-    return False
 
 
 def mappings():

@@ -9,7 +9,7 @@ import pytest
 
 from distserve.core.errors import TransferError
 from tests.transfer.fake_device import LOST_STATUS, FakeGpuTransport
-from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, fill, migrate
+from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, eventually, fill, migrate
 
 
 @pytest.fixture
@@ -31,15 +31,6 @@ def expected(blocks):
     pool = bytearray(LAYOUT.num_bytes)
     fill(memoryview(pool), LAYOUT, 3)
     return blocks_of(memoryview(pool), LAYOUT)[:, :, list(blocks)]
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.002)
-    return False
 
 
 def mappings():
@@ -100,8 +91,7 @@ def test_a_destination_whose_copies_hang_ends_and_the_source_goes_on(start, sink
     victim.call("connect", "source", sink.address)
     victim.call("hold", "copies")
     began = time.monotonic()
-    victim.process.stdin.write('["pull", 1, [1, 2], [1, 2], 2, 0]\n')
-    victim.process.stdin.flush()
+    victim.send("pull", 1, [1, 2], [1, 2], 2, 0)
     assert victim.process.wait(timeout=30) == LOST_STATUS
     assert time.monotonic() - began < 30
     heir, ended = FakeGpuTransport(LAYOUT, secret=SECRET, clock=time.time), Ended()

@@ -13,7 +13,7 @@ import pytest
 
 from distserve.core.errors import TransferError
 from distserve.transfer.shm import ShmTransport
-from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, fill, migrate
+from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, eventually, fill, migrate
 
 
 @pytest.fixture
@@ -45,15 +45,6 @@ def expected(seed: int, blocks) -> np.ndarray:
     pool = bytearray(LAYOUT.num_bytes)
     fill(memoryview(pool), LAYOUT, seed)
     return blocks_of(memoryview(pool), LAYOUT)[:, :, list(blocks)]
-
-
-def eventually(condition) -> bool:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.002)
-    return False
 
 
 def test_a_pull_overlaps_the_step_of_another_process(start, sink):
@@ -119,7 +110,7 @@ def test_a_destination_killed_while_it_pulls_leaves_the_source_serving(start):
         victim = start()
         victim.call("connect", "source", source.address)
         victim.call("pull", 1, [1, 2], [1, 2], 1, 5)
-        victim.release()
+        victim.kill()
         assert eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) == sockets)
         heir = start()
         heir.call("connect", "source", source.address)
@@ -139,7 +130,7 @@ def test_nothing_is_left_of_killed_processes(start):
         assert kv_files(peer.process.pid)
         assert "/dev/shm/" not in Path(f"/proc/{peer.process.pid}/maps").read_text()
         assert peer.address in Path("/proc/net/unix").read_text()
-        peer.release()
+        peer.kill()
     for peer in (source, sink):
         assert peer.address not in Path("/proc/net/unix").read_text()
         assert not Path(f"/proc/{peer.process.pid}/fd").exists()

@@ -1,4 +1,4 @@
-"""What every transport promises, on each: pools of one process, shared and (faked) GPU memory, TCP, what chooses.
+"""What every transport promises, on each: pools of one process, shared and (faked) GPU memory, TCP, what chooses, NCCL.
 
 Both ends are in this process.
 """
@@ -10,15 +10,19 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from distserve.core.errors import TransferError
 from distserve.transfer.choose import HostTransport
 from distserve.transfer.cuda_ipc.transport import CudaIpcTransport
 from distserve.transfer.local import LocalNetwork, LocalTransport
+from distserve.transfer.nccl.room import Limits
+from distserve.transfer.nccl.sockets import SocketCollectives
+from distserve.transfer.nccl.transport import NcclTransport
 from distserve.transfer.shm import ShmTransport
 from distserve.transfer.tcp import TcpTransport
 from tests.transfer.fake_device import FakeDevice
-from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, fill, migrate
+from tests.transfer.pools import LAYOUT, SECRET, Ended, blocks_of, eventually, fill, migrate
 
 
 class Clock:
@@ -34,10 +38,10 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(params=["local", "shm", "cuda_ipc", "tcp", "near", "far"])
+@pytest.fixture(params=["local", "shm", "cuda_ipc", "tcp", "near", "far", "nccl"])
 def make(request, clock):
     """A factory of transports that can reach each other."""
-    network = LocalNetwork()
+    network, collectives = LocalNetwork(), SocketCollectives()
     made, lost = [], []
 
     def factory(layout=LAYOUT):
@@ -49,6 +53,10 @@ def make(request, clock):
             transport = CudaIpcTransport(layout, device=FakeDevice(), secret=SECRET, clock=clock, on_lost=lost.append)
         elif request.param == "tcp":
             transport = TcpTransport(layout, host="127.0.0.1", secret=SECRET, clock=clock)
+        elif request.param == "nccl":
+            pool, limits = torch.zeros(layout.num_bytes, dtype=torch.uint8), Limits(min_piece_bytes=1)
+            options = {"clock": clock, "limits": limits, "collectives": collectives}
+            transport = NcclTransport(layout, pool, host="127.0.0.1", secret=SECRET, **options)
         else:
             machine = "here" if request.param == "near" else f"host-{len(made)}"
             transport = HostTransport(layout, secret=SECRET, clock=clock, host="127.0.0.1", machine=machine)
@@ -58,6 +66,7 @@ def make(request, clock):
     yield factory
     for transport in made:
         transport.close()
+    collectives.close()
     assert not lost
 
 
@@ -82,15 +91,6 @@ def arrived(source, sink, src_blocks, dst_blocks, layers=slice(None)) -> bool:
 
 def untouched(sink, blocks, layers=slice(None)) -> bool:
     return not blocks_of(sink.buffer, sink.layout)[layers][:, :, list(blocks)].any()
-
-
-def eventually(condition) -> bool:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.001)
-    return False
 
 
 def test_ready_blocks_arrive_and_nothing_else_is_written(source, sink):

@@ -16,7 +16,7 @@ from distserve.engine.device.backend import HostBackend
 from distserve.engine.worker import Worker
 from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.device.driving import Driven
-from tests.engine.harness import Harness, make_request
+from tests.engine.harness import Harness, generate_while_blocks_move, make_request
 from tests.engine.models import CONFIGS, VOCAB
 
 SAMPLED = {"temperature": 1.0, "seed": 11, "top_p": 0.95, "frequency_penalty": 0.3, "presence_penalty": 0.2}
@@ -153,24 +153,7 @@ def test_padding_writes_to_no_block_of_a_sequence(llama: Served, worker: Worker)
 
 
 def test_blocks_may_change_under_an_unchanged_batch(llama: Served, worker: Worker) -> None:
-    """As copy on write has it: a block of a running sequence becomes another one."""
-    harness = Harness(worker)
-    tracks = [harness.open(make_request(prompt)) for prompt in llama.prompts]
-    for track in tracks:
-        harness.prefill(track)
-    for step in range(NUM_TOKENS - 1):
-        track = tracks[step % 4]
-        place = step % len(track.blocks)
-        old, new = track.blocks[place], harness.free.pop(0)
-        harness.copies.append((old, new))
-        harness.updates.append(TableUpdate(track.seq_id, place, (new,)))
-        track.blocks[place] = new
-        harness.decode(tracks, 1)
-        worker.kv.blocks[:, :, old] = 1e3
-        harness.free.append(old)
-    assert [track.output for track in tracks] == llama.expected
-    for track in tracks:
-        harness.close(track)
+    assert generate_while_blocks_move(worker, llama.prompts, NUM_TOKENS) == llama.expected
 
 
 def test_migrated_between_the_cpu_and_the_device(llama: Served, worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""Ranks with pools in torch's memory, communicators over sockets, and faults to order."""
+"""Ranks with pools in torch's memory, communicators over sockets, faults to order; and pulls between them."""
 
 import threading
 import time
@@ -12,12 +12,14 @@ from distserve.transfer.nccl.device import CpuDevice
 from distserve.transfer.nccl.room import Limits
 from distserve.transfer.nccl.sockets import SocketCollectives
 from distserve.transfer.nccl.transport import NcclTransport
-from tests.transfer.pools import LAYOUT, SECRET
+from tests.transfer.pools import LAYOUT, SECRET, Ended, eventually, migrate
 
 LIMITS = Limits(
     min_piece_bytes=LAYOUT.block_bytes * 4, open_timeout=1.0, transfer_timeout=0.5, close_timeout=0.5, grace=0.2
 )
 """Four layers of 32 blocks are 64 pieces; nothing waits long."""
+LATE = 2.0
+"""Seconds within which a pull with a deadline ends after it, on a busy machine."""
 
 
 class Faults:
@@ -188,6 +190,11 @@ class Rank:
     def hub(self):
         return self.transport._hub
 
+    @property
+    def generation(self) -> int:
+        """The newest communicator's."""
+        return max((link.generation for link in self.hub.links.values()), default=0)
+
     def is_clean(self) -> bool:
         """No slot is taken, no pull known."""
         rings = (self.hub.outgoing, self.hub.incoming)
@@ -199,10 +206,24 @@ class Rank:
         self.collectives.inner.close()
 
 
-def eventually(condition, seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.002)
-    return False
+def pull(sink: Rank, pull_id: int, blocks, *, seconds: float = 20.0, **options) -> Ended:
+    """Pull blocks of "source" to the same places."""
+    ended = Ended()
+    sink.transport.pull(migrate(pull_id, blocks, blocks, deadline=time.time() + seconds, **options), ended)
+    return ended
+
+
+def arrived(source, sink, src_blocks, dst_blocks, layers=slice(None)) -> bool:
+    return torch.equal(sink.blocks[layers][:, :, list(dst_blocks)], source.blocks[layers][:, :, list(src_blocks)])
+
+
+def untouched(sink, blocks) -> bool:
+    return not sink.blocks[:, :, list(blocks)].any()
+
+
+def as_good_as_new(source: Rank, sink: Rank) -> None:
+    """The next pull of the pair arrives, and then nothing is left of any."""
+    assert eventually(lambda: pull(sink, 1000 + time.monotonic_ns(), (7, 9), seconds=2).next().ok)
+    assert arrived(source, sink, (7, 9), (7, 9))
+    assert eventually(source.is_clean)
+    assert eventually(sink.is_clean)

@@ -4,11 +4,7 @@ On a card (``-m gpu``) with NCCL itself: a communicator of one rank that sends t
 where the library allows that. In the default suite with communicators over sockets.
 """
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,9 +16,10 @@ from distserve.transfer.nccl.cupy_nccl import CupyCollectives, CupyCommunicator
 from distserve.transfer.nccl.device import device_of
 from distserve.transfer.nccl.loopback import CopyExchanger, LoopbackCollectives
 from tests.engine.harness import make_request
+from tests.peers import starting
 from tests.transfer.nccl.engines import EngineRank
-from tests.transfer.nccl.ranks import Rank, eventually
-from tests.transfer.pools import Ended, migrate
+from tests.transfer.nccl.ranks import Rank, pull
+from tests.transfer.pools import Ended, eventually, migrate
 
 ON_CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 PROMPT = [7 * number % 150 + 3 for number in range(45)]
@@ -31,43 +28,11 @@ MULTI_RANK = (2, 30, 3)
 """The first NCCL that can be told to allow two ranks of a communicator on one card."""
 
 
-class Peer:
-    def __init__(self, **options):
-        script = Path(__file__).with_name("peer.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.address = self.read()["address"]
-
-    def read(self):
-        return json.loads(self.process.stdout.readline())
-
-    def call(self, *command):
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def signal(self, number):
-        os.kill(self.process.pid, number)
-
-    def end(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
 @pytest.fixture
 def start():
-    peers = []
-
-    def starter(**options):
-        peers.append(Peer(**options))
-        return peers[-1]
-
-    yield starter
-    for peer in peers:
-        peer.end()
+    """Starts ``peer.py``."""
+    with starting(Path(__file__).with_name("peer.py")) as starter:
+        yield starter
 
 
 @pytest.fixture
@@ -77,12 +42,6 @@ def sink():
     rank.close()
 
 
-def pull(sink, pull_id, blocks, seconds=20.0):
-    ended = Ended()
-    sink.transport.pull(migrate(pull_id, blocks, blocks, deadline=time.time() + seconds), ended)
-    return ended
-
-
 def test_a_source_that_is_stopped_or_killed_costs_the_pull_and_no_more(start, sink):
     want = Rank(seed=3)
     want.close()
@@ -90,27 +49,27 @@ def test_a_source_that_is_stopped_or_killed_costs_the_pull_and_no_more(start, si
     sink.transport.connect("source", source.address)
     assert pull(sink, 1, (1, 2)).next().ok
     # Stopped: the deadline ends the pull.
-    source.signal(signal.SIGSTOP)
+    source.process.send_signal(signal.SIGSTOP)
     started = time.monotonic()
     assert "deadline passed" in pull(sink, 2, (3, 4), seconds=0.4).next(5).reason
     assert time.monotonic() - started < 3
-    source.signal(signal.SIGCONT)
+    source.process.send_signal(signal.SIGCONT)
     assert eventually(lambda: pull(sink, 1000 + time.monotonic_ns(), (3, 4), seconds=2).next().ok)
     assert torch.equal(sink.blocks[:, :, [1, 2, 3, 4]], want.blocks[:, :, [1, 2, 3, 4]])
     # Stopped while it sends: the watchdog ends the generation, and the next one serves.
     assert source.call("fault", "delay", 0.3) == {"returned": "fault"}
     ended = pull(sink, 3, tuple(range(8)), seconds=1.0)
     time.sleep(0.1)
-    source.signal(signal.SIGSTOP)
+    source.process.send_signal(signal.SIGSTOP)
     assert not ended.next(5).ok
-    source.signal(signal.SIGCONT)
+    source.process.send_signal(signal.SIGCONT)
     source.call("fault", "delay", 0.0)
     assert eventually(lambda: pull(sink, 1000 + time.monotonic_ns(), (5, 6), seconds=2).next().ok)
     # Killed while it sends: its pulls fail at once.
     source.call("fault", "delay", 0.3)
     ended = pull(sink, 4, tuple(range(8)))
     time.sleep(0.1)
-    source.process.kill()
+    source.kill()
     assert not ended.next(5).ok
     assert eventually(sink.is_clean)
     assert eventually(lambda: sink.transport.num_communicators == 0)
@@ -127,17 +86,16 @@ def test_a_destination_that_is_stopped_or_killed_costs_the_source_nothing(start)
         sink.call("connect", "source", source.transport.address)
         assert sink.call("pull", 1, [1, 2], 20)["ok"]
         sink.call("fault", "delay", 0.3)
-        sink.process.stdin.write(json.dumps(["pull", 2, list(range(8)), 1.0]) + "\n")
-        sink.process.stdin.flush()
+        sink.send("pull", 2, list(range(8)), 1.0)
         time.sleep(0.1)
-        sink.signal(signal.SIGSTOP)
+        sink.process.send_signal(signal.SIGSTOP)
         # Slots come back although nobody says anything.
         assert eventually(source.is_clean, seconds=5)
-        sink.signal(signal.SIGCONT)
+        sink.process.send_signal(signal.SIGCONT)
         assert not sink.read()["ok"]
         sink.call("fault", "delay", 0.0)
         assert eventually(lambda: sink.call("pull", time.monotonic_ns(), [3], 2)["ok"])
-        sink.process.kill()
+        sink.kill()
         assert eventually(lambda: source.transport.num_communicators == 0)
         assert not source.hub.links
     finally:
