@@ -59,11 +59,8 @@ def queue(service):
     def run(rate, number, num_requests):
         rng = np.random.default_rng((number, 1))
         arrival = np.cumsum(rng.exponential(1.0, num_requests)) / rate
-        done = np.empty(num_requests)
-        free = 0.0
-        for index, at in enumerate(arrival):
-            free = max(free, at) + service
-            done[index] = free
+        served = service * np.arange(num_requests)
+        done = np.maximum.accumulate(arrival - served) + served + service
         return simulation(timelines(arrival, done - arrival, np.full(num_requests, 0.0)))
 
     return run
