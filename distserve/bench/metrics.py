@@ -145,18 +145,19 @@ def wilson_interval(successes: int, num: int, z: float = 1.959964) -> tuple[floa
 def meets_fastgen(record: RequestRecord, tokens_per_second: float) -> bool:
     """DeepSpeed-FastGen's criterion of an effective request (arXiv 2401.08671, section 4).
 
-    The first token within prompt tokens / 512 seconds, and every point of the exponential moving average (span 16,
-    recursive, begun at the first gap) of the later gaps below 1 / ``tokens_per_second``.
+    The first token within prompt tokens / 512 seconds, and every point of the exponential moving average (span 16) of
+    the later gaps below 1 / ``tokens_per_second``. Its benchmark averages with the weights of the gaps so far scaled to
+    one (pandas' ``ewm``), so that early gaps count for more than in a recursion begun at the first one.
     """
     if record.status is not Status.OK or record.ttft is None:
         return False
     if record.ttft > (record.num_prompt_tokens or record.prompt_len) / FASTGEN_PROMPT_TOKENS_PER_SECOND:
         return False
-    alpha = 2 / (FASTGEN_EMA_SPAN + 1)
-    average: float | None = None
+    decay = 1 - 2 / (FASTGEN_EMA_SPAN + 1)
+    total = weight = 0.0
     for gap in np.diff(record.event_times).tolist():
-        average = gap if average is None else alpha * gap + (1 - alpha) * average
-        if average >= 1 / tokens_per_second:
+        total, weight = gap + decay * total, 1 + decay * weight
+        if total / weight >= 1 / tokens_per_second:
             return False
     return True
 

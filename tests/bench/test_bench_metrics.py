@@ -86,11 +86,16 @@ def test_fastgen_criterion() -> None:
     assert meets_fastgen(record(0.0, steady, prompt=1024), 4)
     assert not meets_fastgen(record(0.0, steady, prompt=512), 4)
     assert not meets_fastgen(record(0.0, steady, prompt=1024), 6)
-    # One gap of 0.6 s: the average, span 16, rises to 0.2 + 0.4 * 2 / 17 = 0.247 and stays below.
-    stalled = [1.9 + 0.2 * i + (0.4 if i >= 10 else 0) for i in range(20)]
+    # One gap of 0.6 s after many: the average, span 16, rises to 0.2 + 0.4 * 2 / 17 = 0.247 and stays below.
+    stalled = [1.9 + 0.2 * i + (0.4 if i >= 90 else 0) for i in range(100)]
     assert meets_fastgen(record(0.0, stalled, prompt=1024), 4)
-    longer = [1.9 + 0.2 * i + (0.5 if i >= 10 else 0) for i in range(20)]
+    longer = [1.9 + 0.2 * i + (0.5 if i >= 90 else 0) for i in range(100)]
     assert not meets_fastgen(record(0.0, longer, prompt=1024), 4)
+    # Among few gaps each counts for more: the third one's share is 1 / (1 + 15/17 + (15/17)^2) = 0.376.
+    early = [1.9 + 0.2 * i + (0.12 if i >= 3 else 0) for i in range(20)]
+    assert meets_fastgen(record(0.0, early, prompt=1024), 4)
+    slower = [1.9 + 0.2 * i + (0.14 if i >= 3 else 0) for i in range(20)]
+    assert not meets_fastgen(record(0.0, slower, prompt=1024), 4)
     assert not meets_fastgen(record(0.0, steady, prompt=1024, status=Status.FAILED), 2)
 
 
