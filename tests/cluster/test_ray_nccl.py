@@ -1,0 +1,124 @@
+"""Ray starts the instances, NCCL moves their KV, and both meet: from HTTP to token, and through faults.
+
+All of it is what ``distserve serve`` starts for a plan on GPUs of two nodes, but for the cards and NCCL itself: what
+stands in for those is in ``rehearsed_cards.py``. NCCL itself is run by ``tests/transfer/nccl``, without Ray.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.oracle import demo_model, generate
+from tests.transfer.nccl.ranks import eventually
+
+from .hosts import RayNodes
+from .rehearsed_cards import HERE, REHEARSAL, Rehearsal
+from .serving import Server
+from .test_two_nodes import NUM_TOKENS, PROMPT, migrations, stream_all, wait_for, wait_idle
+
+CONFIG = """
+placement:
+  prefill: {instances: 1, gpus: [[[0, 0]]]}
+  decode: {instances: 1, gpus: [[[1, 0]]]}
+cluster: {gpu: h100-sxm, nodes: 2, gpus_per_node: 1}
+engine: {dtype: float32, kv_tokens: 4096, kv_transport: nccl, threads: 1}
+"""
+LONG = 700
+"""Tokens of a text that is still being written when others have hung."""
+TRANSFER_TIMEOUT = 5.0
+"""Seconds that an operation of NCCL may take; see docs/kv-migration.md."""
+
+
+@pytest.fixture
+def rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsal:
+    """Known to all processes of the Ray nodes that are started from here on, as the modules of the tests are."""
+    monkeypatch.setenv(REHEARSAL, str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    return Rehearsal(tmp_path)
+
+
+@contextmanager
+def serving(directory: Path, nodes: RayNodes) -> Iterator[Server]:
+    """A server on ``nodes``, which has to end by itself and to leave no instance behind."""
+    (directory / "config.yaml").write_text(CONFIG)
+    flags = ("--config", str(directory / "config.yaml"), "--ray-address", nodes.address)
+    server = Server(*flags, log=directory / "log", environment=nodes.environment, program=("-m", HERE))
+    try:
+        server.wait_ready()
+        yield server
+        server.send(signal.SIGTERM)
+        assert server.process.wait(60) == 0, server.log.read_text()
+        assert nodes.instances() == set()
+    finally:
+        server.kill()
+
+
+def test_ray_places_the_instances_and_nccl_moves_their_kv(tmp_path: Path, rehearsal: Rehearsal) -> None:
+    with RayNodes(3, 2, num_gpus=1) as nodes, serving(tmp_path, nodes) as server:
+        assert stream_all(server, 3) == [generate(demo_model(), PROMPT, NUM_TOKENS)] * 3
+        wait_idle(server)
+        assert migrations(server)["decode-0"] == 3
+        ((prefill, decode),) = rehearsal.pairs()
+        assert {prefill, decode} == nodes.instances()
+
+
+class Text(threading.Thread):
+    """A text as it comes, and when each token did."""
+
+    def __init__(self, server: Server, num_tokens: int) -> None:
+        super().__init__()
+        self._stream = server.token_ids(PROMPT, num_tokens)
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.start()
+
+    def run(self) -> None:
+        for token in self._stream:
+            self.tokens.append(token)
+            self.times.append(time.monotonic())
+
+
+@pytest.mark.slow
+def test_a_peer_that_hangs_costs_its_deadline_and_one_that_dies_is_met_anew(
+    tmp_path: Path, rehearsal: Rehearsal
+) -> None:
+    expected = generate(demo_model(), PROMPT, LONG)
+    with RayNodes(3, 2, num_gpus=1) as nodes, serving(tmp_path, nodes) as server:
+        long = Text(server, LONG)
+        assert eventually(lambda: len(long.tokens) > 5)
+        ((prefill, decode),) = rehearsal.pairs()
+        rehearsal.hang(prefill)
+        other = Text(server, NUM_TOKENS)
+        other.join(60)
+        assert other.tokens == expected[:NUM_TOKENS]
+        assert rehearsal.pairs() == [(prefill, decode)] * 2
+        # The first token is of the prefill, the second came when KV had, by the next generation.
+        hung, went_on = other.times[:2]
+        assert went_on - hung < 3 * TRANSFER_TIMEOUT
+        assert sum(hung < at < went_on for at in long.times) > 20, "others go on meanwhile"
+        long.join(60)
+        assert long.tokens == expected
+
+        begun = threading.Barrier(3)
+
+        def kill() -> None:
+            begun.wait(60)
+            os.kill(decode, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        assert stream_all(server, 2, begun) == [expected[:NUM_TOKENS]] * 2
+        killer.join()
+        wait_for(server, "decode-0.1 is serving")
+        wait_idle(server)
+        assert migrations(server)["decode-0.1"] == 2
+        (successor,) = nodes.instances() - {prefill}
+        assert successor != decode
+        assert rehearsal.pairs()[2:] == [(prefill, successor)]
