@@ -64,7 +64,7 @@ def our_rate(runner: DeviceRunner, sizes: EngineSizes, requests: Sequence[Reques
 def transformers_rate(module: PreTrainedModel, sizes: EngineSizes, requests: Sequence[Request], *, tiny: bool) -> float:
     """The same by ``generate_batch``, its own choice of sizes but memory; its warm-up and captures do not count."""
     source: Any = module
-    settings: Any = GenerationConfig(  # type: ignore[no-untyped-call]
+    settings: Any = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers annotates no constructor
         max_new_tokens=sizes.num_output, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     if tiny:

@@ -40,6 +40,7 @@ class Stopwatch:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
+        # torch does not annotate the constructor.
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self._flush.zero_()
         begin.record()

@@ -35,7 +35,7 @@ class Answer(Response):
         self._metrics = metrics
         self._clock = clock
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI passes it
         """Run the job; raises RequestError only while nothing has been sent."""
         outcome = "500"
         run = self._stream if self._job.options.stream else self._whole
