@@ -142,6 +142,40 @@ def demo(question: str | None, **flags: Any) -> None:
         run(load_config(None, _by_path(None, flags), model_dir()), question or QUESTION, Console())
 
 
+@main.command(name="role")
+@click.argument("instance", required=False)
+@click.argument("role", required=False, type=click.Choice(["prefill", "decode", "mixed"]))
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where distserve serves.")
+@click.option("--api-key", envvar="DISTSERVE_API_KEY", help="Its API key, if it has one.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(0),
+    help="Seconds to end what the instance has; what is left then goes on elsewhere.  [default: 30]",
+)
+@click.option("--wait/--no-wait", default=True, help="Return when the instance has changed.  [default: wait]")
+def change_role(
+    instance: str | None, role: str | None, url: str, api_key: str | None, patience: float | None, *, wait: bool
+) -> None:
+    """Let INSTANCE of a running deployment become ROLE while it serves; without either, list all instances.
+
+    It gets no new requests, ends what it has, and goes on in its new role with the same weights and memory.
+    """
+    import asyncio
+
+    from rich.console import Console
+
+    from distserve.cluster.role_command import change_role as change
+    from distserve.cluster.role_command import show_roles
+
+    with _errors_for_humans():
+        if instance is None:
+            asyncio.run(show_roles(Console(), url.rstrip("/"), api_key))
+        elif role is None:
+            raise click.UsageError("name the role that it is to have: prefill, decode or mixed")
+        else:
+            asyncio.run(change(Console(), url.rstrip("/"), api_key, instance, role, patience, wait=wait))
+
+
 def _by_path(model: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Flags under the names of the configuration file's keys."""
     pools = ("prefill", "decode", "mixed")

@@ -11,6 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 import distserve
+from distserve.api.admin import Operator, build_admin_router
 from distserve.api.backend import Backend
 from distserve.api.error_responses import HANDLERS
 from distserve.api.metrics import Metrics
@@ -31,10 +32,12 @@ def create_app(
     settings: ApiSettings,
     *,
     clock: Callable[[], float] = wall_clock,
+    operator: Operator | None = None,
 ) -> FastAPI:
     """The application that serves ``model`` through ``backend``.
 
-    ``clock`` is the cluster's (seconds), which instances stamp their marks with.
+    ``clock`` is the cluster's (seconds), which instances stamp their marks with. ``operator`` does what is asked below
+    ``/admin``; None: there are no such paths.
     """
     metrics = Metrics(model.names[0], backend.status)
     app = FastAPI(
@@ -45,6 +48,8 @@ def create_app(
         redirect_slashes=False,
     )
     app.include_router(build_router(Service(backend, model, settings, metrics, clock)))
+    if operator is not None:
+        app.include_router(build_admin_router(operator, backend, settings))
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

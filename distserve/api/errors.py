@@ -21,6 +21,12 @@ class AuthenticationError(RequestError):
     status = 401
 
 
+class ForbiddenError(RequestError):
+    """Not from there."""
+
+    status = 403
+
+
 class BodyTooLargeError(RequestError):
     """The body exceeds the limit; it has not been read to its end."""
 

@@ -68,6 +68,12 @@ class _ClusterCollector(Collector):
             "Tokens found there: not computed (prefill, mixed) or not pulled (decode).",
             labels=labels,
         )
+        changes = CounterMetricFamily("distserve:role_changes", "Changes of the instance's role.", labels=labels)
+        becoming = GaugeMetricFamily(
+            "distserve:role_change_pending",
+            "1 while the instance is about to take the role.",
+            labels=[*labels, "role"],
+        )
         status = self._status()
         for spec, report in status.instances if status is not None else ():
             key = [spec.role.value, spec.instance_id]
@@ -81,7 +87,11 @@ class _ClusterCollector(Collector):
             num_bytes.add_metric(key, report.pulled_bytes)
             queries.add_metric(key, report.num_queried_tokens)
             hits.add_metric(key, report.num_hit_tokens)
+            changes.add_metric(key, report.num_role_changes)
+            if report.becoming is not None:
+                becoming.add_metric([*key, report.becoming.value], 1)
         yield from (running, waiting, tokens, usage, preempted, migrations, seconds, num_bytes, queries, hits)
+        yield from (changes, becoming)
 
 
 class Metrics:

@@ -1,6 +1,5 @@
 """The paths of the API and what each does."""
 
-import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,9 @@ from distserve.api.answer import Answer
 from distserve.api.backend import Backend
 from distserve.api.body import read_body
 from distserve.api.error_responses import envelope
-from distserve.api.errors import AuthenticationError
 from distserve.api.health import health
 from distserve.api.job import chat_job, check_model, completion_job
+from distserve.api.keys import check_key
 from distserve.api.metrics import CONTENT_TYPE, Metrics
 from distserve.api.model import ServedModel
 from distserve.api.prompts import conversation_prompt, encode, require_tokenizer
@@ -67,11 +66,7 @@ def build_router(service: Service) -> APIRouter:
     limit = settings.max_body_bytes
 
     def authorise(request: Request) -> None:
-        if settings.api_key is None:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), settings.api_key.encode()):
-            raise AuthenticationError("the API key is missing or wrong: send Authorization: Bearer <key>")
+        check_key(request, settings)
 
     def describe(name: str) -> dict[str, Any]:
         return {

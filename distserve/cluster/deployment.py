@@ -4,12 +4,14 @@ Ray is asked for processes and calls at start and after a death only. Who watche
 :mod:`distserve.cluster.supervise`'s business.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from distserve.cluster.parts import NEARBY, Card, ClusterKey, EnginePlan, InstanceConfig, KvAccess
 from distserve.cluster.ray_actors import CONCURRENCY, InstanceActor, RouterActor
@@ -17,7 +19,7 @@ from distserve.cluster.ray_cluster import RayCluster
 from distserve.cluster.reservation import ROUTER_CPUS, RankResources, Reservation, cpus_per_rank
 from distserve.cluster.seats import FoundNode, NodeGroup, WantedInstance, group_by_node
 from distserve.core.config import InstanceSpec, Role
-from distserve.core.errors import DistserveError, InstanceError
+from distserve.core.errors import ConflictError, DistserveError, InstanceError
 
 _PLACEMENT_PATIENCE = 60.0
 _MEETING_PATIENCE = 10.0
@@ -79,6 +81,8 @@ class Deployment:
     _reservation: Reservation | None = None
     _generations: dict[int, int] = field(default_factory=dict)
     _lost: list[str] = field(default_factory=list)
+    _roles: dict[int, Role] = field(default_factory=dict)
+    """Roles that slots were given since the start."""
 
     def reserve(self) -> None:
         """Reserve CPUs and GPUs for all parts, those planned for one node on one node; unplanned ones share one.
@@ -105,6 +109,7 @@ class Deployment:
         assert self._reservation is not None, "reserve comes first"
         blueprint = self.blueprint
         spec = blueprint.specs[slot]
+        spec = replace(spec, role=self._roles.get(slot, spec.role))
         group = self._group_of(slot)
         generation = self._generations.get(slot, -1) + 1
         self._generations[slot] = generation
@@ -147,8 +152,8 @@ class Deployment:
         if told := [member.actor.meet.remote([card]) for member in members]:
             ray.wait(told, num_returns=len(told), timeout=_MEETING_PATIENCE)
         self.meet([card])
-        asking = [member.spec.instance_id for member in members if member.spec.role is Role.PREFILL]
-        ray.get(self.router.succeed.remote([self.owner.name, *asking]))
+        # Prefill instances may be waiting for an answer; which those are, a change of role under way leaves open.
+        ray.get(self.router.succeed.remote([self.owner.name, *self.members]))
 
     def adopt_instances(self, members: Iterable[Member], *, all_must_meet: bool = False) -> None:
         """Introduce loaded instances to everyone, start them, and let the router use them.
@@ -178,6 +183,46 @@ class Deployment:
         ray.get([member.actor.start.remote() for member in new])
         ray.get([self.router.up.remote(member.spec) for member in new])
 
+    def prepare_role(self, instance_id: str, role: Role) -> None:
+        """Let an instance and its peers reach the KV memory that it and they need if it becomes ``role``.
+
+        Nothing else changes. May be called from any thread; of an unknown instance it is the router who says so.
+
+        Raises:
+            ConflictError: the instance cannot take the role; says why.
+        """
+        member = self.members.get(instance_id)
+        if member is None:
+            return
+        started_as = self.blueprint.specs[member.slot].role
+        if self.blueprint.plan.device != "cpu" and started_as is not Role.MIXED:
+            raise ConflictError(
+                f"{instance_id} has a {started_as} instance's part of a GPU's memory: only what was started "
+                "as mixed (--mixed) can change its role on a GPU"
+            )
+        try:
+            # Set before the others are looked up: who starts meanwhile finds the card, or is found.
+            member.card = ray.get(member.actor.prepare.remote(role), timeout=_MEETING_PATIENCE)
+            others = [other.actor for other in list(self.members.values()) if other is not member]
+            meeting = [other.meet.remote([member.card]) for other in others]
+            problems = list(ray.get(member.actor.meet.remote(self._cards()), timeout=_MEETING_PATIENCE))
+        except RayError as error:
+            raise ConflictError(f"{instance_id} does not answer: {error}") from error
+        met, _ = ray.wait(meeting, num_returns=len(meeting), timeout=_MEETING_PATIENCE) if meeting else ([], [])
+        for call in met:
+            # One of the others may be dying itself, which is no fault of this one.
+            with contextlib.suppress(RayError):
+                problems += ray.get(call)
+        if problems:
+            raise ConflictError(f"{instance_id} stays what it is: {'; '.join(problems)}")
+
+    def assume_role(self, instance_id: str, role: Role) -> None:
+        """The router has agreed to a change: a router or an instance started from now on goes by it."""
+        member = self.members.get(instance_id)
+        if member is not None:
+            member.spec = replace(member.spec, role=role)
+            self._roles[member.slot] = role
+
     def discard(self, instance_id: str) -> None:
         """Forget a dead instance and have the router tell everyone."""
         member = self.members.pop(instance_id)
@@ -205,7 +250,7 @@ class Deployment:
         return next(group for group in group_by_node(self.blueprint.instances) if (slot, 0) in group.seats)
 
     def _cards(self) -> list[Card]:
-        return [member.card for member in self.members.values() if member.card is not None]
+        return [member.card for member in list(self.members.values()) if member.card is not None]
 
 
 def cause_of(error: Exception, name: str) -> DistserveError:

@@ -66,10 +66,9 @@ class Instance:
         )
         self._receiver = ReceiverThread(self._mailbox, self._receive)
         self._endpoint = self._mailbox.endpoint
-        # Only prefill instances are pulled from, and only decode instances pull.
-        self._pulls = spec.role is Role.DECODE
-        self._is_pulled_from = spec.role is Role.PREFILL
         self._name = spec.instance_id
+        self._pulls = self._is_pulled_from = False
+        self.prepare(spec.role)
 
     @property
     def card(self) -> Card:
@@ -80,6 +79,12 @@ class Instance:
         """Load the model; raises ConfigError and its kin."""
         self._rank.load()
         return_freed_memory()
+
+    def prepare(self, role: Role) -> None:
+        """Be open for what ``role`` wants of KV memory, beside that of roles before: the card says so."""
+        # Only prefill instances are pulled from, and only decode instances pull.
+        self._pulls |= role is Role.DECODE
+        self._is_pulled_from |= role is Role.PREFILL
 
     def meet(self, cards: Iterable[Card]) -> tuple[str, ...]:
         """Learn of other parts, new ones or ones that moved.

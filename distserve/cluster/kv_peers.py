@@ -43,11 +43,16 @@ class KvPeers:
     def meet(self, peers: Mapping[str, str]) -> tuple[str, ...]:
         """Connect to ``peers`` (instance id to address); says which could not be reached, and why.
 
-        Those are tried again until they can be, or are forgotten.
+        Those are tried again until they can be, or are forgotten. One that is connected stays so.
         """
         with self._changed:
-            self._addresses.update(peers)
-        problems = {peer: self._attempt(peer, address) for peer, address in peers.items()}
+            new = {
+                peer: address
+                for peer, address in peers.items()
+                if peer not in self._connected_at or self._addresses[peer] != address
+            }
+            self._addresses.update(new)
+        problems = {peer: self._attempt(peer, address) for peer, address in new.items()}
         for peer, problem in problems.items():
             if problem:
                 self._again(peer, 0)

@@ -12,9 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from distserve.cluster.clock import cluster_time
 from distserve.cluster.driver import Driver, Log, Network
 from distserve.cluster.observations import Observer
+from distserve.cluster.role_requests import RoleRequests
 from distserve.core.commands import Conclude, Deliver
+from distserve.core.config import Role
 from distserve.core.events import ClientGone, ClientRequest, ClientStop, Machine, Received, Timer
-from distserve.core.messages import Status
+from distserve.core.messages import ChangeRole, RoleAnswer, Status
 from distserve.core.request import Request
 
 STATUS_LIFETIME = 5.0
@@ -48,6 +50,7 @@ class OwnerBackend:
         self._status_changed = asyncio.Event()
         self._draining = False
         self._observers: list[Observer] = []
+        self._role_requests = RoleRequests(network)
         self._idle: list[asyncio.Future[None]] = []
         timers = _LoopTimers(loop, lambda: self._driver.feed(Timer()))
         self._driver = Driver(machine, cluster_time, network, timers, sink=self, log=log)
@@ -111,6 +114,9 @@ class OwnerBackend:
 
     def receive(self, received: Received) -> None:
         """A message arrived."""
+        if isinstance(received.message, RoleAnswer):
+            self._role_requests.on_answer(received.message)
+            return
         if isinstance(received.message, Status):
             self._status = received.message
             self._status_time = cluster_time()
@@ -122,6 +128,18 @@ class OwnerBackend:
         while (status := self.status()) is None or len(status.instances) < num_instances:
             self._status_changed.clear()
             await self._status_changed.wait()
+
+    async def change_role(self, instance_id: str, role: Role, patience: float) -> None:
+        """Have an instance become ``role`` while it serves; returns when that is agreed.
+
+        When it has changed, :meth:`status` says so. What it has not ended after ``patience`` seconds goes on elsewhere.
+
+        Raises:
+            UnknownInstanceError: there is no such instance.
+            ConflictError: it cannot be; says why.
+            UnavailableError: the router does not answer.
+        """
+        await self._role_requests.ask(ChangeRole(instance_id, role, patience))
 
     async def drain(self, patience: float) -> bool:
         """Refuse new requests and wait for those there are, at most ``patience`` seconds; whether all have ended."""

@@ -18,11 +18,9 @@ from distserve.cluster.parts import EnginePlan
 from distserve.cluster.rank_memory import MEMORY, InstanceTransport
 from distserve.core.commands import CancelMigrate, Migrate
 from distserve.core.config import InstanceSpec, Role
-from distserve.core.decode import DecodeScheduler
-from distserve.core.events import Event, Machine, Migrated, Received, Timer
+from distserve.core.events import Event, Migrated, Received, Timer
+from distserve.core.instance_machine import InstanceMachine
 from distserve.core.messages import InstanceGone
-from distserve.core.mixed import MixedScheduler
-from distserve.core.prefill import PrefillScheduler
 from distserve.engine.device.backend import Backend
 from distserve.engine.group.driver import RankGroup
 from distserve.engine.worker import Worker
@@ -31,22 +29,11 @@ from distserve.transfer.transport import Transport
 logger = logging.getLogger(__name__)
 
 
-def scheduler_for(spec: InstanceSpec) -> Machine:
-    """The scheduler of the instance's role."""
-    match spec.role:
-        case Role.PREFILL:
-            return PrefillScheduler(spec)
-        case Role.DECODE:
-            return DecodeScheduler(spec)
-        case Role.MIXED:
-            return MixedScheduler(spec)
-
-
 class Rank:
     """Rank 0 of an instance, which speaks for it; the other ranks, if any, are its child processes.
 
     Args:
-        spec: The instance.
+        spec: The instance, in the role it starts with.
         plan: What its engine is made of.
         transport: Its KV memory; closed with the rank.
         network: Carries its messages away. What arrives is handed to :meth:`receive`.
@@ -73,7 +60,7 @@ class Rank:
         self._engine = EngineThread(self._load, transport, self._feed, plan.cores[: plan.num_threads])
         self._timers = TimerThread(lambda: self._feed(Timer()))
         self._driver = Driver(
-            scheduler_for(spec),
+            InstanceMachine(spec),
             cluster_time,
             network,
             self._timers,

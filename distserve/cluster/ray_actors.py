@@ -20,7 +20,7 @@ from distserve.cluster.network import Mailbox, ReceiverThread
 from distserve.cluster.parts import Card, ClusterKey, InstanceConfig
 from distserve.cluster.process import die_of_uncaught_errors, die_with_parent
 from distserve.cluster.replay import EventLog
-from distserve.core.config import InstanceSpec
+from distserve.core.config import InstanceSpec, Role
 from distserve.core.events import InstanceLost, InstanceUp, Timer
 from distserve.core.messages import InstanceGone
 from distserve.core.router import Router
@@ -113,6 +113,11 @@ class InstanceProcess:
         instance.load()
         self._instance = instance
         return instance.card
+
+    def prepare(self, role: Role) -> Card:
+        """Be open for what ``role`` wants; the card that says so."""
+        self._loaded.prepare(role)
+        return self._loaded.card
 
     def meet(self, cards: Iterable[Card]) -> tuple[str, ...]:
         """Learn of other parts; why KV cannot be pulled from some of them."""

@@ -27,6 +27,7 @@ from distserve.cluster.clock import cluster_time
 from distserve.cluster.config import ServeConfig
 from distserve.cluster.network import Mailbox
 from distserve.cluster.observations import Observer
+from distserve.cluster.operator import ClusterOperator
 from distserve.cluster.owner_backend import OwnerBackend
 from distserve.cluster.parts import OWNER
 from distserve.cluster.ray_environment import prepare_ray_environment
@@ -118,6 +119,7 @@ async def _serve(
                 replace(model, max_model_len=launched.deployment.blueprint.max_model_len),
                 settings,
                 clock=cluster_time,
+                operator=ClusterOperator(backend, launched.deployment),
             ),
             http="httptools",
             lifespan="off",

@@ -369,16 +369,17 @@ class Router:
     def _end_pending(self) -> None:
         """Questions wait for a decode instance to come up no longer than requests wait for a pool.
 
-        Their requests come again if a mixed instance is up, else they fail.
+        If a mixed instance is up they need not: their requests come again and are computed there. Else they fail.
         """
         if not self._pending or self._pool(Role.DECODE):
             self._no_decode_since = None
             return
         if self._no_decode_since is None:
             self._no_decode_since = self._now
-        if self._now < self._no_decode_since + self._config.patience:
+        has_mixed = bool(self._pool(Role.MIXED))
+        if not has_mixed and self._now < self._no_decode_since + self._config.patience:
             return
-        status = None if self._pool(Role.MIXED) else 503
+        status = None if has_mixed else 503
         for key, (sender, wanted, _) in self._pending.items():
             self._send(wanted.owner_id, Failed(key, "no decode instance is up", status))
             self._send(sender, Abort(key))

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from distserve.cluster.parts import OWNER
-from distserve.cluster.rank import scheduler_for
 from distserve.cluster.replay import read_log, replay
 from distserve.core.events import InstanceUp, Machine
+from distserve.core.instance_machine import scheduler_for
 from distserve.core.owner import Owner
 from distserve.core.router import Router, RouterConfig
 
@@ -154,7 +154,7 @@ def test_stopping_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serv
     started = threading.Event()
 
     def read() -> None:
-        for token in server.token_ids(PROMPT, 400):
+        for token in server.token_ids(PROMPT, NUM_TOKENS + 40):
             received.append(token)
             started.set()
 
@@ -176,7 +176,7 @@ def test_stopping_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serv
     assert status == 503
     assert "shutting down" in answer["error"]["message"]
     reader.join(150)
-    assert len(received) == 400
+    assert len(received) == NUM_TOKENS + 40
     assert received[:NUM_TOKENS] == tokens
     # Ctrl-C on a terminal goes to the whole process group; this is the second signal, so it ends at once.
     server.send_to_group(signal.SIGINT)

@@ -186,6 +186,17 @@ def test_one_change_at_a_time_and_the_next_when_it_is_done() -> None:
     assert_served(cluster, requests)
 
 
+def test_prompts_computed_for_a_decode_pool_that_leaves_go_to_a_mixed_instance() -> None:
+    cluster = Deployment(prefill=1, decode=1, mixed=1)
+    requests = [make_request(f"r{i}", 60, seed=20 + i) for i in range(12)]
+    for request in requests:
+        cluster.submit(request)
+    cluster.change_role(0.06, "decode-0", Role.PREFILL)
+    cluster.run(until=15.0)
+    assert len(cluster.recorder.concluded) == len(requests), "they need not wait for a decode instance"
+    assert_served(cluster, requests)
+
+
 def test_a_step_too_small_for_the_role_is_refused() -> None:
     cluster = Deployment(prefill=2, decode=2, config=SchedulerConfig(max_batch_tokens=4, max_batch_size=8))
     cluster.change_role(0.5, "prefill-0", Role.MIXED)
