@@ -1,4 +1,4 @@
-"""The thread that does what the state machines say: sockets, kernels, communicators, callbacks.
+"""The thread that does what the state machines say: connections, kernels, communicators, callbacks.
 
 Nothing on it waits for a peer, a device or NCCL. It owns the hub, all links and all pulls; other threads hand it orders
 through an inbox.
@@ -6,7 +6,6 @@ through an inbox.
 
 import contextlib
 import queue
-import selectors
 import socket
 import threading
 import time
@@ -22,7 +21,6 @@ from distserve.core.events import Migrated
 from distserve.transfer.nccl.agreement import (
     Abandon,
     Abort,
-    Arrived,
     Begin,
     Command,
     Destroy,
@@ -47,6 +45,7 @@ from distserve.transfer.nccl.generation import Generation
 from distserve.transfer.nccl.hub import Commands, Hub
 from distserve.transfer.nccl.pieces import cell_bytes, cut
 from distserve.transfer.nccl.staging import Staging
+from distserve.transfer.nccl.wires import Wires
 from distserve.transfer.plan import Part, check_blocks
 from distserve.transfer.stream import pause
 from distserve.transfer.tcp_wire import Wanted
@@ -73,20 +72,13 @@ class _Fetch:
 class _Peer:
     """What belongs to a link. ``part`` and ``layout`` are of a source that this rank pulls from, else None."""
 
-    instance_id: str
+    instance_id: str = ""
     """Empty for a destination, whose name does not matter."""
-    control: Control
     part: Part | None = None
     layout: KvLayout | None = None
-    is_open: bool = True
     num_pulls: int = 0
     fetches: dict[int, _Fetch] = field(default_factory=dict)
     generations: dict[int, Generation] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"instance {self.instance_id}" if self.instance_id else "a destination"
 
 
 class Driver:
@@ -111,11 +103,7 @@ class Driver:
         self._last_moved = time.monotonic()
         self._stopping = False
         self._is_over = False
-        self._selector = selectors.DefaultSelector()
-        self._waking, self._waker = socket.socketpair()
-        for end in (self._waking, self._waker):
-            end.setblocking(False)
-        self._selector.register(self._waking, selectors.EVENT_READ)
+        self._wires = Wires()
         self._thread = threading.Thread(target=self._run, name="kv-nccl", daemon=True)
         self._thread.start()
 
@@ -148,9 +136,7 @@ class Driver:
 
     def _order(self, order: Callable[[], None]) -> None:
         self._inbox.put(order)
-        # Full: it is awake. Closed: the thread has ended, and so has every pull.
-        with contextlib.suppress(OSError):
-            self._waker.send(b"\0")
+        self._wires.ring()
 
     # Everything below runs on the thread.
 
@@ -166,16 +152,13 @@ class Driver:
             # Nobody waits for ever on a pull, not even if this thread dies of a bug.
             self._stopping = self._is_over = True
             self._take_orders()
+            self._wires.close()
             for peer in self._peers.values():
-                self._hang_up(peer)
                 for generation in peer.generations.values():
                     generation.abort()
             for peer in self._peers.values():
                 for number in tuple(peer.fetches):
                     self._report(peer, number, reason, 0)
-            self._selector.close()
-            self._waking.close()
-            self._waker.close()
 
     def _wind_up(self, reason: str) -> None:
         """End everything in order, as far as that goes within a deadline."""
@@ -186,14 +169,11 @@ class Driver:
             self._turn()
 
     def _turn(self) -> None:
-        ready = self._selector.select(self._timeout())
-        # The bell before the inbox, or an order that comes between the two would not ring.
-        with contextlib.suppress(BlockingIOError):
-            self._waking.recv(4096)
+        ready = self._wires.wait(self._timeout())
         self._take_orders()
-        for key, events in ready:
-            if key.data is not None:
-                self._serve(key.data, events)
+        for link_id, what in ready:
+            for event in self._wires.serve(link_id, what):
+                self._handle(link_id, event)
         self._poll()
         self._do(self._hub.tick(self._clock()))
         self._settle()
@@ -238,10 +218,13 @@ class Driver:
         """Have the links take in all that has happened, and what follows from it."""
         while self._events and not self._is_over:
             link_id, event = self._events.popleft()
+            if isinstance(event, Lost):
+                self._sources = {name: link for name, link in self._sources.items() if link != link_id}
             if link_id in self._hub.links:
                 self._do(self._hub.handle(self._clock(), link_id, event))
         for link_id in self._peers.keys() - self._hub.links.keys():
-            self._hang_up(self._peers.pop(link_id))
+            self._wires.hang_up(link_id)
+            del self._peers[link_id]
 
     def _do(self, commands: Commands) -> None:
         if commands:
@@ -252,8 +235,8 @@ class Driver:
     def _execute(self, link_id: int, peer: _Peer, command: Command) -> None:
         match command:
             case Tell(message):
-                self._attempt(link_id, peer, lambda: peer.control.send(message))
-                self._watch(link_id, peer)
+                if (lost := self._wires.tell(link_id, message)) is not None:
+                    self._events.append((link_id, lost))
             case MakeId(generation):
                 self._generation(link_id, peer, generation).make_id()
             case Open(generation, unique_id, rank):
@@ -296,26 +279,24 @@ class Driver:
         if self._stopping:
             connection.close()
             return
-        control = Control(connection, self._layout, at_source=True)
-        self._add(self._hub.add_source(), _Peer("", control))
+        self._add(self._hub.add_source(), _Peer(), Control(connection, self._layout, at_source=True))
 
     def _attach(self, instance_id: str, connection: socket.socket, layout: KvLayout, part: Part) -> None:
         if self._stopping:
             connection.close()
             return
         self._detach(instance_id, f"instance {instance_id} was replaced")
-        control = Control(connection, self._layout, at_source=False)
-        link_id = self._hub.add_sink()
-        self._add(link_id, _Peer(instance_id, control, part, layout))
-        self._sources[instance_id] = link_id
+        link_id = self._sources[instance_id] = self._hub.add_sink()
+        self._add(link_id, _Peer(instance_id, part, layout), Control(connection, self._layout, at_source=False))
 
     def _detach(self, instance_id: str, reason: str) -> None:
-        if (link_id := self._sources.pop(instance_id, None)) is not None:
-            self._lose(link_id, reason)
+        if (link_id := self._sources.get(instance_id)) is not None:
+            self._wires.hang_up(link_id)
+            self._events.append((link_id, Lost(reason)))
 
-    def _add(self, link_id: int, peer: _Peer) -> None:
+    def _add(self, link_id: int, peer: _Peer, control: Control) -> None:
         self._peers[link_id] = peer
-        self._selector.register(peer.control.connection, selectors.EVENT_READ, link_id)
+        self._wires.add(link_id, f"instance {peer.instance_id}" if peer.instance_id else "a destination", control)
 
     def _begin(self, migrate: Migrate, done: Done) -> None:
         assert migrate.pull_id not in self._pulls, f"pull {migrate.pull_id} is under way"
@@ -355,51 +336,6 @@ class Driver:
 
     def _stop(self) -> None:
         self._stopping = True
-
-    def _serve(self, link_id: int, events: int) -> None:
-        """Read and write what a connection is ready for; its end, or nonsense on it, is the end of the link."""
-        peer = self._peers.get(link_id)
-        if peer is None or not peer.is_open:
-            return
-
-        def serve() -> None:
-            if events & selectors.EVENT_WRITE:
-                peer.control.flush()
-            if events & selectors.EVENT_READ:
-                for message in peer.control.read():
-                    self._handle(link_id, Arrived(message))
-
-        self._attempt(link_id, peer, serve)
-        self._watch(link_id, peer)
-
-    def _attempt(self, link_id: int, peer: _Peer, action: Callable[[], None]) -> None:
-        if not peer.is_open:
-            return
-        try:
-            action()
-        except EOFError:
-            self._lose(link_id, f"{peer.name} closed its connection")
-        except (OSError, TransferError) as error:
-            self._lose(link_id, f"{peer.name} is not reachable any more: {error}")
-
-    def _watch(self, link_id: int, peer: _Peer) -> None:
-        if peer.is_open:
-            interest = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.control.has_more else 0)
-            if self._selector.get_key(peer.control.connection).events != interest:
-                self._selector.modify(peer.control.connection, interest, link_id)
-
-    def _lose(self, link_id: int, reason: str) -> None:
-        peer = self._peers[link_id]
-        self._hang_up(peer)
-        if self._sources.get(peer.instance_id) == link_id:
-            del self._sources[peer.instance_id]
-        self._events.append((link_id, Lost(reason)))
-
-    def _hang_up(self, peer: _Peer) -> None:
-        if peer.is_open:
-            peer.is_open = False
-            self._selector.unregister(peer.control.connection)
-            peer.control.connection.close()
 
 
 def _within(whole: range, some: range) -> range:

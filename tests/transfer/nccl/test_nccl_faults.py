@@ -141,8 +141,8 @@ def test_strangers_and_nonsense_are_hung_up_on(source, sink):
         stranger.sendall(b"\x05\0\0\0hello")
         while stranger.recv(4096):
             pass
-    (link,) = sink.transport._driver._peers.values()
-    link.control.connection.sendall(b"\xff" * 64)
+    ((_, control),) = sink.transport._driver._wires._open.values()
+    control.connection.sendall(b"\xff" * 64)
     assert eventually(lambda: not source.hub.links)
     sink.transport.connect("source", source.transport.address)
     as_good_as_new(source, sink)
