@@ -3,7 +3,7 @@
     python -m benchmarks.goodput.real --model MODEL --vllm VENV                # from the repository's root; hours
     python -m benchmarks.goodput.real ... --minutes 40                         # a slice: begins nothing new after that
     python -m benchmarks.goodput.real ... --only chat --only mixed-x1          # some workloads, some contenders
-    python -m benchmarks.goodput.real --report                                 # the tables and plots of what is there
+    python -m benchmarks.goodput.real --report                                 # predictions, tables and plots
     python -m benchmarks.goodput.real ... --quick --output-dir SOMEWHERE       # a rehearsal
 
 MODEL is what `python benchmarks/make_model.py MODEL` writes, VENV vLLM's virtual environment. Every run is kept as soon
@@ -83,7 +83,7 @@ def main() -> int:
     options = parse_arguments()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = Results(Store(options.output_dir))
-    failed = False
+    failed = is_over = False
     if not options.report:
         with TemporaryDirectory() as temporary:
             logs: Path = options.logs or Path(temporary)
@@ -94,9 +94,12 @@ def main() -> int:
             try:
                 session.run()
             except SliceOverError as over:
+                is_over = True
                 say(f"{over}: run it again to go on")
             failed = bool(session.failures)
-    predict_missing(options.output_dir, results)
+    if not is_over:
+        # A slice of quiet time is too dear for what can be done at any time.
+        predict_missing(options.output_dir, results)
     write_report(options.output_dir, results)
     print((options.output_dir / "report.md").read_text())
     return int(failed)
