@@ -130,3 +130,16 @@ async def test_there_is_nothing_below_admin_without_an_operator(endpoint: Endpoi
     app = create_app(endpoint.backend, endpoint.model, ApiSettings())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
         assert (await client.get("/admin/instances")).status_code == 404
+
+
+async def test_health_counts_who_changes_and_does_not_count_on_them(endpoint: Endpoint) -> None:
+    (first, report), *others = pool_status(Role.PREFILL, Role.PREFILL, Role.DECODE).instances
+    changing = (first, replace(report, becoming=Role.DECODE))
+    async with endpoint.client() as client:
+        endpoint.backend.current = Status((changing, *others))
+        answer = await client.get("/health")
+        assert answer.status_code == 200
+        assert answer.json()["pools"]["prefill"] == {"instances": 2, "changing": 1}
+        endpoint.backend.current = Status((changing, others[1]))
+        answer = await client.get("/health")
+        assert (answer.status_code, answer.json()["missing"]) == (503, ["prefill"])
