@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.oracle import demo_model, generate
-from tests.transfer.nccl.ranks import eventually
+from tests.transfer.pools import eventually
 
 from .hosts import RayNodes
-from .rehearsed_cards import HERE, REHEARSAL, Rehearsal
+from .rehearsed_serve import REHEARSAL, Rehearsal
 from .serving import Server
 from .test_two_nodes import NUM_TOKENS, PROMPT, migrations, stream_all, wait_for, wait_idle
 
@@ -49,7 +49,9 @@ def serving(directory: Path, nodes: RayNodes) -> Iterator[Server]:
     """A server on ``nodes``, which has to end by itself and to leave no instance behind."""
     (directory / "config.yaml").write_text(CONFIG)
     flags = ("--config", str(directory / "config.yaml"), "--ray-address", nodes.address)
-    server = Server(*flags, log=directory / "log", environment=nodes.environment, program=("-m", HERE))
+    server = Server(
+        *flags, log=directory / "log", environment=nodes.environment, program=("-m", "tests.cluster.rehearsed_serve")
+    )
     try:
         server.wait_ready()
         yield server

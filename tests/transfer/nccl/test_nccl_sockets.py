@@ -10,7 +10,7 @@ import torch
 from distserve.transfer.nccl import sockets
 from distserve.transfer.nccl.device import device_of
 from distserve.transfer.nccl.sockets import SocketCollectives
-from tests.transfer.nccl.ranks import eventually
+from tests.transfer.pools import eventually
 
 
 def meet(ours, theirs, while_waiting=lambda unique_id: None):
