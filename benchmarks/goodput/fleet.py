@@ -84,7 +84,7 @@ class Pace:
     residences: float = 2.0
     patiences: float = 4.0
     least: int = 200
-    most: int = 2500
+    most: int = 1500
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,10 @@ class Fleet:
             setting = f"{knob}{letters[0]} + {self.num_instances - knob}{letters[1]}"
         else:
             setting = f"{self.num_instances}M, {knob} tokens"
-        binding = "an idle instance is too slow"
         if goodput.measured:
             binding = binding_constraint(self.problem, self.placement(mode, knob), goodput)
+        else:
+            binding = "capacities allow no more" if goodput.high else "an idle instance is too slow"
         return Found(mode, knob, setting, goodput, binding, num_simulated)
 
     def _goodput(self, mode: Mode, knob: int, floor: float, likely: float = 0.0) -> Goodput:

@@ -96,7 +96,7 @@ TIGHT_TTFT = Objective("tight TTFT, loose TPOT", 0.2, 3, 6)
 WHOLE = Grid(
     models=(LLAMA_8B, LLAMA_70B),
     objectives=(TIGHT_TPOT, BOTH_TIGHT, BOTH_LOOSE, TIGHT_TTFT),
-    prompts=(250, 1000, 4000, 16000),
+    prompts=(500, 1500, 5000, 15000),
     outputs=(32, 128, 512),
     bandwidths=(50e9, 6.25e9, 1.5625e9),
 )

@@ -4,6 +4,7 @@ A cell's colour says how far the best mode with a pool of prefill instances is a
 its letter is the mode that wins.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.goodput.fleet import MODES
+from benchmarks.goodput.map_grid import NUM_INSTANCES, WHOLE
 from benchmarks.goodput.map_rows import Row, Verdict, in_cell, judge
 
 TIE = 1.05
@@ -41,7 +43,7 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_model(part: SubFigure, rows: Sequence[Row], objectives: Sequence[str], bandwidths: Sequence[float]) -> None:
-    part.suptitle(rows[0].model, fontsize=13, fontweight="bold")
+    part.suptitle(f"{rows[0].model}, {_instances(rows[0].model)}", fontsize=12, fontweight="bold")
     panels = part.subplots(len(objectives), len(bandwidths), sharex=True, sharey=True, squeeze=False)
     for line, objective in zip(panels, objectives, strict=True):
         of_objective = [row for row in rows if row.objective == objective]
@@ -97,7 +99,14 @@ def _words(verdict: Verdict) -> str:
         return f"{verdict.winner} ="
     if not np.isfinite(times):
         return f"{verdict.winner} only"
-    return f"{verdict.winner} {'>' * verdict.is_bound}{times:.1f}" if times >= 2 else f"{verdict.winner} {times:.2f}"
+    if verdict.is_bound:
+        return f"{verdict.winner} >{math.floor(times * 10 + 0.05) / 10:.1f}"
+    return f"{verdict.winner} {times:.2f}"
+
+
+def _instances(model: str) -> str:
+    (tp,) = (served.tp for served in WHOLE.models if served.model.name == model)
+    return f"{NUM_INSTANCES} instances of {tp} H100{'s' * (tp > 1)}"
 
 
 def _limits(rows: Sequence[Row]) -> str:
@@ -107,4 +116,4 @@ def _limits(rows: Sequence[Row]) -> str:
 
 def _link(bandwidth: float) -> str:
     per_node = 8 * _GPUS_PER_NODE * bandwidth / 1e9
-    return f"{bandwidth / 1e9:.3g} GB/s per GPU ({per_node:,.0f} Gbit/s per node)"
+    return f"link: {bandwidth / 1e9:.3g} GB/s per GPU ({per_node:,.0f} Gbit/s per node)"
