@@ -19,10 +19,13 @@ from benchmarks.goodput import reach, real
 from benchmarks.goodput.measured import reach_report
 from benchmarks.goodput.measured.contenders import CONTENDERS
 from benchmarks.goodput.measured.ladder import Ladder, bracket, goodput
+from benchmarks.goodput.measured.prediction import predict
 from benchmarks.goodput.measured.real_report import write_report
 from benchmarks.goodput.measured.results import Results
-from benchmarks.goodput.measured.runs import OBJECTIVES, Requests
+from benchmarks.goodput.measured.runs import OBJECTIVES, WORKLOADS, Requests
+from simulator.latency.measured import ProfileLatencyModel
 
+PROFILE = Path(__file__).parents[2] / "benchmarks/fidelity_cpu/results/profile-2-mixed.json"
 MODEL_CONFIG = '{"vocab_size": 100}'
 
 
@@ -234,3 +237,39 @@ def test_the_best_budget_is_the_fastest_or_the_one_with_most(tmp_path: Path) -> 
             store.write(reach_report.tune_name(cell, "ours", budget), {"value": value})
     assert reach_report.best_budget(store, more, "ours", (512, 256, 1024)) == 256
     assert reach_report.best_budget(store, less, "ours", (512, 256, 1024)) == 512
+
+
+def predicted(contender: str, rate: float, budget: int = 512) -> dict[str, Any]:
+    workload = WORKLOADS["chat"].spec(60, seed=1).at(rate)
+    assert workload.arrivals is not None
+    lengths = zip(workload.arrivals, workload.prompt_lens, workload.output_lens, strict=True)
+    requests = Requests.measured(
+        [
+            {
+                "scheduled": float(arrival),
+                "prompt_len": int(prompt),
+                "output_len": int(output),
+                "status": "timeout",
+                "ttft": None,
+                "tpot": None,
+                "latency": None,
+            }
+            for arrival, prompt, output in lengths
+        ]
+    )
+    run = {"workload": "chat", "budget": budget, "warmup": 0.0, "requests": requests.to_json()}
+    profile = ProfileLatencyModel.read(PROFILE)
+    return predict(profile, CONTENDERS[contender], run)
+
+
+@pytest.mark.parametrize("contender", ["disaggregated", "mixed-x2"])
+def test_a_prediction_is_of_the_requests_that_were_sent_whatever_became_of_them(contender: str) -> None:
+    little, much = predicted(contender, 1.0), predicted(contender, 60.0)
+    assert little["attainments"][1] == pytest.approx(1.0, abs=0.05)
+    assert much["attainments"][1] < 0.7
+    assert little["ttft_p50"] < much["ttft_p50"]
+    assert little["tpot_p90"] < much["tpot_p90"]
+
+
+def test_a_prediction_knows_the_token_budget() -> None:
+    assert predicted("mixed-x2", 4.0, budget=128)["ttft_p90"] != predicted("mixed-x2", 4.0, budget=512)["ttft_p90"]
