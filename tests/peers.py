@@ -1,65 +1,85 @@
-"""Processes that a test drives line by line: JSON commands go in, JSON lines come out. Both ends of it.
+"""Processes that a test drives: commands go in, answers come out. Both ends of it.
 
-The process is a script beside the test; it finds the modules that the test finds.
+They are forked from a server that has already imported what takes seconds, and share nothing with the test.
 """
 
-import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
-_output = threading.Lock()
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["distserve.engine.worker"])
+
+
+class Line:
+    """The process's end."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def commands(self) -> Iterator[tuple[Any, ...]]:
+        """What the test says, until it has no more to say."""
+        with suppress(EOFError):
+            while True:
+                yield self._connection.recv()
+
+    def say(self, answer: object) -> None:
+        """Tell the test something, on whichever thread."""
+        with self._lock:
+            self._connection.send(answer)
 
 
 class Peer:
-    """``script`` in a Python of its own, with ``options``, which it gets as JSON."""
+    """The test's end of a process that runs ``main(line, **options)``."""
 
     address: str
 
-    def __init__(self, script: Path, **options: object) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
+    def __init__(self, main: Callable[..., None], **options: object) -> None:
+        self._connection, theirs = _context.Pipe()
+        self.process = _context.Process(target=_run, args=(main, theirs, options, dict(os.environ)), daemon=True)
+        self.process.start()
+        self.pid = self.process.pid
+        theirs.close()
 
     def read(self) -> Any:
-        """The next line that it says."""
-        return json.loads(self.process.stdout.readline())
+        """The next thing that it says; raises EOFError if it has ended."""
+        return self._connection.recv()
 
     def send(self, *command: object) -> None:
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
+        self._connection.send(command)
 
     def call(self, *command: object) -> Any:
         """The answer to a command."""
         self.send(*command)
         return self.read()
 
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
     def kill(self) -> None:
-        """Kill it; when this returns, nothing is left of it."""
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        """Kill it; when this returns, nothing is left of it, here or elsewhere. May be called again."""
+        if not self._connection.closed:
+            self._connection.close()
+            self.process.kill()
+            self.process.join()
+            self.process.close()
 
 
 @contextmanager
-def starting(script: Path) -> Iterator[Callable[..., Peer]]:
-    """A function that starts ``script``, whose first line says its address. All are killed in the end."""
+def starting(main: Callable[..., None]) -> Iterator[Callable[..., Peer]]:
+    """A function that starts processes whose first word is their address. All are killed in the end."""
+    forkserver.ensure_running()  # so that a test may count its own descriptors
     started: list[Peer] = []
 
     def start(**options: object) -> Peer:
-        peer = Peer(script, **options)
+        peer = Peer(main, **options)
         started.append(peer)
-        peer.address = peer.read()["address"]
+        peer.address = peer.read()
         return peer
 
     try:
@@ -69,19 +89,8 @@ def starting(script: Path) -> Iterator[Callable[..., Peer]]:
             peer.kill()
 
 
-def options() -> dict[str, Any]:
-    """In the process: what it was started with."""
-    found: dict[str, Any] = json.loads(sys.argv[1])
-    return found
-
-
-def commands() -> Iterator[list[Any]]:
-    """In the process: what the test says, until it has no more to say."""
-    for line in sys.stdin:
-        yield json.loads(line)
-
-
-def say(answer: object) -> None:
-    """In the process: a line to the test, whole also when several threads speak."""
-    with _output:
-        print(json.dumps(answer), flush=True)
+def _run(
+    main: Callable[..., None], connection: Connection, options: dict[str, Any], environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
+    main(Line(connection), **options)

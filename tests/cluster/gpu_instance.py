@@ -1,45 +1,42 @@
-"""An instance on a fake card, in a process of its own: run by ``test_gpu_serve.py`` with its name, role and key.
+"""An instance on a fake card, in a process of its own: run by ``test_gpu_serve.py``.
 
 Says its card first, then an answer to each command.
 """
 
-from dataclasses import asdict
-
 from distserve.cluster.gpu import Hardware
 from distserve.cluster.instance import Instance
-from distserve.cluster.parts import Card, ClusterKey, EnginePlan, InstanceConfig
+from distserve.cluster.parts import ClusterKey, EnginePlan, InstanceConfig
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.demo import model_dir
 from distserve.engine.device.backend import HostBackend
-from tests import peers
+from tests.peers import Line
 from tests.transfer.fake_device import FakeDevice
 
 KV = KvConfig(num_blocks=64)
 SCHEDULER = SchedulerConfig(max_batch_tokens=48, max_in_flight=2, lookahead=True, report_interval=0.02)
 
 
-def spec(name: str, role: str) -> InstanceSpec:
-    return InstanceSpec(name, Role(role), KV, SCHEDULER)
+def spec(role: str) -> InstanceSpec:
+    return InstanceSpec(f"{role}-0", Role(role), KV, SCHEDULER)
 
 
-def main() -> None:
-    options = peers.options()
+def main(line: Line, role: str, key: ClusterKey) -> None:
     device = FakeDevice()
     config = InstanceConfig(
-        spec(options["name"], options["role"]),
+        spec(role),
         EnginePlan(model_dir(), "float32", 1, device="cuda:0"),
-        ClusterKey(**options["key"]),
+        key,
         host=None,
         first_core=0,
         num_cores=1_000_000,
     )
     instance = Instance(config, lambda _: Hardware(device, HostBackend()))
     instance.load()
-    peers.say(asdict(instance.card))
-    for name, *arguments in peers.commands():
+    line.say(instance.card)
+    for name, *arguments in line.commands():
         match name:
             case "meet":
-                answer = instance.meet([Card(**card) for card in arguments[0]])
+                answer = instance.meet(*arguments)
             case "start":
                 answer = instance.start()
             case "copies":
@@ -47,8 +44,4 @@ def main() -> None:
             case "refuse":
                 answer = device.num_to_refuse
                 device.num_to_refuse = arguments[0]
-        peers.say(answer)
-
-
-if __name__ == "__main__":
-    main()
+        line.say(answer)

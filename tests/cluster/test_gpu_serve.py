@@ -5,7 +5,7 @@ All else is what ``serve --gpu`` starts: instances, router, owner, and the messa
 
 import asyncio
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER
 from distserve.demo import model_dir
-from tests.cluster.gpu_instance import spec
+from tests.cluster import gpu_instance
 from tests.oracle import demo_model, generate
 from tests.peers import Peer
 
@@ -74,14 +74,13 @@ async def collect(backend, request):
 
 async def test_two_roles_on_one_card_give_the_tokens_of_generate():
     key = create_key()
-    script = Path(__file__).with_name("gpu_instance.py")
-    prefill, decode = (Peer(script, name=f"{role}-0", role=role, key=asdict(key)) for role in ("prefill", "decode"))
+    prefill, decode = (Peer(gpu_instance.main, role=role, key=key) for role in ("prefill", "decode"))
     router, mailbox = RouterThread(key), Mailbox(OWNER, key, HOST)
     loop = asyncio.get_running_loop()
     backend = OwnerBackend(OWNER, Owner(OWNER), mailbox, loop)
     try:
         expected = [generate(demo_model(), prompt, NUM_TOKENS) for prompt in PROMPTS]
-        cards = [Card(**process.read()) for process in (prefill, decode)]
+        cards = [process.read() for process in (prefill, decode)]
         assert "cuda-ipc:fake-0/" in cards[0].kv_address
         everyone = [*cards, Card(ROUTER, router.mailbox.endpoint), Card(OWNER, mailbox.endpoint)]
         endpoints = {card.name: card.endpoint for card in everyone}
@@ -91,10 +90,10 @@ async def test_two_roles_on_one_card_give_the_tokens_of_generate():
         _receive(loop, mailbox, backend)
         backend.start()
         for process in (prefill, decode):
-            assert process.call("meet", [asdict(card) for card in everyone]) == []
+            assert process.call("meet", everyone) == ()
         for process, role in ((prefill, "prefill"), (decode, "decode")):
             process.call("start")
-            router.driver.feed(InstanceUp(spec(f"{role}-0", role)))
+            router.driver.feed(InstanceUp(gpu_instance.spec(role)))
         await backend.ready(2)
         sampling = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True)
 

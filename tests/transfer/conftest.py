@@ -1,14 +1,13 @@
 """Ranks in processes of their own."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.peers import starting
+from tests.transfer import peer
 
 
 @pytest.fixture
 def start():
-    """Starts ``peer.py``."""
-    with starting(Path(__file__).with_name("peer.py")) as starter:
+    """Starts a rank as ``peer.py`` has it."""
+    with starting(peer.main) as starter:
         yield starter

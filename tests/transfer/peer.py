@@ -1,4 +1,4 @@
-"""A rank in a process of its own: run by ``conftest.py``. Says one line per answer or ended pull."""
+"""A rank in a process of its own: run by ``conftest.py``. Says an answer to each command, and pulls that ended."""
 
 import time
 from dataclasses import asdict, replace
@@ -6,39 +6,33 @@ from dataclasses import asdict, replace
 from distserve.core.errors import TransferError
 from distserve.transfer.shm import ShmTransport
 from distserve.transfer.tcp import TcpTransport
-from tests import peers
+from tests.peers import Line
+from tests.transfer.fake_device import FakeGpuTransport
 from tests.transfer.pools import LAYOUT, SECRET, fill, migrate
 
 
-def main() -> None:
-    options = peers.options()
-    layout = replace(LAYOUT, **options.get("layout", {}))
-    secret = options["secret"].encode() if "secret" in options else SECRET
-    if options.get("transport") == "tcp":
-        transport = TcpTransport(layout, host="127.0.0.1", secret=secret, clock=time.time)
-    elif options.get("transport") == "cuda_ipc":
-        from tests.transfer.fake_device import FakeGpuTransport  # imports torch
-
-        patience = options.get("patience", 20.0)
-        transport = FakeGpuTransport(layout, secret=secret, clock=time.time, patience=patience)
+def main(
+    line: Line, transport: str = "shm", *, layout=(), secret=SECRET, seed: int = 0, patience: float = 20.0
+) -> None:
+    layout = replace(LAYOUT, **dict(layout))
+    if transport == "tcp":
+        rank = TcpTransport(layout, host="127.0.0.1", secret=secret, clock=time.time)
+    elif transport == "cuda_ipc":
+        rank = FakeGpuTransport(layout, secret=secret, clock=time.time, patience=patience)
     else:
-        transport = ShmTransport(layout, secret=secret, clock=time.time)
-    fill(transport.buffer, layout, options.get("seed", 0))
-    peers.say({"address": transport.address})
-    for name, *arguments in peers.commands():
+        rank = ShmTransport(layout, secret=secret, clock=time.time)
+    fill(rank.buffer, layout, seed)
+    line.say(rank.address)
+    for name, *arguments in line.commands():
         try:
             if name == "pull":
                 pull_id, src_blocks, dst_blocks, ready, step = arguments
-                transport.pull(
+                rank.pull(
                     migrate(pull_id, src_blocks, dst_blocks, ready=ready, step=step, deadline=time.time() + 60),
-                    lambda event: peers.say(asdict(event)),
+                    lambda event: line.say(asdict(event)),
                 )
             else:
-                getattr(transport, name)(*arguments)
-            peers.say({"returned": name})
+                getattr(rank, name)(*arguments)
+            line.say({"returned": name})
         except TransferError as error:
-            peers.say({"error": str(error)})
-
-
-if __name__ == "__main__":
-    main()
+            line.say({"error": str(error)})

@@ -6,7 +6,6 @@ On a real card with ``-m gpu``. The second runs on a fake one too, in the defaul
 
 import dataclasses
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from distserve.demo import model_dir
 from tests.engine.harness import make_request
 from tests.oracle import demo_model, generate
 from tests.peers import starting
+from tests.transfer import card_peer
 from tests.transfer.cards import CardRank, pattern
 from tests.transfer.pools import Ended, migrate
 
@@ -29,8 +29,8 @@ NUM_TOKENS, FIRST_CHUNK = 16, 24
 
 @pytest.fixture
 def start():
-    """Starts ``card_peer.py``."""
-    with starting(Path(__file__).with_name("card_peer.py")) as starter:
+    """Starts a rank as ``card_peer.py`` has it."""
+    with starting(card_peer.main) as starter:
         yield starter
 
 
@@ -53,7 +53,7 @@ def patient(pull):
 
 @pytest.mark.parametrize("card", [REAL])
 def test_bytes_arrive_and_no_others_are_written(card, start, rank):
-    source = start(card=card, layout=dataclasses.asdict(LAYOUT), seed=4)
+    source = start(card=card, layout=LAYOUT, seed=4)
     sink, ended = rank(card, layout=LAYOUT), Ended()
     sink.transport.connect("source", source.address)
     src_blocks, dst_blocks = (3, 4, 5, 63, 0, 9), (0, 1, 2, 40, 19, 7)

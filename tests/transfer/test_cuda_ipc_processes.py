@@ -92,7 +92,8 @@ def test_a_destination_whose_copies_hang_ends_and_the_source_goes_on(start, sink
     victim.call("hold", "copies")
     began = time.monotonic()
     victim.send("pull", 1, [1, 2], [1, 2], 2, 0)
-    assert victim.process.wait(timeout=30) == LOST_STATUS
+    victim.process.join(30)
+    assert victim.process.exitcode == LOST_STATUS
     assert time.monotonic() - began < 30
     heir, ended = FakeGpuTransport(LAYOUT, secret=SECRET, clock=time.time), Ended()
     try:

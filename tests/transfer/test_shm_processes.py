@@ -127,17 +127,17 @@ def test_nothing_is_left_of_killed_processes(start):
     sink.call("connect", "source", source.address)
     sink.call("pull", 1, [1], [1], 0, 5)
     for peer in (source, sink):
-        assert kv_files(peer.process.pid)
-        assert "/dev/shm/" not in Path(f"/proc/{peer.process.pid}/maps").read_text()
+        assert kv_files(peer.pid)
+        assert "/dev/shm/" not in Path(f"/proc/{peer.pid}/maps").read_text()
         assert peer.address in Path("/proc/net/unix").read_text()
         peer.kill()
     for peer in (source, sink):
         assert peer.address not in Path("/proc/net/unix").read_text()
-        assert not Path(f"/proc/{peer.process.pid}/fd").exists()
+        assert not Path(f"/proc/{peer.pid}/fd").exists()
 
 
 def test_a_wrong_secret_is_refused_on_both_sides(start, sink):
-    stranger = start(secret="of another cluster")
+    stranger = start(secret=b"of another cluster")
     with pytest.raises(TransferError, match=r"instance source: .* the secrets differ"):
         sink.connect("source", stranger.address)
     assert "the secrets differ" in stranger.call("connect", "source", sink.address)["error"]

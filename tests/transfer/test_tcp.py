@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -150,7 +149,7 @@ def test_a_source_killed_while_it_is_read(start, big_sink):
 def test_a_source_that_is_stopped_fails_pulls_at_their_deadline_and_serves_when_it_goes_on(start, big_sink):
     source, ended = big_peer(start, seed=6), Ended()
     big_sink.connect("source", source.address)
-    os.kill(source.process.pid, signal.SIGSTOP)
+    source.signal(signal.SIGSTOP)
     try:
         deadline = time.time() + 0.3
         big_sink.pull(migrate(1, ALL, ALL, deadline=deadline), ended)
@@ -158,7 +157,7 @@ def test_a_source_that_is_stopped_fails_pulls_at_their_deadline_and_serves_when_
         assert (event.ok, event.reason) == (False, "deadline passed")
         blocks_of(big_sink.buffer, BIG)[:] = 0
     finally:
-        os.kill(source.process.pid, signal.SIGCONT)
+        source.signal(signal.SIGCONT)
     big_sink.pull(migrate(2, ALL[:9], ALL[:9]), ended)
     assert ended.next().ok
     # What was still on its way for the pull that failed went nowhere.

@@ -6,7 +6,6 @@ where the library allows that. In the default suite with communicators over sock
 
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from distserve.transfer.nccl.device import device_of
 from distserve.transfer.nccl.loopback import CopyExchanger, LoopbackCollectives
 from tests.engine.harness import make_request
 from tests.peers import starting
+from tests.transfer.nccl import peer
 from tests.transfer.nccl.engines import EngineRank
 from tests.transfer.nccl.ranks import Rank, pull
 from tests.transfer.pools import Ended, eventually, migrate
@@ -30,8 +30,8 @@ MULTI_RANK = (2, 30, 3)
 
 @pytest.fixture
 def start():
-    """Starts ``peer.py``."""
-    with starting(Path(__file__).with_name("peer.py")) as starter:
+    """Starts a rank as ``peer.py`` has it."""
+    with starting(peer.main) as starter:
         yield starter
 
 
@@ -49,20 +49,20 @@ def test_a_source_that_is_stopped_or_killed_costs_the_pull_and_no_more(start, si
     sink.transport.connect("source", source.address)
     assert pull(sink, 1, (1, 2)).next().ok
     # Stopped: the deadline ends the pull.
-    source.process.send_signal(signal.SIGSTOP)
+    source.signal(signal.SIGSTOP)
     started = time.monotonic()
     assert "deadline passed" in pull(sink, 2, (3, 4), seconds=0.4).next(5).reason
     assert time.monotonic() - started < 3
-    source.process.send_signal(signal.SIGCONT)
+    source.signal(signal.SIGCONT)
     assert eventually(lambda: pull(sink, 1000 + time.monotonic_ns(), (3, 4), seconds=2).next().ok)
     assert torch.equal(sink.blocks[:, :, [1, 2, 3, 4]], want.blocks[:, :, [1, 2, 3, 4]])
     # Stopped while it sends: the watchdog ends the generation, and the next one serves.
     assert source.call("fault", "delay", 0.3) == {"returned": "fault"}
     ended = pull(sink, 3, tuple(range(8)), seconds=1.0)
     time.sleep(0.1)
-    source.process.send_signal(signal.SIGSTOP)
+    source.signal(signal.SIGSTOP)
     assert not ended.next(5).ok
-    source.process.send_signal(signal.SIGCONT)
+    source.signal(signal.SIGCONT)
     source.call("fault", "delay", 0.0)
     assert eventually(lambda: pull(sink, 1000 + time.monotonic_ns(), (5, 6), seconds=2).next().ok)
     # Killed while it sends: its pulls fail at once.
@@ -88,10 +88,10 @@ def test_a_destination_that_is_stopped_or_killed_costs_the_source_nothing(start)
         sink.call("fault", "delay", 0.3)
         sink.send("pull", 2, list(range(8)), 1.0)
         time.sleep(0.1)
-        sink.process.send_signal(signal.SIGSTOP)
+        sink.signal(signal.SIGSTOP)
         # Slots come back although nobody says anything.
         assert eventually(source.is_clean, seconds=5)
-        sink.process.send_signal(signal.SIGCONT)
+        sink.signal(signal.SIGCONT)
         assert not sink.read()["ok"]
         sink.call("fault", "delay", 0.0)
         assert eventually(lambda: sink.call("pull", time.monotonic_ns(), [3], 2)["ok"])
