@@ -19,20 +19,13 @@ from distserve.core.config import KvLayout
 from distserve.core.errors import TransferError
 from distserve.core.events import Migrated
 from distserve.transfer.nccl.agreement import (
-    Abandon,
-    Abort,
     Begin,
     Command,
-    Destroy,
     Ended,
     Event,
     Lost,
-    MakeId,
-    Open,
     Pack,
     Packed,
-    Receive,
-    Send,
     Stop,
     Tell,
     Unpack,
@@ -41,7 +34,7 @@ from distserve.transfer.nccl.agreement import (
 from distserve.transfer.nccl.collectives import Collectives
 from distserve.transfer.nccl.control import Control
 from distserve.transfer.nccl.device import Completion, Device
-from distserve.transfer.nccl.generation import Generation
+from distserve.transfer.nccl.generations import Generations
 from distserve.transfer.nccl.hub import Commands, Hub
 from distserve.transfer.nccl.pieces import cell_bytes, cut
 from distserve.transfer.nccl.staging import Staging
@@ -72,13 +65,11 @@ class _Fetch:
 class _Peer:
     """What belongs to a link. ``part`` and ``layout`` are of a source that this rank pulls from, else None."""
 
-    instance_id: str = ""
-    """Empty for a destination, whose name does not matter."""
-    part: Part | None = None
-    layout: KvLayout | None = None
+    generations: Generations
+    part: Part | None
+    layout: KvLayout | None
     num_pulls: int = 0
     fetches: dict[int, _Fetch] = field(default_factory=dict)
-    generations: dict[int, Generation] = field(default_factory=dict)
 
 
 class Driver:
@@ -154,8 +145,7 @@ class Driver:
             self._take_orders()
             self._wires.close()
             for peer in self._peers.values():
-                for generation in peer.generations.values():
-                    generation.abort()
+                peer.generations.abort()
             for peer in self._peers.values():
                 for number in tuple(peer.fetches):
                     self._report(peer, number, reason, 0)
@@ -179,10 +169,7 @@ class Driver:
         self._settle()
 
     def _timeout(self) -> float | None:
-        is_moving = self._kernels or any(
-            generation.is_moving for peer in self._peers.values() for generation in peer.generations.values()
-        )
-        if is_moving:
+        if self._kernels or any(peer.generations.is_moving for peer in self._peers.values()):
             # Selectors round up to milliseconds, so this is slept elsewhere.
             time.sleep(_BUSY_LOOK)
             return 0.0
@@ -206,8 +193,7 @@ class Driver:
                 under_way.append((completion, link_id, event))
         self._kernels = under_way
         for link_id, peer in self._peers.items():
-            for generation in peer.generations.values():
-                self._events.extend((link_id, event) for event in generation.poll())
+            self._events.extend((link_id, event) for event in peer.generations.poll())
         self._settle()
 
     def _handle(self, link_id: int, event: Event) -> None:
@@ -237,18 +223,6 @@ class Driver:
             case Tell(message):
                 if (lost := self._wires.tell(link_id, message)) is not None:
                     self._events.append((link_id, lost))
-            case MakeId(generation):
-                self._generation(link_id, peer, generation).make_id()
-            case Open(generation, unique_id, rank):
-                self._generation(link_id, peer, generation).open(unique_id, rank)
-            case Send(generation, op_id, slot, num_bytes):
-                peer.generations[generation].send(op_id, self._staging.outgoing[slot][:num_bytes])
-            case Receive(generation, op_id, slot, num_bytes):
-                peer.generations[generation].recv(op_id, self._staging.incoming[slot][:num_bytes])
-            case Abandon(generation) | Abort(generation):
-                peer.generations.pop(generation).abort()
-            case Destroy(generation):
-                peer.generations.pop(generation).destroy()
             case Pack(op_id, slot, wanted, piece):
                 blocks = wanted.blocks[piece.blocks.start : piece.blocks.stop]
                 done = self._staging.pack(slot, blocks, _within(wanted.layers, piece.layers), wanted.heads)
@@ -261,13 +235,8 @@ class Driver:
                 self._kernels.append((done, link_id, Unpacked(op_id)))
             case Ended(number, reason, num_bytes):
                 self._report(peer, number, reason, num_bytes)
-
-    def _generation(self, link_id: int, peer: _Peer, number: int) -> Generation:
-        if number not in peer.generations:
-            peer.generations[number] = Generation(
-                number, self._collectives, lambda event: self._order(partial(self._handle, link_id, event))
-            )
-        return peer.generations[number]
+            case _:
+                peer.generations.do(command)
 
     def _report(self, peer: _Peer, number: int, reason: str, num_bytes: int) -> None:
         fetch = peer.fetches.pop(number)
@@ -279,7 +248,7 @@ class Driver:
         if self._stopping:
             connection.close()
             return
-        self._add(self._hub.add_source(), _Peer(), Control(connection, self._layout, at_source=True))
+        self._add(self._hub.add_source(), Control(connection, self._layout, at_source=True))
 
     def _attach(self, instance_id: str, connection: socket.socket, layout: KvLayout, part: Part) -> None:
         if self._stopping:
@@ -287,16 +256,29 @@ class Driver:
             return
         self._detach(instance_id, f"instance {instance_id} was replaced")
         link_id = self._sources[instance_id] = self._hub.add_sink()
-        self._add(link_id, _Peer(instance_id, part, layout), Control(connection, self._layout, at_source=False))
+        self._add(link_id, Control(connection, self._layout, at_source=False), instance_id, part, layout)
 
     def _detach(self, instance_id: str, reason: str) -> None:
         if (link_id := self._sources.get(instance_id)) is not None:
             self._wires.hang_up(link_id)
             self._events.append((link_id, Lost(reason)))
 
-    def _add(self, link_id: int, peer: _Peer, control: Control) -> None:
-        self._peers[link_id] = peer
-        self._wires.add(link_id, f"instance {peer.instance_id}" if peer.instance_id else "a destination", control)
+    def _add(
+        self,
+        link_id: int,
+        control: Control,
+        instance_id: str = "",
+        part: Part | None = None,
+        layout: KvLayout | None = None,
+    ) -> None:
+        """Have a link; a destination's name does not matter."""
+
+        def report(event: Event) -> None:
+            self._order(partial(self._handle, link_id, event))
+
+        generations = Generations(self._collectives, self._staging, report)
+        self._peers[link_id] = _Peer(generations, part, layout)
+        self._wires.add(link_id, f"instance {instance_id}" if instance_id else "a destination", control)
 
     def _begin(self, migrate: Migrate, done: Done) -> None:
         assert migrate.pull_id not in self._pulls, f"pull {migrate.pull_id} is under way"
