@@ -1,6 +1,7 @@
 """Cards that are not there, and NCCL over sockets: what an instance finds that ``rehearsed_serve.py`` has started."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from tests.transfer.fake_device import FakeDevice
 from tests.transfer.nccl.ranks import Faults, FaultyCollectives
 
 
-def open_card(_: str) -> Hardware:
-    """A card that no other process has access to."""
+def open_card(device: str) -> Hardware:
+    """A card that no other process has access to, and NCCL."""
     directory = Path(os.environ[REHEARSAL])
-    return Hardware(FakeDevice(f"fake-{os.getpid()}"), HostBackend(), lambda _: RehearsedNccl(directory))
+    return replace(open_card_alone(device), open_nccl=lambda _: RehearsedNccl(directory))
+
+
+def open_card_alone(_: str) -> Hardware:
+    """Such a card, and whatever of NCCL there really is."""
+    return Hardware(FakeDevice(f"fake-{os.getpid()}"), HostBackend())
 
 
 class OrderedFaults(Faults):

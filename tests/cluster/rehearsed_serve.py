@@ -43,10 +43,11 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--ray-address")
+    parser.add_argument("--card", default="open_card", help="a function of rehearsed_cards.py")
     options = parser.parse_args()
     flags = {"serving.port": options.port, "serving.ray_address": options.ray_address}
     config = load_config(options.config, flags, model_dir())
-    engine = replace(config.engine, hardware="tests.cluster.rehearsed_cards:open_card")
+    engine = replace(config.engine, hardware=f"tests.cluster.rehearsed_cards:{options.card}")
     serve(replace(config, engine=engine), Console(stderr=True))
 
 

@@ -46,3 +46,10 @@ def test_kv_memory_in_bytes(tmp_path):
     assert [spec.kv for spec in made.specs] == [KvConfig(188), KvConfig(32)]
     with pytest.raises(ConfigError, match="not a single block"):
         blueprint(tmp_path, kv="kv_memory: 100")
+
+
+def test_nccl_is_for_several_gpus():
+    with pytest.raises(
+        ConfigError, match=r"nccl is for KV between GPUs, and with engine\.gpu .* leave it"
+    ):
+        load_config(None, {"engine.gpu": 0, "engine.kv_transport": "nccl"}, model_dir())

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ placement:
   prefill: {instances: 1, gpus: [[[0, 0]]]}
   decode: {instances: 1, gpus: [[[1, 0]]]}
 cluster: {gpu: h100-sxm, nodes: 2, gpus_per_node: 1}
-engine: {dtype: float32, kv_tokens: 4096, kv_transport: nccl, threads: 1}
+engine: {dtype: float32, kv_tokens: 4096, kv_transport: TRANSPORT, threads: 1}
 """
 LONG = 700
 """Tokens of a text that is still being written when others have hung."""
@@ -44,14 +45,17 @@ def rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsal:
     return Rehearsal(tmp_path)
 
 
+def start(directory: Path, nodes: RayNodes, transport: str, card: str) -> Server:
+    (directory / "config.yaml").write_text(CONFIG.replace("TRANSPORT", transport))
+    flags = ("--config", str(directory / "config.yaml"), "--ray-address", nodes.address, "--card", card)
+    program = ("-m", "tests.cluster.rehearsed_serve")
+    return Server(*flags, log=directory / "log", environment=nodes.environment, program=program)
+
+
 @contextmanager
-def serving(directory: Path, nodes: RayNodes) -> Iterator[Server]:
+def serving(directory: Path, nodes: RayNodes, transport: str = "nccl", card: str = "open_card") -> Iterator[Server]:
     """A server on ``nodes``, which has to end by itself and to leave no instance behind."""
-    (directory / "config.yaml").write_text(CONFIG)
-    flags = ("--config", str(directory / "config.yaml"), "--ray-address", nodes.address)
-    server = Server(
-        *flags, log=directory / "log", environment=nodes.environment, program=("-m", "tests.cluster.rehearsed_serve")
-    )
+    server = start(directory, nodes, transport, card)
     try:
         server.wait_ready()
         yield server
@@ -124,3 +128,23 @@ def test_a_peer_that_hangs_costs_its_deadline_and_one_that_dies_is_met_anew(
         (successor,) = nodes.instances() - {prefill}
         assert successor != decode
         assert rehearsal.pairs()[2:] == [(prefill, successor)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("cupy") is not None, reason="there is CuPy here")
+def test_without_cupy_nccl_is_refused_by_the_extra_to_install_and_auto_takes_tcp(
+    tmp_path: Path, rehearsal: Rehearsal
+) -> None:
+    with RayNodes(3, 2, num_gpus=1) as nodes:
+        server = start(tmp_path, nodes, "nccl", "open_card_alone")
+        try:
+            assert server.process.wait(120) != 0
+            assert 'pip install "distserve[cuda]"' in server.log.read_text()
+        finally:
+            server.kill()
+        assert nodes.instances() == set()
+        with serving(tmp_path, nodes, "auto", "open_card_alone") as server:
+            wait_for(server, "KV between GPUs goes over TCP")
+            assert 'pip install "distserve[cuda]"' in server.log.read_text()
+            assert stream_all(server, 2) == [generate(demo_model(), PROMPT, NUM_TOKENS)] * 2
+            wait_idle(server)
