@@ -188,8 +188,7 @@ class Session:
         parts = self._options.only or PARTS
         for contest in CONTESTS:
             if contest.name in parts:
-                self._going_on(f"{contest.name}, budgets", partial(self._tune, contest))
-                self._going_on(f"{contest.name}, rounds", partial(self._compare, contest))
+                self._going_on(contest.name, partial(self._hold, contest))
         if "tails" in parts:
             self._going_on("tails", self._tails)
 
@@ -200,6 +199,10 @@ class Session:
         except (LoadError, ServerError) as error:
             self.failures.append(what)
             print(f"error in {what}, the others go on: {error}", file=sys.stderr)
+
+    def _hold(self, contest: Contest) -> None:
+        self._tune(contest)
+        self._compare(contest)
 
     def _budgets(self, contender: Contender) -> tuple[int, ...]:
         return contender.budgets[:1] if self._options.quick else contender.budgets
