@@ -25,7 +25,7 @@ if ZIG is not None and ZIG.origin is not None and not has_compiler():
 
 # What travels between processes stays interpreted: its classes are taken apart and put together by other libraries.
 SCHEDULING = ("block_manager", "decode", "decoding", "handoff", "intake", "latency")
-SCHEDULING += ("mixed", "prefill", "router", "scheduler", "sequence")
+SCHEDULING += ("mixed", "prefill", "prompt_choice", "receiving", "router", "scheduler", "sequence")
 SIMULATION = ("client", "engine", "host", "host_loop", "loop", "network", "passage", "pulls", "routes", "worker")
 COMPILED = [f"distserve/core/{name}.py" for name in SCHEDULING] + [f"simulator/{name}.py" for name in SIMULATION]
 

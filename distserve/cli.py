@@ -57,7 +57,7 @@ def main() -> None:
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file; flags win.")
 @click.option("--prefill", type=int, help="Prefill instances.  [default: 1]")
 @click.option("--decode", type=int, help="Decode instances.  [default: 1]")
-@click.option("--mixed", type=int, help="Instances that do both, in place of the other two kinds.")
+@click.option("--mixed", type=int, help="Instances that do both, alone or beside --prefill.")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on; 0 picks a free one.  [default: 8000]")
 @click.option("--ray-address", help="Join this Ray cluster (host:port, or auto) in place of a local one.")

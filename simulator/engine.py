@@ -171,7 +171,7 @@ class Engine:
         if count == 0:
             return
         assert isinstance(self.worker, SimulatedWorker)
-        scheduler.skip(count)
+        scheduler.skip(ends[settled:reached])
         self.worker.skip(count)
         stretch.num_settled = reached
         shape = self._shape

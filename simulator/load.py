@@ -94,18 +94,19 @@ def _or_end(times: Floats, end: float) -> Floats:
 def kv_use(simulation: Simulation, model: InstanceModel, index: int, times: Floats) -> Floats:
     """Share of instance ``index``'s KV memory that requests held at ``times``, from the timelines.
 
-    A prefill instance holds a prompt from the start of its prefill to the end of its pull; a decode instance from the
-    start of the pull to the last token, a token more with every step, evenly. Blocks are counted as if filled.
+    A prefill instance holds a prompt from the start of its prefill to the end of its pull; another one from the start
+    of prefill or pull to the last token, a token more with every step, evenly. Blocks are counted as if filled.
     """
     timelines = simulation.timelines
     role = model.spec.role
     end = simulation.duration
-    mine = (timelines.prefill_id if role is not Role.DECODE else timelines.decode_id) == index
+    came_by_pull = timelines.decode_id == index
+    mine = (timelines.prefill_id == index) | came_by_pull
     prompts = timelines.prompt_tokens[mine].astype(np.float64)
     outputs = timelines.output_tokens[mine].astype(np.float64)
     first = _or_end(np.fmax(timelines.first_token[mine], timelines.decode_start[mine]), end)
     finish = np.maximum(_or_end(timelines.finish[mine], end), first)
-    start = timelines.migration_start[mine] if role is Role.DECODE else timelines.prefill_start[mine]
+    start = np.where(came_by_pull[mine], timelines.migration_start[mine], timelines.prefill_start[mine])
     start = _or_end(start, end)
     if role is Role.PREFILL:
         pulled = timelines.migration_end[mine]

@@ -13,9 +13,9 @@ from distserve.cluster.placement_section import ClusterSection, PlacementSection
 from distserve.cluster.seats import WantedInstance, check_seats
 from distserve.cluster.yaml_file import read_yaml
 from distserve.core.budget import check_budget
-from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, SchedulerConfig
+from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, SchedulerConfig
 from distserve.core.errors import ConfigError
-from distserve.core.router import RouterConfig
+from distserve.core.router import DEFAULT_SLO, RouterConfig
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
 from simulator.inputs import read_file
 from simulator.latency.gpus import GpuSpec, find_gpu
@@ -113,8 +113,13 @@ def place(section: PlacementSection, cluster: ClusterSpec, model: ModelShape, li
     return placement
 
 
-def deployment(placement: Placement, latency: LatencyModel, model: ModelShape, delays: Delays) -> ClusterModel:
-    """``placement`` as the simulator runs it, with every link that KV and activations use."""
+def deployment(
+    placement: Placement, latency: LatencyModel, model: ModelShape, delays: Delays, slo: SLO = DEFAULT_SLO
+) -> ClusterModel:
+    """``placement`` as the simulator runs it, with every link that KV and activations use.
+
+    ``slo`` is what the router divides prompts for between prefill and mixed instances.
+    """
     instances = []
     for placed in placement.instances:
         shares_node = len({gpu.node for gpu in placed.gpus}) == 1
@@ -125,7 +130,7 @@ def deployment(placement: Placement, latency: LatencyModel, model: ModelShape, d
         cluster=placement.cluster,
         kv=model.kv,
         delays=delays,
-        router=RouterConfig(near=placement.near()),
+        router=RouterConfig(near=placement.near(), slo=slo),
     )
 
 

@@ -12,6 +12,7 @@ from distserve.cluster.placement_section import PlacementSection
 from distserve.core.config import SLO
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
+from distserve.core.router import DEFAULT_SLO
 from distserve.core.topology import ClusterSpec, Placement
 from simulator.inputs import SimulationFile, beside, read_file, read_latency, read_model
 from simulator.latency.gpus import find_gpu
@@ -107,9 +108,9 @@ def prepare(config: Path, options: Mapping[str, Any]) -> Replay:
         if rate is None:
             raise ConfigError("the workload names no rate: give --rate, or workload: {arrivals: {rate: ...}}")
     workload = spec.at(rate)
-    model = deployment(placement, latency, shape, _delays(latency, placement, workload))
-    model = on_one_host(model, latency, placement)
     slo = None if file.slo is None else SLO(file.slo.ttft, file.slo.tpot, file.slo.attainment)
+    model = deployment(placement, latency, shape, _delays(latency, placement, workload), slo or DEFAULT_SLO)
+    model = on_one_host(model, latency, placement)
     facts = {
         "model": shape.name,
         "cluster": f"{cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu}",

@@ -68,6 +68,11 @@ class _ClusterCollector(Collector):
             "Tokens found there: not computed (prefill, mixed) or not pulled (decode).",
             labels=labels,
         )
+        prefills = CounterMetricFamily(
+            "distserve:prefills",
+            "Prompts by where they were sent: to an instance that decodes them too (local), or to a prefill instance.",
+            labels=["where"],
+        )
         changes = CounterMetricFamily("distserve:role_changes", "Changes of the instance's role.", labels=labels)
         becoming = GaugeMetricFamily(
             "distserve:role_change_pending",
@@ -75,6 +80,9 @@ class _ClusterCollector(Collector):
             labels=[*labels, "role"],
         )
         status = self._status()
+        if status is not None:
+            prefills.add_metric(["local"], status.num_local_prefills)
+            prefills.add_metric(["remote"], status.num_remote_prefills)
         for spec, report in status.instances if status is not None else ():
             key = [spec.role.value, spec.instance_id]
             running.add_metric(key, report.num_running)
@@ -91,7 +99,7 @@ class _ClusterCollector(Collector):
             if report.becoming is not None:
                 becoming.add_metric([*key, report.becoming.value], 1)
         yield from (running, waiting, tokens, usage, preempted, migrations, seconds, num_bytes, queries, hits)
-        yield from (changes, becoming)
+        yield from (changes, becoming, prefills)
 
 
 class Metrics:

@@ -19,8 +19,9 @@ from distserve.cluster.seats import WantedInstance, check_kv_transport, check_se
 from distserve.cluster.sizing import KvRequest
 from distserve.cluster.yaml_file import explain, read_yaml
 from distserve.core.budget import check_budget, saturating_budget
-from distserve.core.config import InstanceSpec, KvConfig, PrefillPolicy, Role, SchedulerConfig
+from distserve.core.config import SLO, InstanceSpec, KvConfig, PrefillPolicy, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
+from distserve.core.router import DEFAULT_SLO
 from distserve.core.topology import ClusterSpec
 
 _DEFAULT_MODEL_NAME = "distserve-demo"
@@ -147,7 +148,8 @@ class ServeConfig:
     """One checked launch.
 
     ``cluster`` is what the instances' GPUs are of; None where they were not planned for one. ``node_patience`` is how
-    long to wait for nodes that a joined cluster lacks, in seconds.
+    long to wait for nodes that a joined cluster lacks, in seconds. ``slo`` is what prompts are divided for between
+    prefill and mixed instances.
     """
 
     model_dir: Path
@@ -162,6 +164,7 @@ class ServeConfig:
     drain_timeout: float
     event_log: Path | None
     node_patience: float = 0.0
+    slo: SLO = DEFAULT_SLO
 
     @property
     def num_instances(self) -> int:
@@ -243,6 +246,7 @@ def load_config(
         drain_timeout=serving.drain_timeout,
         event_log=serving.event_log.resolve() if serving.event_log else None,
         node_patience=serving.node_patience,
+        slo=DEFAULT_SLO if checked.slo is None else SLO(checked.slo.ttft, checked.slo.tpot, checked.slo.attainment),
     )
 
 

@@ -20,6 +20,7 @@ from distserve.cluster.reservation import ROUTER_CPUS, RankResources, Reservatio
 from distserve.cluster.seats import FoundNode, NodeGroup, WantedInstance, group_by_node
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.errors import ConflictError, DistserveError, InstanceError
+from distserve.core.router import RouterConfig
 
 _PLACEMENT_PATIENCE = 60.0
 _MEETING_PATIENCE = 10.0
@@ -40,6 +41,7 @@ class Blueprint:
     log_dir: Path | None = None
     kv_access: KvAccess = NEARBY
     gpus_per_rank: int = 0
+    router: RouterConfig = field(default_factory=RouterConfig)
 
     @property
     def max_model_len(self) -> int:
@@ -101,7 +103,7 @@ class Deployment:
         assert self._reservation is not None, "reserve comes first"
         self.router = RouterActor.options(
             num_cpus=ROUTER_CPUS, max_concurrency=CONCURRENCY, scheduling_strategy=self._reservation.router()
-        ).remote(self.blueprint.key, self._listen_on(), self.blueprint.log_dir)
+        ).remote(self.blueprint.key, self._listen_on(), self.blueprint.log_dir, self.blueprint.router)
         return self.router.card.remote()
 
     def start_instance(self, slot: int) -> tuple[Member, Any]:

@@ -82,8 +82,8 @@ class Instance:
 
     def prepare(self, role: Role) -> None:
         """Be open for what ``role`` wants of KV memory, beside that of roles before: the card says so."""
-        # Only prefill instances are pulled from, and only decode instances pull.
-        self._pulls |= role is Role.DECODE
+        # Only prefill instances are pulled from, and all others may pull.
+        self._pulls |= role is not Role.PREFILL
         self._is_pulled_from |= role is Role.PREFILL
 
     def meet(self, cards: Iterable[Card]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from distserve.cluster.sizing import KvRequest, check_processes, free_memory, si
 from distserve.cluster.supervise import Supervisor
 from distserve.core.config import InstanceSpec, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
+from distserve.core.router import RouterConfig
 from distserve.core.shards import check_shards
 
 logger = logging.getLogger(__name__)
@@ -202,6 +203,7 @@ def _blueprint(
         log_dir=config.event_log,
         kv_access=_kv_access(config),
         gpus_per_rank=1 if has_own_gpu else 0,
+        router=RouterConfig(slo=config.slo),
     )
 
 

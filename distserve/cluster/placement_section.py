@@ -42,7 +42,10 @@ class PoolSection(BaseModel):
 
 
 class PlacementSection(BaseModel):
-    """``placement``: the pools by role; without mixed instances, one prefill and one decode instance if unsaid."""
+    """``placement``: the pools by role; without mixed instances, one prefill and one decode instance if unsaid.
+
+    Prefill beside mixed instances: a hybrid, see docs/hybrid.md.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,6 +75,11 @@ class PlacementSection(BaseModel):
                         f"no {role} instance: a request needs one of each pool; give --{role} 1 or more beside "
                         f"--{other} {pools[other].instances}"
                     )
+        elif pools[Role.DECODE].instances and not pools[Role.PREFILL].instances:
+            raise ConfigError(
+                "no request would come to the decode instances: mixed ones keep the prompts they compute; give "
+                "--prefill 1 or more, whose prompts are decoded there, or drop --decode"
+            )
         planned = {role: pool.gpus is not None for role, pool in pools.items() if pool.instances}
         if len(set(planned.values())) > 1:
             missing = ", ".join(f"placement.{role}.gpus" for role, has_gpus in planned.items() if not has_gpus)

@@ -23,7 +23,7 @@ from distserve.cluster.replay import EventLog
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.events import InstanceLost, InstanceUp, Timer
 from distserve.core.messages import InstanceGone
-from distserve.core.router import Router
+from distserve.core.router import Router, RouterConfig
 from distserve.core.scheduler import ROUTER
 
 if TYPE_CHECKING:
@@ -41,14 +41,16 @@ def node_address() -> str:
 class RouterProcess:
     """The router's process."""
 
-    def __init__(self, key: ClusterKey, host: str | None, log_dir: Path | None) -> None:
+    def __init__(
+        self, key: ClusterKey, host: str | None, log_dir: Path | None, config: RouterConfig | None = None
+    ) -> None:
         die_with_parent()
         die_of_uncaught_errors()
         self._stopped = threading.Event()
         self._mailbox = Mailbox(ROUTER, key, host or node_address())
         self._timers = TimerThread(lambda: self._driver.feed(Timer()))
         self._log = EventLog.of(ROUTER, log_dir) if log_dir else None
-        self._driver = Driver(Router(), cluster_time, self._mailbox, self._timers, log=self._log)
+        self._driver = Driver(Router(config), cluster_time, self._mailbox, self._timers, log=self._log)
         self._receiver = ReceiverThread(self._mailbox, self._driver.feed)
         self._timers.start()
         self._driver.start()

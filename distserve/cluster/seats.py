@@ -163,7 +163,9 @@ def check_kv_transport(instances: Sequence[WantedInstance], cluster: ClusterSpec
             "kv_transport shm is for KV in host memory, and the instances have it in their GPUs': give auto, nccl or "
             "tcp"
         )
-    apart = {f"{i.role} on node {i.gpus[0].node}" for i in instances if i.gpus and i.role is not Role.MIXED}
+    # KV moves from prefill instances, where there are any, to all others.
+    moves = any(instance.role is Role.PREFILL for instance in instances)
+    apart = {f"{i.role} on node {i.gpus[0].node}" for i in instances if i.gpus and moves}
     if transport == "shm" and len({place.rpartition(" ")[2] for place in apart}) > 1:
         raise ConfigError(
             f"the placement has {', '.join(sorted(apart))}, and shared memory ends at a node: give --kv-transport auto "

@@ -6,6 +6,7 @@ gives its blocks back; what becomes of it is the role's business.
 
 from abc import abstractmethod
 from bisect import insort
+from collections.abc import Sequence as SequenceOf
 
 from distserve.core.config import InstanceSpec
 from distserve.core.messages import RequestKey
@@ -106,17 +107,20 @@ class DecodingScheduler(InstanceScheduler):
             return min(steps, self.horizon())
         return steps
 
-    def skip(self, num_steps: int) -> None:
+    def skip(self, ends: SequenceOf[float]) -> None:
         """See the base class. Sequences are told of it when somebody looks at them; memory is taken as it would be.
 
         No block that is written is shared: every sequence has taken a step of its own.
         """
         assert self._steady_steps is not None, "steps were skipped that nobody asked for"
+        num_steps = len(ends)
         self._steady_steps -= num_steps
+        (batch,) = self._steps.values()
+        self._step_seconds = ends[-1] - (ends[-2] if num_steps > 1 else batch.start)
+        batch.start = ends[-1]
         if not self._growth_at:
             block_size = self.spec.kv.block_size
             self._growth_at = [0] * block_size
-            (batch,) = self._steps.values()
             for seq, _, _ in batch.entries:
                 self._growth_at[len(seq.blocks) * block_size - seq.num_computed] += 1
         growth_at, start = self._growth_at, self._num_skipped

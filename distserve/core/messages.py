@@ -1,6 +1,6 @@
 """Messages between owner, router and instances: the whole protocol, one dataclass each.
 
-Who speaks to whom::
+Who speaks to whom; a mixed instance that takes KV in is ``decode`` here::
 
     owner   -> router    Hello, Submit
     operator -> router   ChangeRole, answered with RoleAnswer; operators speak through an owner's process
@@ -264,11 +264,12 @@ class Report:
 
     ``seen`` names the attempts received (Prefill, Offer) since the report before: these figures include them.
     ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now,
-    ``prefill_rate`` prompt tokens computed per second of late (0: none yet). What follows are totals since the
-    instance started: preemptions; KV pulls, their bytes and seconds; tokens that were looked up in the prefix cache,
-    and those of them that were found, so that they were not computed (prefill, mixed) or not pulled (decode); changes
-    of role. ``role`` is what the instance is now (None: as it was started), ``becoming`` what it will be once what it
-    has is done, if anything else.
+    ``prefill_rate`` prompt tokens computed per second of late (0: none yet), ``step_seconds`` what a decode step took
+    without prompts, ``prompt_seconds`` by how much each prompt token in a step lengthens it (mixed instances; 0: not
+    known yet). What follows are totals since the instance started: preemptions; KV pulls, their bytes and seconds;
+    tokens that were looked up in the prefix cache, and those of them that were found, so that they were not computed
+    (prefill, mixed) or not pulled (decode); changes of role. ``role`` is what the instance is now (None: as it was
+    started), ``becoming`` what it will be once what it has is done, if anything else.
     """
 
     instance_id: str
@@ -278,6 +279,8 @@ class Report:
     num_free_blocks: int
     seen: tuple[RequestKey, ...] = ()
     prefill_rate: float = 0.0
+    step_seconds: float = 0.0
+    prompt_seconds: float = 0.0
     num_preempted: int = 0
     num_pulls: int = 0
     pulled_bytes: int = 0
@@ -291,9 +294,15 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The cluster as the router sees it: specification and last report of every live instance."""
+    """The cluster as the router sees it: specification and last report of every live instance.
+
+    ``num_local_prefills`` and ``num_remote_prefills`` are totals since the router started: prompts it sent to instances
+    that decode them as well, and to prefill instances.
+    """
 
     instances: tuple[tuple[InstanceSpec, Report], ...]
+    num_local_prefills: int = 0
+    num_remote_prefills: int = 0
 
 
 Message = (

@@ -14,6 +14,10 @@ arrival and is recomputed here, from the first of its blocks that somebody else 
 
 With prefix caching a prompt starts behind the blocks it has in common with others, running or not; they do not
 count as memory it needs while somebody uses them.
+
+Where there are prefill instances as well, sequences whose prompts were computed there come by their KV
+(:mod:`distserve.core.receiving`) and run beside those that started here. Who is older has memory first, wherever its
+prompt is computed; one that is evicted is recomputed here, whoever computed it before.
 """
 
 from bisect import insort
@@ -22,25 +26,25 @@ from itertools import takewhile
 
 from distserve.core.commands import CloseSequence
 from distserve.core.config import InstanceSpec, PrefillPolicy
-from distserve.core.decoding import DecodingScheduler, age
-from distserve.core.messages import Abort, Failed, InstanceGone, Message, Prefill, RequestKey
+from distserve.core.decoding import age
+from distserve.core.messages import Failed, Message, Prefill, RequestKey
+from distserve.core.receiving import ReceivingScheduler
 from distserve.core.request import Request, TokenLogprobs
 from distserve.core.scheduler import Batch
 from distserve.core.sequence import Sequence
 
 
-class MixedScheduler(DecodingScheduler):
-    """Serves whole requests on one instance."""
+class MixedScheduler(ReceivingScheduler):
+    """Serves whole requests on one instance, and goes on with those whose prompts were computed elsewhere."""
 
     def __init__(self, spec: InstanceSpec) -> None:
         super().__init__(spec)
         self._keeps_output = True
         self._waiting: list[Sequence] = []
         """Prompts not wholly launched yet, oldest first; those already started precede the others."""
-        self._by_key: dict[RequestKey, list[Sequence]] = {}
 
     def _is_settled(self) -> bool:
-        return not self._waiting
+        return not self._waiting and super()._is_settled()
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -48,12 +52,8 @@ class MixedScheduler(DecodingScheduler):
         match message:
             case Prefill(request):
                 self._on_request(request)
-            case Abort():
-                self._on_abort(message)
-            case InstanceGone(instance_id):
-                self._gone.add(instance_id)  # a mixed instance depends on no other, but it may have another role later
             case _:
-                self._on_stray(sender, message)
+                super()._on_message(sender, message)
 
     def _on_request(self, request: Request) -> None:
         self._seen.append(request.key)
@@ -78,6 +78,15 @@ class MixedScheduler(DecodingScheduler):
         """In order of arrival, but never before a prompt that has started."""
         insort(self._waiting, seq, key=lambda waiting: (not waiting.is_open, age(waiting)))
 
+    def _num_starting(self) -> int:
+        return sum(len(waiting.choices) for waiting in takewhile(lambda other: other.is_open, self._waiting))
+
+    def _ahead(self, request: Request) -> tuple[int, int]:
+        kv, arrival = self.spec.kv, request.arrival
+        older = [seq for seq in self._waiting if not seq.is_open and seq.request.arrival <= arrival]
+        num_blocks = sum(kv.blocks_to_admit(seq.num_tokens, len(seq.choices)) for seq in older)
+        return num_blocks, sum(len(seq.choices) for seq in older)
+
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def _form_batch(self) -> Batch | None:
@@ -95,7 +104,9 @@ class MixedScheduler(DecodingScheduler):
         return Batch(entries, chunks, copies, sum(count for _, count, _ in entries), labelled)
 
     def _decodes(self, limit: int, copies: list[tuple[int, int]]) -> list[tuple[Sequence, int, bool]]:
-        return [(seq, 1, True) for seq in self._choose_running(limit, copies)]
+        chosen = self._choose_running(limit, copies)
+        self._mark_first_steps(chosen)
+        return [(seq, 1, True) for seq in chosen]
 
     def _prompt_chunks(self, budget: int, labelled: list[int]) -> list[tuple[Sequence, int, bool]]:
         chosen: list[tuple[Sequence, int, bool]] = []
@@ -147,14 +158,14 @@ class MixedScheduler(DecodingScheduler):
         if seq.num_in_flight > 0:
             return False
         kv, config = self.spec.kv, self._config
-        num_started = sum(len(waiting.choices) for waiting in takewhile(lambda other: other.is_open, self._waiting))
-        is_idle = not self._running and num_started == 0
+        num_promised = self._num_promised()
+        is_idle = not self._running and num_promised == 0
         headroom = 0 if is_idle else int(config.headroom * kv.num_blocks)
         shared = self._find_prefix(seq)
         # What is found and idle is taken from what is free, like any other block.
         num_used_by_others = len(shared) - self.blocks.num_idle(shared)
         needed = kv.blocks_to_admit(seq.num_tokens, len(seq.choices)) - num_used_by_others
-        has_slot = len(self._running) + num_started + len(seq.choices) <= config.max_batch_size
+        has_slot = len(self._running) + num_promised + len(seq.choices) <= config.max_batch_size
         if needed + headroom > self.blocks.num_free or not (has_slot or is_idle):
             return False
         self._take_blocks(seq, shared)
@@ -242,9 +253,6 @@ class MixedScheduler(DecodingScheduler):
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 
-    def _live(self) -> list[Sequence]:
-        return [seq for family in self._by_key.values() for seq in family]
-
     def _find(self, key: RequestKey, choice: int | None) -> Iterable[Sequence]:
         return [seq for seq in self._by_key.get(key, ()) if choice is None or seq.choices == (choice,)]
 
@@ -260,4 +268,4 @@ class MixedScheduler(DecodingScheduler):
 
     def _load(self) -> tuple[int, int, int]:
         tokens = sum(seq.num_tokens - (seq.num_computed or seq.num_expected) for seq in self._waiting)
-        return len(self._waiting), tokens, len(self._running)
+        return len(self._waiting) + len(self._intakes), tokens, len(self._running)

@@ -4,14 +4,11 @@ It hears of requests only when they start and when they need a decode instance, 
 what it knows of an instance is the instance's last report plus the work it has assigned that no report shows yet; a
 fresh router is complete as soon as every instance has reported once.
 
-- Prefill goes to the shortest predicted wait: (tokens waiting + tokens assigned since the report) / measured tokens
-  per second. With prefix caching an instance that was sent the prompt's head before gets it if it would be done sooner
-  there: if what it need not compute outweighs the longer wait. So a prompt never waits longer than its hit saves while
-  another instance is idle. A mixed instance must also have a place for it and not run far more than its share: what
-  decodes there would feel it.
-- Decode goes to the instance with the largest share of free blocks among those with room; one near the prefill
-  instance counts as a little emptier than it is, so that KV stays within nodes but loads stay even, and so does one
-  that was sent the prompt before, by how much of it. When none has room the question waits in order; the prefill
+- Prefill goes to the shortest predicted wait, prefix hits counted in (:mod:`distserve.core.prompt_choice`); where there
+  are prefill and mixed instances, to the kind that the objective suffers least from (:mod:`distserve.core.hybrid`).
+- Decode goes to the decode or mixed instance with the largest share of free blocks among those with room; one near the
+  prefill instance counts as a little emptier than it is, so that KV stays within nodes but loads stay even, and so does
+  one that was sent the prompt before, by how much of it. When none has room the question waits in order; the prefill
   instance keeps the KV meanwhile, which is the backpressure.
 - When even the shortest wait exceeds ``max_wait`` a new request is shed (429). A request that no instance could ever
   hold is refused (400); one that lacks a pool is refused for now (503).
@@ -22,7 +19,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from distserve.core.commands import Command, Send, WakeAt
-from distserve.core.config import InstanceSpec, Role
+from distserve.core.config import SLO, InstanceSpec, Role
 from distserve.core.events import (
     Event,
     InstanceDraining,
@@ -31,7 +28,8 @@ from distserve.core.events import (
     Received,
     Timer,
 )
-from distserve.core.instance_view import InstanceView
+from distserve.core.hybrid import window_of
+from distserve.core.instance_view import InstanceView, Work
 from distserve.core.messages import (
     Abort,
     Become,
@@ -52,6 +50,7 @@ from distserve.core.messages import (
     Status,
     Submit,
 )
+from distserve.core.prompt_choice import PromptChooser
 from distserve.core.request import Request
 from distserve.core.role_changes import begin, follow, refusal
 from distserve.core.routed_prefixes import PromptKeys
@@ -63,8 +62,8 @@ _NEAR = 0.15
 _HELD = 0.15
 """By how much of its memory a decode instance must be emptier than one that holds all of a prompt to be preferred."""
 
-_SHARE, _FEW = 1.5, 4
-"""A mixed instance preferred for a hit has at most so many times the other's requests, and so many more."""
+DEFAULT_SLO = SLO(ttft=1.0, tpot=0.05)
+"""The objective where none is given: an answer begins within a second, and comes faster than anybody reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,8 @@ class RouterConfig:
     whose prompt is computed when the decode pool goes down. An instance that has not reported for
     ``silence`` seconds, many times its heartbeat, counts as lost even if its process lives. ``near`` names, for a
     prefill instance, the decode instances its KV reaches without leaving a node: they are preferred. Without
-    ``counts_hits`` prompts and KV go by load alone, whatever was sent where.
+    ``counts_hits`` prompts and KV go by load alone, whatever was sent where. ``slo`` is what prompts are divided for
+    between prefill and mixed instances, where there are both.
     """
 
     max_wait: float = 120.0
@@ -85,6 +85,7 @@ class RouterConfig:
     silence: float = 30.0
     near: Mapping[str, Collection[str]] = field(default_factory=dict)
     counts_hits: bool = True
+    slo: SLO = DEFAULT_SLO
 
 
 class Router:
@@ -103,9 +104,12 @@ class Router:
         self._gone: dict[str, None] = {}
         """Instances lost: a question of theirs may still be on its way, and not everyone may have heard of it."""
         self._keys = PromptKeys()
+        self._chooser = PromptChooser(self._config.slo, self._keys)
         self._commands: list[Command] = []
         self._now = 0.0
         self._next_status = 0.0
+        self._num_local = 0
+        self._num_remote = 0
         self._no_decode_since: float | None = None
         """Since when questions have waited with no decode instance up."""
 
@@ -143,7 +147,8 @@ class Router:
     def _on_up(self, spec: InstanceSpec) -> None:
         self._gone.pop(spec.instance_id, None)
         remembers = self._config.counts_hits and spec.scheduler.prefix_caching
-        self._instances[spec.instance_id] = InstanceView.fresh(spec, self._now, remembers=remembers)
+        window = window_of(self._config.slo)
+        self._instances[spec.instance_id] = InstanceView.fresh(spec, self._now, window, remembers=remembers)
         self._pools.clear()
         self._tell_of_losses(spec.instance_id)
         self._assign_pending()
@@ -159,7 +164,7 @@ class Router:
         self._pending = {key: wanted for key, wanted in self._pending.items() if wanted[0] != instance_id}
         for view in self._instances.values():
             # What was to come through the lost instance never will.
-            view.assigned = {key: work for key, work in view.assigned.items() if work[1] != instance_id}
+            view.assigned = {key: work for key, work in view.assigned.items() if work.through != instance_id}
         for part in (*self._instances, *self._owners):
             self._send(part, InstanceGone(instance_id))
         self._send_status()
@@ -188,7 +193,8 @@ class Router:
             self._send(part, InstanceGone(instance_id))
 
     def _send_status(self) -> None:
-        status = Status(tuple((view.spec, view.report) for view in self._instances.values()))
+        instances = tuple((view.spec, view.report) for view in self._instances.values())
+        status = Status(instances, self._num_local, self._num_remote)
         for owner_id in self._owners:
             self._send(owner_id, status)
 
@@ -240,20 +246,11 @@ class Router:
             self._parked.pop(request.key, None)
             self._send(request.owner_id, Rejected(request.key, status, reason))
             return
-        candidates = [view for view in self._takers() if self._can_ever_prefill(view, request)]
-        rates = [view.report.prefill_rate for view in candidates if view.report.prefill_rate > 0]
-        default_rate = sum(rates) / len(rates) if rates else 0.0
-        # Equal waits (an idle pool) go to whoever has the least assigned, then by name: deterministic.
-        best = min(
-            candidates,
-            key=lambda view: (
-                view.wait(default_rate),
-                view.report.num_waiting_tokens + view.num_pending,
-                view.report.num_running,
-                view.spec.instance_id,
-            ),
+        decoding = self._pool(Role.DECODE, Role.MIXED)
+        choice = self._chooser.choose(
+            self._now, request, self._takers(request), decoding, is_memory_short=bool(self._pending)
         )
-        wait = best.wait(default_rate)
+        wait = choice.wait
         # What was admitted once, and may be half answered, is not turned away when it comes again.
         if wait > self._config.max_wait and request.attempt == 0:
             excess = max(1.0, float(ceil(wait - self._config.max_wait)))
@@ -261,44 +258,16 @@ class Router:
             self._send(request.owner_id, Rejected(request.key, 429, reason, retry_after=excess))
             return
         self._parked.pop(request.key, None)
-        best, num_cached = self._prefer_cached(best, candidates, request, default_rate)
-        instance_id = best.spec.instance_id
-        best.assigned[request.key] = (request.num_prefill_tokens - num_cached, ROUTER)
-        if best.prefixes is not None:
-            best.prefixes.note(self._keys.make(request, best.spec.kv.block_size))
-        self._send(instance_id, Prefill(request))
-        self._send(request.owner_id, Routed(request.key, instance_id))
-
-    def _prefer_cached(
-        self, shortest: InstanceView, candidates: list[InstanceView], request: Request, default_rate: float
-    ) -> tuple[InstanceView, int]:
-        """Who computes the prompt soonest, given who waits the shortest; and how many of its tokens are there."""
-        cached = {view.spec.instance_id: self._num_cached(view, request) for view in candidates}
-        num_cached = cached[shortest.spec.instance_id]
-        most = max(cached.values())
-        if most <= num_cached:
-            return shortest, num_cached  # the others wait as long, or longer, and compute no less
-        rate = default_rate or 1.0  # where nobody has computed anything, tokens are compared
-        fair = _SHARE * shortest.num_requests + _FEW
-        best, soonest = shortest, shortest.wait(rate) + (request.num_prefill_tokens - num_cached) / rate
-        for view in candidates:
-            there = cached[view.spec.instance_id]
-            num_tokens = request.num_prefill_tokens - there
-            is_fair = view.spec.role is not Role.MIXED or view.num_requests < fair
-            if there <= num_cached or not is_fair or not view.has_room_for_prompt(num_tokens, len(request.choices)):
-                continue
-            done = view.wait(rate) + num_tokens / rate
-            if done < soonest:
-                best, soonest = view, done
-        return best, cached[best.spec.instance_id]
-
-    def _num_cached(self, view: InstanceView, request: Request) -> int:
-        """Tokens of a prompt that an instance should not have to compute: never the last, nor any to be scored."""
-        if view.prefixes is None or request.sampling.prompt_logprobs is not None:
-            return 0
-        block_size = view.spec.kv.block_size
-        num_held = view.prefixes.num_held(self._keys.make(request, block_size))
-        return min(num_held, (request.num_prefill_tokens - 1) // block_size) * block_size
+        view, num_tokens = choice.view, choice.num_tokens(request)
+        view.give(request.key, num_tokens, ROUTER, self._now, choice.rate)
+        if view.spec.role is Role.MIXED:
+            self._num_local += 1
+        else:
+            self._num_remote += 1
+        if view.prefixes is not None:
+            view.prefixes.note(self._keys.make(request, view.spec.kv.block_size))
+        self._send(view.spec.instance_id, Prefill(request))
+        self._send(request.owner_id, Routed(request.key, view.spec.instance_id))
 
     def _retry_parked(self) -> None:
         """Look at waiting requests again: their pool may be back, or their patience at its end."""
@@ -311,7 +280,6 @@ class Router:
         for name, pool in (("prefill", prefill), ("decode", decode)):
             if not pool:
                 return 503, f"no {name} instance is up"
-        prefill = self._takers()
         for view in prefill + decode:
             limit = view.spec.scheduler.max_model_len
             if request.max_total_tokens > limit:
@@ -319,7 +287,8 @@ class Router:
         if not any(self._can_ever_prefill(view, request) for view in prefill):
             largest = max(view.spec.kv.num_tokens for view in prefill)
             return 400, f"a prompt of {request.num_prefill_tokens} tokens exceeds the KV memory of {largest} tokens"
-        if not any(self._can_ever_decode(view, request) for view in decode):
+        # A prompt that only mixed instances can take has to be decoded there.
+        if not any(self._can_ever_decode(view, request) for view in decode) or not self._takers(request):
             largest = max(view.spec.kv.num_tokens for view in decode)
             count = len(request.choices)
             return 400, (
@@ -328,9 +297,14 @@ class Router:
             )
         return None
 
-    def _takers(self) -> list[InstanceView]:
-        """Instances that new prompts may go to: prefill instances only while a decode instance is up."""
-        return self._pool(Role.PREFILL, Role.MIXED) if self._pool(Role.DECODE) else self._pool(Role.MIXED)
+    def _takers(self, request: Request) -> list[InstanceView]:
+        """Instances that can compute the prompt; mixed ones decode as well what they computed."""
+        return [
+            view
+            for view in self._pool(Role.PREFILL, Role.MIXED)
+            if self._can_ever_prefill(view, request)
+            and (view.spec.role is Role.PREFILL or self._can_ever_decode(view, request))
+        ]
 
     @staticmethod
     def _can_ever_prefill(view: InstanceView, request: Request) -> bool:
@@ -361,34 +335,29 @@ class Router:
                 return
             del self._pending[key]
             blocks = view.spec.kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
-            view.assigned[key] = (blocks, sender)
+            view.assigned[key] = Work(sender, blocks=blocks)
             if view.prefixes is not None:
                 view.prefixes.note(self._keys.find(key, view.spec.kv.block_size))
             self._send(sender, DecodeAssigned(key, view.spec.instance_id))
 
     def _end_pending(self) -> None:
-        """Questions wait for a decode instance to come up no longer than requests wait for a pool.
-
-        If a mixed instance is up they need not: their requests come again and are computed there. Else they fail.
-        """
-        if not self._pending or self._pool(Role.DECODE):
+        """Questions wait for a decode instance to come up no longer than requests wait for a pool."""
+        if not self._pending or self._pool(Role.DECODE, Role.MIXED):
             self._no_decode_since = None
             return
         if self._no_decode_since is None:
             self._no_decode_since = self._now
-        has_mixed = bool(self._pool(Role.MIXED))
-        if not has_mixed and self._now < self._no_decode_since + self._config.patience:
+        if self._now < self._no_decode_since + self._config.patience:
             return
-        status = None if has_mixed else 503
         for key, (sender, wanted, _) in self._pending.items():
-            self._send(wanted.owner_id, Failed(key, "no decode instance is up", status))
+            self._send(wanted.owner_id, Failed(key, "no decode instance is up", 503))
             self._send(sender, Abort(key))
         self._pending.clear()
 
     def _choose_decode(self, sender: str, wanted: DecodeWanted, refused_by: set[str]) -> InstanceView | None:
         near = self._config.near.get(sender, ())
         best, best_rank = None, -1.0
-        for view in self._pool(Role.DECODE):
+        for view in self._pool(Role.DECODE, Role.MIXED):
             kv = view.spec.kv
             needed = kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
             headroom = 0 if view.is_idle else int(view.spec.scheduler.headroom * kv.num_blocks)

@@ -15,6 +15,7 @@ Rules every role keeps:
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -92,6 +93,10 @@ class InstanceScheduler(ABC):
         self._pull_seconds = 0.0
         self._last_report = -1.0
         self._prefill_rate = 0.0
+        self._step_seconds = 0.0
+        self._prompt_excess = (0.0, 0.0)
+        """Exponential means over steps with prompts: seconds beyond a step without, and prompt tokens."""
+        self._last_end = 0.0
         self._reported: tuple[int, ...] = ()
         self._last_state: tuple[int, ...] = ()
         self._report_timer = 0.0
@@ -107,12 +112,13 @@ class InstanceScheduler(ABC):
         """
         return 0
 
-    def skip(self, num_steps: int) -> None:
-        """Stand where ``num_steps`` ends of the step in flight would have led: its like is in flight once more.
+    def skip(self, ends: SequenceOf[float]) -> None:
+        """Stand where so many ``ends`` of the step in flight would have led: its like is in flight once more.
 
-        A simulator's short cut over steps that nothing can change, at most :meth:`steady_steps` of them.
+        They are the times (seconds) at which the steps ended. A simulator's short cut over steps that nothing can
+        change, at most :meth:`steady_steps` of them.
         """
-        raise AssertionError(f"{self.spec.role} instances have no steady steps: skip({num_steps})")
+        raise AssertionError(f"{self.spec.role} instances have no steady steps: skip({len(ends)})")
 
     # -- the role's part ------------------------------------------------------------------------------------------
 
@@ -304,11 +310,25 @@ class InstanceScheduler(ABC):
         return batch
 
     def _measure(self, batch: Batch) -> None:
-        """Keep an exponential mean of prompt tokens per second, for the router's predictions."""
+        """Keep what the router predicts with.
+
+        Prompt tokens per second and what a prompt token adds to a step are exponential means; what a step takes
+        without prompts is the last one's time, as that is of the batch that runs now.
+        """
         elapsed = self._now - batch.start
-        if elapsed > 0 and batch.num_tokens > len(batch.entries):
+        num_prompt_tokens = batch.num_tokens - len(batch.entries)
+        if elapsed > 0 and num_prompt_tokens > 0:
             rate = batch.num_tokens / elapsed
             self._prefill_rate = rate if self._prefill_rate == 0 else 0.8 * self._prefill_rate + 0.2 * rate
+        # Under lookahead a step is launched, but does not start, before the one before it has ended.
+        seconds = self._now - max(batch.start, self._last_end) if self._config.lookahead else elapsed
+        self._last_end = self._now
+        if num_prompt_tokens == 0:
+            self._step_seconds = seconds
+        else:
+            excess, tokens = self._prompt_excess
+            excess = 0.8 * excess + 0.2 * max(0.0, seconds - self._step_seconds)
+            self._prompt_excess = (excess, 0.8 * tokens + 0.2 * num_prompt_tokens)
 
     # -- prefixes -------------------------------------------------------------------------------------------------
 
@@ -486,6 +506,8 @@ class InstanceScheduler(ABC):
                 num_free_blocks=self.blocks.num_free,
                 seen=tuple(self._seen),
                 prefill_rate=self._prefill_rate,
+                step_seconds=self._step_seconds,
+                prompt_seconds=self._prompt_excess[0] / self._prompt_excess[1] if self._prompt_excess[1] else 0.0,
                 num_preempted=self.num_preempted,
                 num_pulls=self._num_pulls,
                 pulled_bytes=self._pulled_bytes,

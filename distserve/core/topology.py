@@ -81,13 +81,15 @@ class Placement:
         return tuple(instance for instance in self.instances if instance.spec.role is role)
 
     def near(self) -> dict[str, tuple[str, ...]]:
-        """For each prefill instance, the decode instances to which its KV moves without leaving a node.
+        """For each prefill instance, those that decode and to which its KV moves without leaving a node.
 
         Layers are split evenly over pipeline stages; stages that have layers in common must be on one node.
         """
         return {
             source.spec.instance_id: tuple(
-                target.spec.instance_id for target in self.of(Role.DECODE) if _shares_nodes(source, target)
+                target.spec.instance_id
+                for target in (*self.of(Role.DECODE), *self.of(Role.MIXED))
+                if _shares_nodes(source, target)
             )
             for source in self.of(Role.PREFILL)
         }

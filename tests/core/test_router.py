@@ -192,18 +192,13 @@ def test_patience_starts_anew_when_a_decode_instance_was_up_meanwhile() -> None:
     assert board.report("prefill-0") == []
 
 
-def test_without_decode_instances_prompts_go_to_mixed_ones() -> None:
+def test_without_decode_instances_mixed_ones_go_on_with_what_was_computed() -> None:
     board = Switchboard("prefill-0", "decode-0", "mixed-0")
-    assert target(board.submit("a", 10)) == "mixed-0", "by name, both being idle"
-    assert target(board.submit("b", 10)) == "prefill-0"
-    board.want("b", 10)
+    assert target(board.submit("a", 10)) == "prefill-0", "both being idle, nobody's decoding is disturbed"
     board.feed(InstanceLost("decode-0"))
-    assert target(board.submit("c", 10)) == "mixed-0"
-    assert target(board.submit("d", 10)) == "mixed-0"
-    board.want("e", 10)
-    board.now = 1.0
-    sent = [message for name in ("mixed-0", "prefill-0") for message in board.report(name)]
-    assert ("api-0", Failed(("e", 0), "no decode instance is up", None)) in sent, "it comes again"
+    assert board.want("a", 10) == [("prefill-0", DecodeAssigned(("a", 0), "mixed-0"))]
+    board.feed(InstanceLost("prefill-0"))
+    assert target(board.submit("b", 10)) == "mixed-0"
 
 
 def test_when_every_wait_is_too_long_requests_are_shed() -> None:

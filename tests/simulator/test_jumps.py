@@ -64,7 +64,7 @@ REQUESTS = st.lists(
 @settings(max_examples=60)
 @given(
     requests=REQUESTS,
-    pools=st.sampled_from([(1, 1, 0), (2, 2, 0), (0, 0, 1), (0, 0, 2)]),
+    pools=st.sampled_from([(1, 1, 0), (2, 2, 0), (0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 2)]),
     num_blocks=st.integers(31, 50),
     policy=st.sampled_from(list(PrefillPolicy)),
     loss=st.none() | st.floats(0.05, 1.5),

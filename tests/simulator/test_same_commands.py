@@ -178,7 +178,7 @@ REQUESTS = st.lists(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     requests=REQUESTS,
-    pools=st.sampled_from([(1, 1, 0), (2, 2, 0), (0, 0, 2)]),
+    pools=st.sampled_from([(1, 1, 0), (2, 2, 0), (0, 0, 2), (1, 0, 2)]),
     blocks=st.integers(24, 40),
     loss=st.one_of(st.none(), st.floats(0.05, 0.6)),
     lookahead=st.booleans(),
