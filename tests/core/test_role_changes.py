@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distserve.core.commands import Command, Send
+from distserve.core.commands import Command, Migrate, OpenSequence, RunStep, Send
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.events import InstanceUp, Received
 from distserve.core.instance_machine import InstanceMachine
@@ -46,6 +46,20 @@ def answers(cluster: Deployment) -> list[RoleAnswer]:
 
 def roles(cluster: Deployment) -> dict[str, Role]:
     return {name: scheduler.spec.role for name, scheduler in cluster.schedulers.items()}
+
+
+def assert_numbered_on(cluster: Deployment) -> None:
+    """Engine and transport never see a number twice, whatever roles an instance has had."""
+    for name in cluster.machines:
+        commands = [command for entry in cluster.recorder.trace if entry.part == name for command in entry.commands]
+        for numbers in (
+            [command.step_id for command in commands if isinstance(command, RunStep)],
+            [command.seq_id for command in commands if isinstance(command, OpenSequence)],
+            [command.pull_id for command in commands if isinstance(command, Migrate)],
+        ):
+            assert len(set(numbers)) == len(numbers), name
+        steps = [command.step_id for command in commands if isinstance(command, RunStep)]
+        assert steps == sorted(steps), name
 
 
 def load(num: int, *, gap: float = 0.02, max_tokens: int = 16) -> list:
@@ -184,6 +198,7 @@ def test_one_change_at_a_time_and_the_next_when_it_is_done() -> None:
     assert roles(cluster)["prefill-0"] is Role.MIXED
     assert cluster.schedulers["prefill-0"].num_role_changes == 2
     assert_served(cluster, requests)
+    assert_numbered_on(cluster)
 
 
 def test_prompts_computed_for_a_decode_pool_that_leaves_go_to_a_mixed_instance() -> None:
@@ -195,6 +210,26 @@ def test_prompts_computed_for_a_decode_pool_that_leaves_go_to_a_mixed_instance()
     cluster.run(until=15.0)
     assert len(cluster.recorder.concluded) == len(requests), "they need not wait for a decode instance"
     assert_served(cluster, requests)
+
+
+def test_an_instance_that_comes_back_to_a_role_counts_on() -> None:
+    cluster = Deployment(prefill=2, decode=2)
+    requests = [*load(20), *(make_request(f"later-{i}", 30, seed=20 + i, arrival=30 + 0.01 * i) for i in range(20))]
+    for request in requests:
+        cluster.submit(request)
+    cluster.change_role(5.0, "decode-0", Role.PREFILL)
+    cluster.change_role(20.0, "decode-0", Role.DECODE)
+    cluster.run(until=25.0)
+    num_before = len(cluster.recorder.pulls("decode-0"))
+    cluster.run()
+    assert_served(cluster, requests)
+    assert 0 < num_before < len(cluster.recorder.pulls("decode-0"))
+    assert_numbered_on(cluster)
+    sends = [c for e in cluster.recorder.trace if e.part == "decode-0" for c in e.commands if isinstance(c, Send)]
+    reports = [send.message for send in sends if isinstance(send.message, Report)]
+    totals = [(report.num_pulls, report.num_role_changes) for report in reports]
+    assert totals == sorted(totals)
+    assert totals[-1] == (len(cluster.recorder.pulls("decode-0")), 2)
 
 
 def test_a_step_too_small_for_the_role_is_refused() -> None:
@@ -301,6 +336,19 @@ def test_a_router_that_is_new_learns_from_reports() -> None:
     assert said == [("prefill-1", DecodeAssigned(("r0", 0), "prefill-0"))]
 
 
+def test_what_was_promised_to_a_former_role_is_forgotten() -> None:
+    router = Router()
+    decode = replace(SPEC, instance_id="decode-0", role=Role.DECODE)
+    for spec in (replace(SPEC, instance_id="prefill-0"), decode):
+        router.handle(0.0, InstanceUp(spec))
+    # 9 of 16 blocks, which no report will ever name: the offer was turned away.
+    router.handle(0.1, Received("prefill-0", DecodeWanted(("a", 0), "api-0", 35, 1)))
+    for now, role in ((0.2, Role.PREFILL), (0.3, Role.DECODE)):
+        router.handle(now, Received("decode-0", Report("decode-0", 0, 0, 0, 16, role=role)))
+    said = sent(router.handle(0.4, Received("prefill-0", DecodeWanted(("b", 0), "api-0", 60, 1))))
+    assert ("prefill-0", DecodeAssigned(("b", 0), "decode-0")) in said
+
+
 # -- anything ----------------------------------------------------------------------------------------------------------
 
 PARTS = st.sampled_from(["api-0", "router", "prefill-0", "prefill-1", "decode-0", "decode-1", "mixed-0", "mixed-1"])
@@ -393,6 +441,7 @@ def test_any_changes_amid_any_load_lose_nothing_and_leave_nothing(
         if abandoned is None:
             assert recorder.concluded[request.request_id].status == 200
     cluster.assert_clean()
+    assert_numbered_on(cluster)
     assert len(answers(cluster)) == len(changes)
     for name, role in roles(cluster).items():
         agreed = [answer.role for answer in answers(cluster) if answer.instance_id == name and answer.status == 202]
