@@ -61,7 +61,9 @@ class Figures:
     """Of one system: attainment over the published rates and SLO scales, and where 90% is crossed.
 
     ``rate`` in requests/s and GPU, None if no rate holds; ``scale`` is the factor on both limits at the published rate,
-    None if none is enough. ``ttft`` and ``tpot`` are the scales that each limit alone would need.
+    None if none is enough. ``ttft`` and ``tpot`` are the scales that each limit alone would need. ``scripted_rate`` is
+    what the paper's script makes of the sweep: its lowest rate where 90% is not crossed within. ``lone`` is the share
+    of the TTFT that a long prompt (90th percentile) takes by itself.
     """
 
     system: str
@@ -74,6 +76,8 @@ class Figures:
     scale: float | None
     ttft: float | None
     tpot: float | None
+    scripted_rate: float
+    lone: float
 
 
 def needed(timelines: Timelines, slo: SLO, *, steady: bool) -> NDArray[np.float64]:
@@ -126,6 +130,8 @@ def study(system: System, published: Published, slo: SLO, effort: Effort) -> Fig
         scale=both,
         ttft=ttft,
         tpot=tpot,
+        scripted_rate=scripted(published.rates, swept),
+        lone=system.lone_prompt() / slo.ttft,
     )
 
 
@@ -136,6 +142,14 @@ def crossing(attained: dict[float, float]) -> float | None:
         return max(attained) if attained[min(attained)] >= TARGET else None
     low, high = around
     return low + (high - low) * (attained[low] - TARGET) / (attained[low] - attained[high])
+
+
+def scripted(rates: Sequence[float], attained: Sequence[float]) -> float:
+    """Where 90% is crossed, as the paper's script has it: the lowest rate if it is not crossed between any two."""
+    for (low, a), (high, b) in pairwise(zip(rates, attained, strict=True)):
+        if (a < TARGET) != (b < TARGET):
+            return low + (high - low) * (a - TARGET) / (a - b)
+    return rates[0]
 
 
 def bracket(attained: dict[float, float]) -> tuple[float, float] | None:
@@ -202,16 +216,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fits", type=Path, help="directory of DistServe's profiler-a100-80g.*.json")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--draws", type=int, default=3, help="workloads drawn at each rate")
+    parser.add_argument("--draws", type=int, default=5, help="workloads drawn at each rate")
     parser.add_argument("--quick", action="store_true", help="to rehearse: one draw, short steady runs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="directory")
     options = parser.parse_args()
     facts = describe_run("benchmarks.goodput.distserve_claims")
+    facts["command"] = "python -m benchmarks.goodput.distserve_claims" + " --fits DIR" * (options.fits is not None)
     options.output.mkdir(parents=True, exist_ok=True)
     short = Effort(1 if options.quick else options.draws, 0)
     steady = Effort(1, 200, steady=True) if options.quick else Effort(2, 800, steady=True)
     results: list[dict[str, Any]] = []
-    for name in options.cases:
+    for name in sorted(options.cases, key=CASES.index):
         results.append(run_case(name, options.fits, short, steady))
         write(results, facts, short.draws, options.output)
     print((options.output / "distserve.md").read_text(encoding="utf-8"))
@@ -229,7 +244,7 @@ def write(results: Sequence[dict[str, Any]], facts: dict[str, Any], num_draws: i
 
 def strip(result: dict[str, Any]) -> dict[str, Any]:
     """Without the sweeps, which are in the CSV file."""
-    keys = ("gpus", "rate", "scale", "ttft", "tpot")
+    keys = ("gpus", "rate", "scripted_rate", "scale", "ttft", "tpot", "lone")
     tables = {
         runs: {name: {key: figures[key] for key in keys} for name, figures in result[runs].items()} for runs in RUNS
     }

@@ -12,6 +12,7 @@ from benchmarks.goodput.distserve_published import MII_BATCH_TOKENS, PUBLISHED, 
 from benchmarks.paper_cases.run import POLICIES, case_problem, vllm_problem
 from distserve.bench.traces import Trace
 from distserve.core.config import ParallelConfig, PrefillPolicy, Role
+from distserve.core.latency import StepShape
 from placement.candidates import Candidate
 from placement.deployment import joint_model
 from placement.offered import Offered
@@ -65,6 +66,14 @@ class System:
     def offered(self) -> Offered:
         """The workload's draws, the same for every system."""
         return Offered(self.problem.workload)
+
+    def lone_prompt(self) -> float:
+        """Seconds to the first token of a prompt of the 90th percentile of lengths, alone."""
+        shape, _ = self.candidate.pools[0]
+        length = int(np.quantile(self.offered.sample[0], 0.9))
+        whole = StepShape(length, length * (length + 1) // 2, num_prefills=1)
+        parallel = shape.parallel
+        return parallel.pp * self.problem.latency.step_time(parallel).seconds(whole)
 
     def run(self, per_gpu: float, draw: int, num_requests: int) -> Timelines:
         """Everything answered of one draw at ``per_gpu`` requests/s and GPU."""

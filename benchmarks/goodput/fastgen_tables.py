@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="directory")
     options = parser.parse_args()
     facts = describe_run("benchmarks.goodput.fastgen_tables")
+    facts["command"] = "python -m benchmarks.goodput.fastgen_tables" + " --quick" * options.quick
     clients, num_requests = ((1, 8, 16, 32), 64) if options.quick else (CLIENTS, NUM_REQUESTS)
     points = sweep(clients, num_requests)
     claims = Claims(points)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.goodput import distserve_claims, fastgen_tables
 from benchmarks.goodput.closed_loop import closed_loop
-from benchmarks.goodput.distserve_claims import LONGBENCH, RUNS, Effort, crossing, needed, study, write
+from benchmarks.goodput.distserve_claims import LONGBENCH, RUNS, Effort, crossing, needed, scripted, study, write
 from benchmarks.goodput.distserve_published import PUBLISHED
 from benchmarks.goodput.distserve_report import STYLES
 from benchmarks.goodput.distserve_systems import SHORT_ANSWER, System
@@ -105,6 +105,8 @@ def test_where_a_rate_crosses() -> None:
     assert crossing({1.0: 1.0, 2.0: 0.8, 3.0: 0.95}) == pytest.approx(1.5)
     assert crossing({1.0: 0.89, 2.0: 0.5}) is None
     assert crossing({1.0: 1.0, 2.0: 0.9}) == 2.0
+    assert scripted((1.0, 2.0, 3.0), (1.0, 0.8, 0.95)) == pytest.approx(1.5)
+    assert scripted((1.0, 2.0), (0.5, 0.4)) == 1.0, "its script gives the lowest rate where none holds"
 
 
 def test_factors_that_requests_need() -> None:
@@ -178,6 +180,7 @@ def test_a_slower_baseline_holds_less(tmp_path: Path) -> None:
 def test_tables_and_plots_of_any_outcome(tmp_path: Path) -> None:
     figures = {"gpus": 1, "rates": (1.0, 2.0), "attained": (1.0, 0.5), "scales": (0.5, 1.0)}
     figures |= {"attained_at_scale": (0.1, 1.0), "rate": 1.5, "scale": 0.8, "ttft": 0.8, "tpot": 0.2}
+    figures |= {"scripted_rate": 1.2, "lone": 0.5}
     never = figures | {"rate": None, "scale": None, "ttft": None}
     systems = dict.fromkeys(STYLES, figures) | {"our whole prompts": figures, "our SplitFuse": never}
     systems |= dict.fromkeys(("small batches", "SplitFuse", "best shape"), never)
