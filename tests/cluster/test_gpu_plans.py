@@ -49,7 +49,5 @@ def test_kv_memory_in_bytes(tmp_path):
 
 
 def test_nccl_is_for_several_gpus():
-    with pytest.raises(
-        ConfigError, match=r"nccl is for KV between GPUs, and with engine\.gpu .* leave it"
-    ):
+    with pytest.raises(ConfigError, match=r"nccl is for KV between GPUs, and with engine\.gpu .* leave it"):
         load_config(None, {"engine.gpu": 0, "engine.kv_transport": "nccl"}, model_dir())
