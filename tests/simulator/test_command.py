@@ -222,6 +222,15 @@ def test_a_fault_after_the_end_changes_nothing(write: Callable[..., Path]) -> No
     assert figures(config, "--fault", "1e6:drain:decode-1")["summary"] == figures(config)["summary"]
 
 
+def test_an_instance_changes_its_role(write: Callable[..., Path]) -> None:
+    config = write()
+    summary = figures(config, "--fault", "5:mixed:decode-1")["summary"]
+    assert summary["num_answered"] == summary["num_offered"]
+    assert "mixed" in {instance["role"] for instance in summary["instances"] if instance["instance_id"] == "decode-1"}
+    both = ("--fault", "5:prefill:decode-1", "--fault", "9:prefill:decode-0")
+    assert "decode-0 is the last decode instance" in " ".join(refused(config, *both).split())
+
+
 def test_an_instance_that_starts_late_serves_from_then_on(write: Callable[..., Path], tmp_path: Path) -> None:
     run(write(), "--requests", "120", "--fault", "9:start:decode-0", "--timelines", str(tmp_path / "r.csv"))
     with (tmp_path / "r.csv").open() as file:
