@@ -25,6 +25,8 @@ _PATIENCE = 20.0
 """Seconds for the other rank to come."""
 _WORD_PATIENCE = 1.0
 """Seconds for whoever has come to say the word: a stranger must not keep the other rank waiting."""
+_LIFETIME = 60.0
+"""Seconds after which nobody will come any more for an id: both ranks have given its generation up."""
 _WORD_BYTES = 32
 _PORT = struct.Struct("<H")
 _OP = struct.Struct("<Q")
@@ -42,7 +44,8 @@ class SocketCollectives:
         self._device = device or CpuDevice()
         self._host = host
         self._lock = threading.Lock()
-        self._listening: dict[bytes, socket.socket] = {}
+        # By id, with the time it was made.
+        self._listening: dict[bytes, tuple[socket.socket, float]] = {}
 
     def unique_id(self) -> bytes:
         """Listen for the other rank."""
@@ -53,8 +56,11 @@ class SocketCollectives:
             raise RuntimeError(f"cannot listen on {self._host!r}: {error}") from error
         word = secrets.token_bytes(_WORD_BYTES)
         unique_id = word + _PORT.pack(server.getsockname()[1]) + self._host.encode()
+        now = time.monotonic()
         with self._lock:
-            self._listening[unique_id] = server
+            for stale in [each for each, (_, made) in self._listening.items() if made + _LIFETIME < now]:
+                self._listening.pop(stale)[0].close()
+            self._listening[unique_id] = server, now
         return unique_id
 
     def communicator(self, unique_id: bytes, rank: int, num_ranks: int = 2) -> "SocketCommunicator":
@@ -73,15 +79,15 @@ class SocketCollectives:
         with self._lock:
             servers = tuple(self._listening.values())
             self._listening.clear()
-        for server in servers:
+        for server, _ in servers:
             hang_up(server)
             server.close()
 
     def _accept(self, unique_id: bytes) -> socket.socket:
         with self._lock:
-            server = self._listening.get(unique_id)
-        if server is None:
-            raise RuntimeError("the id is not known here any more")
+            if unique_id not in self._listening:
+                raise RuntimeError("the id is not known here any more")
+            server, _ = self._listening[unique_id]
         deadline = time.monotonic() + _PATIENCE
         try:
             while (left := deadline - time.monotonic()) > 0:

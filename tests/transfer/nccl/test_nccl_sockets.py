@@ -72,6 +72,18 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(monkeypatch):
         SocketCollectives().communicator(unique_id, 1)
 
 
+def test_an_id_that_nobody_used_keeps_no_port(monkeypatch):
+    monkeypatch.setattr(sockets, "_LIFETIME", 0.0)
+    collectives = SocketCollectives()
+    stale = collectives.unique_id()
+    collectives.unique_id()
+    with pytest.raises(RuntimeError, match="not known here any more"):
+        collectives.communicator(stale, 0)
+    with pytest.raises(RuntimeError, match="refused"):
+        SocketCollectives().communicator(stale, 1)
+    collectives.close()
+
+
 def test_what_is_no_id_and_no_interface_is_refused():
     with pytest.raises(RuntimeError, match="no communicator"):
         SocketCollectives().communicator(b"short", 1)
