@@ -44,7 +44,7 @@ class Instant:
 
 def joint_model(problem: Problem, placement: Placement) -> ClusterModel:
     """The deployment of ``placement``, as ``distserve simulate`` would replay it."""
-    model = deployment(placement, problem.latency, problem.model, problem.delays)
+    model = deployment(placement, problem.latency, problem.model, problem.delays, problem.slo)
     return on_one_host(model, problem.latency, placement)
 
 

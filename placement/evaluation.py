@@ -94,9 +94,9 @@ def binding_constraint(problem: Problem, placement: Placement, goodput: Goodput)
     if full_links:
         return f"network: {full_links[0].name} carries {full_links[0].share:.0%} of its capacity"
     is_ttft = point.ttft_attainment <= point.tpot_attainment
-    role = Role.MIXED if uses[0].role is Role.MIXED else Role.PREFILL if is_ttft else Role.DECODE
-    pool = [use for use in uses if use.role is role]
     decoding = [use for use in uses if use.role is not Role.PREFILL]
+    role = uses[0].role if is_ttft else decoding[0].role
+    pool = [use for use in uses if use.role is role]
     busy = sum(use.busy for use in pool) / len(pool)
     memory = max(use.kv_share for use in decoding)
     limit = f"TTFT ({point.ttft_attainment:.0%} within)" if is_ttft else f"TPOT ({point.tpot_attainment:.0%} within)"

@@ -42,12 +42,16 @@ _CROWDED = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A way of serving: the ``roles`` of its pools, ``letter`` for short."""
+    """A way of serving: the ``roles`` of its pools, ``letter`` for short.
+
+    A goodput below the share ``floor`` of that of the modes before it is of no interest.
+    """
 
     name: str
     letter: str
     roles: tuple[Role, ...]
     policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
+    floor: float = 0.5
 
     @property
     def moves_kv(self) -> bool:
@@ -59,6 +63,7 @@ MODES = (
     Mode("SplitFuse", "S", (Role.MIXED,)),
     Mode("whole prompts", "W", (Role.MIXED,), PrefillPolicy.WHOLE_PROMPT),
     Mode("disaggregated", "D", (Role.PREFILL, Role.DECODE)),
+    Mode("hybrid", "H", (Role.PREFILL, Role.MIXED), floor=0.9),
 )
 
 
@@ -79,7 +84,7 @@ class OneShape:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long runs are: so many residences of a request and so many TTFT limits, within bounds in requests."""
+    """How long runs are: so many residences of a request and so many times its patience, within bounds in requests."""
 
     residences: float = 2.0
     patiences: float = 4.0
@@ -101,11 +106,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Fleet:
-    """``num_instances`` equal instances of ``parallel`` that serve ``problem``'s workload within its objective."""
+    """``num_instances`` equal instances of ``parallel`` that serve ``problem``'s workload within its objective.
+
+    ``patience`` (seconds) is at least the TTFT limit: a queue that grows must have the time to become too long.
+    """
 
     problem: Problem
     parallel: ParallelConfig
     num_instances: int
+    patience: float
     pace: Pace = Pace()
 
     @property
@@ -247,11 +256,19 @@ class Fleet:
     def _ceiling(self, mode: Mode, knob: int, placement: Placement) -> float:
         """Requests/s that bounds without a simulation allow; 0 if even an idle instance misses the objective."""
         target = self.problem.slo.attainment
-        bounds = [(self._bound(shape), count) for shape, count in self.pools(mode, knob)]
+        pools = self.pools(mode, knob)
+        if mode.moves_kv and Role.MIXED in mode.roles:
+            # Every instance may take prompts, as a prefill instance at best; only the mixed ones decode.
+            counts = (self.num_instances, pools[-1][1])
+            kinds = (self.shapes[role, PrefillPolicy.SPLITFUSE] for role in (Role.PREFILL, Role.DECODE))
+            pools = list(zip(kinds, counts, strict=True))
+        bounds = [(self._bound(shape), count) for shape, count in pools]
         if any(bound.attainment < target for bound, _ in bounds):
             return 0.0
         capacity = min(bound.capacity * count for bound, count in bounds)
-        return _SLACK * min(capacity, network_capacity(self.problem, self.offered, placement))
+        if placement.of(Role.DECODE):
+            capacity = min(capacity, network_capacity(self.problem, self.offered, placement))
+        return _SLACK * capacity
 
     def _bound(self, shape: Shape) -> ShapeBound:
         if shape not in self._bounds:
@@ -281,7 +298,7 @@ class Fleet:
         _, outputs = self.offered.sample
         alone = self.step_time.seconds(StepShape(num_decodes=1, decode_context=1))
         residence = float(outputs.mean()) * min(slo.tpot, 4 * alone)
-        span = pace.residences * residence + pace.patiences * slo.ttft
+        span = pace.residences * residence + pace.patiences * self.patience
         num = min(max(int(rate * span), pace.least), pace.most)
         return Effort(num, num)
 

@@ -8,12 +8,13 @@ every mode of :mod:`benchmarks.goodput.fleet`. Its goodput is the largest rate a
 TPOT in a steady state. Arrivals are Poisson, lengths lognormal with a coefficient of variation of 0.6. Prefill and
 decode instances are on different nodes; objectives are multiples of what an idle instance takes (``map_grid.py``).
 
-Points that the table has already are not measured again: an interrupted run goes on, a whole one is only drawn.
+What the table has already is not measured again: an interrupted run goes on, a whole one is only drawn.
 """
 
 import argparse
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,32 +26,34 @@ from benchmarks.goodput.map_rows import Row, read_rows, write_rows
 from distserve.bench.report import write_atomically
 
 HERE = Path(__file__).parent
-_BELOW = 0.5
-"""A mode with less than this share of the best one's goodput is only known to have less."""
 
 
-def measure_modes(fleet: Fleet, bandwidths: Sequence[float]) -> Iterator[tuple[float, Found]]:
-    """Every mode with every bandwidth (0: any), each at its best."""
-    best = 0.0
+def measure_modes(
+    fleet: Fleet, bandwidths: Sequence[float], known: Sequence[Row] = ()
+) -> Iterator[tuple[float, Found]]:
+    """Every mode with every bandwidth (0: any) that is not ``known``, each at its best."""
+    best: defaultdict[float, float] = defaultdict(float)
+    for row in known:
+        best[row.bandwidth] = max(best[row.bandwidth], row.goodput * fleet.num_gpus)
+    done = {(row.mode, row.bandwidth) for row in known}
     for mode in MODES:
-        if not mode.moves_kv:
-            found = fleet.best(mode, _BELOW * best)
-            best = max(best, found.goodput.interval.estimate)
-            yield 0.0, found
-            continue
         last: Found | None = None
-        for bandwidth in bandwidths:
-            there = with_bandwidth(fleet, bandwidth)
-            last = there.best(mode, _BELOW * best) if last is None else there.unless_slower(last, _BELOW * best)
+        for bandwidth in bandwidths if mode.moves_kv else (0.0,):
+            if (mode.name, bandwidth) in done:
+                continue
+            there = with_bandwidth(fleet, bandwidth) if mode.moves_kv else fleet
+            floor = mode.floor * max(best[0.0], best[bandwidth])
+            last = there.best(mode, floor) if last is None else there.unless_slower(last, floor)
+            best[bandwidth] = max(best[bandwidth], last.goodput.interval.estimate)
             yield bandwidth, last
 
 
-def measure_point(point: Point, grid: Grid, seed: int = 0) -> tuple[list[Row], int]:
-    """The rows of one point of the map over all bandwidths, and how many requests that took to simulate."""
+def measure_point(point: Point, grid: Grid, seed: int = 0, known: Sequence[Row] = ()) -> tuple[list[Row], int]:
+    """The rows that one point of the map lacks, and how many requests it took to simulate them."""
     fleet = fleet_at(point, grid.pace, seed)
     rows: list[Row] = []
     simulated = 0
-    for bandwidth, found in measure_modes(fleet, grid.bandwidths):
+    for bandwidth, found in measure_modes(fleet, grid.bandwidths, known):
         goodput = found.goodput
         simulated += found.num_simulated
         rows.append(
@@ -73,12 +76,16 @@ def measure_point(point: Point, grid: Grid, seed: int = 0) -> tuple[list[Row], i
 def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
     """Measure what the table at ``path`` lacks of the map, keep it up to date, and say how far it is."""
     rows = read_rows(path)
-    done = {row.key for row in rows}
+    whole = sum(len(grid.bandwidths) if mode.moves_kv else 1 for mode in MODES)
+    known: defaultdict[tuple[str, str, int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.bandwidth in {0.0, *grid.bandwidths}:
+            known[row.key].append(row)
     points = list(grid.points())
-    missing = [point for point in points if point.key not in done]
+    missing = [point for point in points if len(known[point.key]) < whole]
     began = time.perf_counter()
     for number, point in enumerate(missing, 1):
-        found, simulated = measure_point(point, grid, seed)
+        found, simulated = measure_point(point, grid, seed, known[point.key])
         rows += found
         write_rows(path, rows)
         left = (time.perf_counter() - began) / number * (len(missing) - number) / 60
@@ -101,6 +108,7 @@ def main() -> None:
         "--seed", type=int, default=0, help="of all random numbers; others than 0 into files of their own"
     )
     parser.add_argument("--outputs", type=int, nargs="+", metavar="TOKENS", help="only these output lengths of the map")
+    parser.add_argument("--links", type=int, metavar="N", help="only the N fastest links of the map")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="directory of table and picture")
     options = parser.parse_args()
     grid = QUICK if options.quick else WHOLE
@@ -109,6 +117,7 @@ def main() -> None:
         if not wanted:
             sys.exit(f"--outputs: the map has {', '.join(map(str, grid.outputs))}")
         grid = replace(grid, outputs=wanted)
+    grid = replace(grid, bandwidths=grid.bandwidths[: options.links])
     options.output.mkdir(parents=True, exist_ok=True)
     stem = "when_it_pays" + "_quick" * options.quick + (f"_seed{options.seed}" if options.seed else "")
     table, picture = options.output / f"{stem}.csv", options.output / f"{stem}.png"
