@@ -16,6 +16,7 @@ from dataclasses import replace
 from distserve.core.budget import check_budget
 from distserve.core.config import Role
 from distserve.core.errors import ConfigError
+from distserve.core.hybrid import RecentTokens
 from distserve.core.instance_view import InstanceView
 from distserve.core.messages import ChangeRole, Report
 
@@ -68,6 +69,8 @@ def follow(view: InstanceView, report: Report) -> bool:
         view.is_draining = report.becoming is not None
         # What it was given for its former role has ended, or will be turned away when it comes.
         view.assigned.clear()
+        view.recent = RecentTokens(view.recent.window)
+        view.done_at = 0.0
         return True
     if report.becoming is not None and view.becoming is None:
         begin(view, report.becoming)
