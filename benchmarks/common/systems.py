@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common.servers import Server, Starting, free_port, running, starting
+from distserve.core.config import SLO
 
 MAX_MODEL_LEN = 2048
 MAX_BATCH_SIZE = 64
@@ -26,7 +27,8 @@ _KV_TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffe
 class Deployment:
     """Ours: instances of each role, each with ``threads`` cores, and tokens of KV memory for each.
 
-    ``max_batch_tokens`` is the budget of a step; None leaves it to the server.
+    ``max_batch_tokens`` is the budget of a step, ``slo`` what prompts are divided for between prefill and mixed
+    instances; None leaves them to the server.
     """
 
     prefill: int = 0
@@ -35,6 +37,7 @@ class Deployment:
     threads: int = 1
     kv_tokens: int = 20480
     max_batch_tokens: int | None = None
+    slo: SLO | None = None
 
     def arguments(self) -> list[str]:
         """For ``distserve serve``."""
@@ -63,6 +66,10 @@ class Bench:
         port = free_port()
         command: list[str | Path] = [_DISTSERVE, "serve", self.model, *deployment.arguments(), "--dtype", "bfloat16"]
         command += ["--max-model-len", str(MAX_MODEL_LEN), "--port", str(port)]
+        if (slo := deployment.slo) is not None:
+            config = self.logs / f"{name}.yaml"
+            config.write_text(f"slo: {{ttft: {slo.ttft}, tpot: {slo.tpot}, attainment: {slo.attainment}}}\n")
+            command += ["--config", config]
         with running(name, command, f"http://127.0.0.1:{port}", self.logs / f"{name}.log") as server:
             yield server
 

@@ -10,6 +10,7 @@ from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import Workload, WorkloadSpec
 from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
 from distserve.core.latency import StepShape
+from distserve.core.router import RouterConfig
 from simulator.latency.measured import ProfileLatencyModel
 from simulator.model import ClusterModel, InstanceModel
 from simulator.results import Timelines
@@ -83,6 +84,7 @@ def cluster_model(
     *,
     scheduler: SchedulerConfig = SCHEDULER,
     kv_tokens: int = KV_TOKENS,
+    router: RouterConfig | None = None,
 ) -> ClusterModel:
     """``pools`` instances of each role on this machine's cores."""
     profile = model.profile
@@ -95,6 +97,7 @@ def cluster_model(
     return ClusterModel(
         instances=tuple(InstanceModel(spec, step_time) for spec in specs),
         delays=model.delays(tuple(spec.instance_id for spec in specs), mean_prompt),
+        router=router or RouterConfig(),
         host=model.host(),
     )
 

@@ -199,7 +199,7 @@ def test_measuring_goes_on_where_it_stopped_and_the_report_says_what_is_missing(
     (options.output_dir / "machine.json").write_text('{"vllm": {}, "cpu": "", "num_cpus": 2}')
     write_report(options.output_dir, results)
     text = (options.output_dir / "report.md").read_text()
-    assert "not measured: 1 mixed on 2 cores, 2 mixed, a core each, 1 prefill + 1 mixed" in text
+    assert "not measured: 1 mixed on 2 cores; 2 mixed, a core each; 1 prefill + 1 mixed" in text
     assert (options.output_dir / "attainment.png").stat().st_size > 0
     assert len((options.output_dir / "runs.csv").read_text().splitlines()) == 1 + num_runs
 

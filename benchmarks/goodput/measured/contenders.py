@@ -1,6 +1,7 @@
 """The ways to serve on this machine's cores that are held against each other, ours and vLLM's.
 
 Each may be given another token budget for a step in every cell: what is compared is the best that each can do there.
+The hybrid is told an objective to divide prompts for: the balanced one, and for tight TPOT once more that.
 """
 
 from contextlib import AbstractContextManager
@@ -8,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.common.servers import Server
 from benchmarks.common.systems import Bench, Deployment, all_cores
+from benchmarks.goodput.measured.runs import OBJECTIVES
 from distserve.core.config import Role
 
 KV_TOKENS = 65536
@@ -60,7 +62,13 @@ CONTENDERS = {
             "hybrid",
             "1 prefill + 1 mixed",
             (512, 128),
-            Deployment(prefill=1, mixed=1, threads=1, kv_tokens=KV_TOKENS),
+            Deployment(prefill=1, mixed=1, threads=1, kv_tokens=KV_TOKENS, slo=OBJECTIVES["balanced"]),
+        ),
+        Contender(
+            "hybrid-tight",
+            "1 prefill + 1 mixed, told the tight TPOT",
+            (512, 128),
+            Deployment(prefill=1, mixed=1, threads=1, kv_tokens=KV_TOKENS, slo=OBJECTIVES["tight TPOT"]),
         ),
         Contender("vllm", "vLLM on 2 cores", (2048, 512, 128), cores=all_cores()),
         Contender("vllm-disaggregated", "vLLM's disaggregated prefill, 1 + 1", (2048,)),

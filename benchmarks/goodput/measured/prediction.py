@@ -10,6 +10,7 @@ from benchmarks.goodput.measured.contenders import KV_TOKENS, Contender
 from benchmarks.goodput.measured.runs import WORKLOADS, Requests
 from distserve.bench.workload import Workload
 from distserve.core.config import SchedulerConfig
+from distserve.core.router import RouterConfig
 from simulator.latency.measured import ProfileLatencyModel
 from simulator.simulation import simulate
 
@@ -25,7 +26,12 @@ def predict(profile: ProfileLatencyModel, contender: Contender, run: dict[str, A
         max_batch_tokens=run["budget"], max_batch_size=MAX_BATCH_SIZE, max_model_len=MAX_MODEL_LEN
     )
     mean_prompt = WORKLOADS[run["workload"]].mean_prompt
-    model = cluster_model(profile, contender.pools, mean_prompt, scheduler=scheduler, kv_tokens=KV_TOKENS)
+    assert contender.deployment is not None, "only ours are predicted"
+    slo = contender.deployment.slo
+    router = RouterConfig() if slo is None else RouterConfig(slo=slo)
+    model = cluster_model(
+        profile, contender.pools, mean_prompt, scheduler=scheduler, kv_tokens=KV_TOKENS, router=router
+    )
     workload = Workload(
         measured.prompt_tokens.astype(np.int64), measured.output_tokens.astype(np.int64), measured.arrival
     )

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.goodput.measured.contenders import Contender
 from benchmarks.goodput.measured.results import Results, Run
-from benchmarks.goodput.measured.runs import OBJECTIVES, TARGET, WORKLOADS, Requests
+from benchmarks.goodput.measured.runs import OBJECTIVES, TARGET, Requests
 from distserve.bench.report import write_atomically
 
 _COLOURS = {
@@ -16,6 +16,7 @@ _COLOURS = {
     "mixed-x1": "tab:green",
     "mixed-x2": "tab:olive",
     "hybrid": "tab:purple",
+    "hybrid-tight": "tab:pink",
     "vllm": "tab:red",
     "vllm-disaggregated": "tab:orange",
 }
@@ -30,9 +31,10 @@ def write_plots(directory: Path, results: Results) -> None:
 
 
 def _attainment(results: Results) -> Figure:
-    figure = Figure(figsize=(15, 11), layout="constrained")
-    axes = figure.subplots(len(WORKLOADS), len(OBJECTIVES), sharey=True, squeeze=False)
-    for row, workload in zip(axes, WORKLOADS, strict=True):
+    figure = Figure(figsize=(15, 3.8 * len(results.measured_workloads())), layout="constrained")
+    workloads = results.measured_workloads()
+    axes = figure.subplots(len(workloads), len(OBJECTIVES), sharey=True, squeeze=False)
+    for row, workload in zip(axes, workloads, strict=True):
         for index, (axis, (name, slo)) in enumerate(zip(row, OBJECTIVES.items(), strict=True)):
             for contender in results.measured_contenders():
                 best = results.best(workload, contender, index)
@@ -52,7 +54,7 @@ def _attainment(results: Results) -> Figure:
 
 
 def _latency(results: Results) -> Figure:
-    figure = Figure(figsize=(19, 11), layout="constrained")
+    figure = Figure(figsize=(19, 3.8 * len(results.measured_workloads())), layout="constrained")
     kinds: dict[str, Callable[[Run], float | None]] = {
         "P90 TTFT, s": lambda run: _figure(run, "ttft_p90"),
         "P90 TPOT, ms": lambda run: _milli(_figure(run, "tpot_p90")),
@@ -62,8 +64,9 @@ def _latency(results: Results) -> Figure:
     simulated = {"P90 TTFT, s": ("ttft_p90", 1.0), "P90 TPOT, ms": ("tpot_p90", 1e3)}
     simulated["latency per output token, ms"] = ("token_latency", 1e3)
     tops = {"P90 TTFT, s": 2.5, "P90 TPOT, ms": 120, "P99 ITL, ms": 400, "latency per output token, ms": 120}
-    axes = figure.subplots(len(WORKLOADS), len(kinds), squeeze=False)
-    for row, workload in zip(axes, WORKLOADS, strict=True):
+    workloads = results.measured_workloads()
+    axes = figure.subplots(len(workloads), len(kinds), squeeze=False)
+    for row, workload in zip(axes, workloads, strict=True):
         for axis, (kind, value) in zip(row, kinds.items(), strict=True):
             over_throughput = kind.startswith("latency")
             for contender in results.measured_contenders():

@@ -24,7 +24,8 @@ def write_report(directory: Path, results: Results) -> None:
     lines = _markdown(directory, results)
     write_atomically(directory / "report.md", lambda place: place.write_text("\n".join(lines) + "\n"))
     write_atomically(directory / "runs.csv", lambda place: place.write_text(_csv(results)))
-    write_plots(directory, results)
+    if results.measured_workloads():
+        write_plots(directory, results)
 
 
 def _markdown(directory: Path, results: Results) -> list[str]:
@@ -42,7 +43,7 @@ def _markdown(directory: Path, results: Results) -> list[str]:
         ),
         f"- {machine['cpu']}, {machine['num_cpus']} cores; vLLM: {versions}",
         f"- other processes kept at most {max(run['other_load'] for run in runs):.2f} cores busy during a run",
-        f"- not measured: {', '.join(missing) if missing else 'nothing'}",
+        f"- rounds: {results.num_rounds}; not measured: {'; '.join(missing) or 'nothing'}",
         (
             "- objectives: "
             + "; ".join(f"{name}: TTFT {o.ttft:g} s, TPOT {1e3 * o.tpot:g} ms" for name, o in OBJECTIVES.items())
@@ -63,20 +64,22 @@ def _markdown(directory: Path, results: Results) -> list[str]:
 
 def _goodputs(results: Results) -> list[str]:
     contenders = results.measured_contenders()
-    head = " | ".join(f"{workload}: {name}" for workload in WORKLOADS for name in OBJECTIVES)
+    cells = [(workload, index) for workload in results.measured_workloads() for index in range(len(OBJECTIVES))]
+    names = list(OBJECTIVES)
+    head = " | ".join(f"{workload}: {names[index]}" for workload, index in cells)
     lines = [
         "## Goodput, requests/s",
         "",
-        "The median of the rounds (their number if it is not one); in brackets what the simulator says of the first",
-        "round's runs, and after @ the tokens a step that were best. *>* where the highest rate was still met.",
+        "The median of the rounds; in brackets what the simulator says of the first round's runs, after @ the tokens of",
+        "a step that were best. *>*: the highest rate that was measured was still met; 0: the lowest was not.",
         "",
         f"| | {head} |",
-        f"|---|{'---:|' * (len(WORKLOADS) * len(OBJECTIVES))}",
+        f"|---|{'---:|' * len(cells)}",
     ]
     for contender in contenders:
-        cells = [_goodput(results, workload, contender, i) for workload in WORKLOADS for i in range(len(OBJECTIVES))]
-        lines.append(f"| {contender.title} | {' | '.join(cells)} |")
-    ratios = [best_ratio(results, workload, i) for workload in WORKLOADS for i in range(len(OBJECTIVES))]
+        texts = [_goodput(results, workload, contender, index) for workload, index in cells]
+        lines.append(f"| {contender.title} | {' | '.join(texts)} |")
+    ratios = [best_ratio(results, workload, index) for workload, index in cells]
     shown = " | ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
     return [*lines, f"| best of ours / vLLM on all cores | {shown} |", ""]
 
@@ -85,14 +88,16 @@ def _goodput(results: Results, workload: str, contender: Contender, index: int) 
     best = results.best(workload, contender, index)
     if best is None:
         return "-"
-    text = f"{'> ' if best.is_open else ''}{best.goodput:.2f}"
-    if len(best.goodputs) > 1:
-        text += f" of {len(best.goodputs)}"
+    text = _rate(best.goodput, is_open=best.is_open)
     curve = results.predicted_curve(workload, contender.name, best.budget)
     if curve:
         is_open = bracket(curve, index, TARGET)[1] is None
-        text += f" ({'> ' if is_open else ''}{goodput(curve, index, TARGET):.2f})"
+        text += f" ({_rate(goodput(curve, index, TARGET), is_open=is_open)})"
     return f"{text} @{best.budget}"
+
+
+def _rate(rate: float, *, is_open: bool) -> str:
+    return f"{'> ' if is_open else ''}{rate:.2f}" if rate else "0"
 
 
 def best_ratio(results: Results, workload: str, objective: int) -> float | None:
@@ -119,7 +124,7 @@ def _tails(results: Results) -> list[str]:
         f"| | | {' | '.join(f'{rate:g}/s' for rate in _TAIL_RATES)} |",
         f"|---|---|{'---:|' * len(_TAIL_RATES)}",
     ]
-    for workload in WORKLOADS:
+    for workload in results.measured_workloads():
         for contender in results.measured_contenders():
             found = {
                 run["rate"]: run["itl"]["p99"]

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.common.store import Store
 from benchmarks.goodput.measured.contenders import CONTENDERS, Contender
 from benchmarks.goodput.measured.ladder import Bracket, bracket, goodput
-from benchmarks.goodput.measured.runs import TARGET, Requests
+from benchmarks.goodput.measured.runs import TARGET, WORKLOADS, Requests
 
 Run = dict[str, Any]
 Attainments = dict[float, list[float]]
@@ -108,6 +108,11 @@ class Results:
     def num_rounds(self) -> int:
         """The most that anything was repeated."""
         return max((run["round"] for run in self._runs.values()), default=0)
+
+    def measured_workloads(self) -> list[str]:
+        """Those of which there is a run, in their order."""
+        names = {run["workload"] for run in self._runs.values()}
+        return [name for name in WORKLOADS if name in names]
 
     def measured_contenders(self) -> list[Contender]:
         """Those of which there is a run, in their order."""
