@@ -70,7 +70,7 @@ def _goodputs(results: Results) -> list[str]:
     lines = [
         "## Goodput, requests/s",
         "",
-        "The median of the rounds; in brackets what the simulator says of the first round's runs, after @ the tokens of",
+        "The median of the rounds; in brackets what the simulator says of the first round's runs; after @ the tokens",
         "a step that were best. *>*: the highest rate that was measured was still met; 0: the lowest was not.",
         "",
         f"| | {head} |",
