@@ -172,7 +172,8 @@ def test_how_much_kv_an_instance_has_of_its_gpu_is_said_or_asked_for() -> None:
 def test_shared_memory_ends_at_a_node() -> None:
     near = [instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (0, 1))]
     apart = [near[0], instance(Role.DECODE, 1, 1, (1, 0)), instance(Role.MIXED, 1, 1, (2, 0))]
-    with pytest.raises(ConfigError, match=r"decode on node 1, mixed on node 2, prefill on node 0, .* give --kv-transport auto"):
+    where = "decode on node 1, mixed on node 2, prefill on node 0"
+    with pytest.raises(ConfigError, match=rf"{where}, .* give --kv-transport auto"):
         check_kv_transport(apart, CPUS, "shm")
     check_kv_transport(apart, CPUS, "auto")
     check_kv_transport(apart, CPUS, "tcp")
