@@ -1,11 +1,14 @@
 """A long measurement is made in slices of time in which the machine is quiet; what ends one is here."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
 from benchmarks.common.machine import OtherLoad
 from benchmarks.common.servers import Server
+
+T = TypeVar("T")
+_ATTEMPTS = 3
 
 
 class SliceOverError(Exception):
@@ -24,13 +27,16 @@ class Slice:
         if time.monotonic() > self._end:
             raise SliceOverError("the time is up")
 
-    @contextmanager
-    def quiet(self, *servers: Server) -> Iterator[OtherLoad]:
-        """A context in which ``servers`` are measured; raises SliceOverError at its end if others disturbed that."""
-        self.check()
-        with OtherLoad(*servers) as other:
-            yield other
-        if other.cores > self._max_other_load:
-            raise SliceOverError(
-                f"other processes kept {other.cores:.2f} cores busy: what was measured then is not kept"
-            )
+    def measure(self, work: Callable[[], T], *servers: Server) -> tuple[T, float]:
+        """What ``work`` gives, and the cores that others than ``servers`` kept busy meanwhile.
+
+        Where those were too many, it is done again, a few times. Raises SliceOverError if the machine stays busy, or
+        the time is up.
+        """
+        for _ in range(_ATTEMPTS):
+            self.check()
+            with OtherLoad(*servers) as other:
+                result = work()
+            if other.cores <= self._max_other_load:
+                return result, other.cores
+        raise SliceOverError(f"other processes kept {other.cores:.2f} cores busy: what was measured then is not kept")

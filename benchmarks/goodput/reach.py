@@ -277,8 +277,8 @@ class Session:
 
     def _measured(self, up: Sequence[Server], server: Server, measure: Measure, seed: int) -> float:
         """One figure of ``server``, while those ``up`` are ours to account for."""
-        with self._slice.quiet(*up):
-            return measure(self._client, server, seed)
+        value, _ = self._slice.measure(partial(measure, self._client, server, seed), *up)
+        return value
 
     def _keep(self, name: str, value: float, budget: int) -> None:
         date = datetime.now(UTC).isoformat(timespec="seconds")

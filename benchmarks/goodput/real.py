@@ -28,6 +28,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import click
+
 from benchmarks.common.load import LoadError, bench, summary
 from benchmarks.common.machine import commit, describe_run
 from benchmarks.common.servers import Server, ServerError, unwind_on_sigterm
@@ -201,8 +203,8 @@ class Session:
             "seed": seed,
             "timeout": _TIMEOUT,
         }
-        with self._slice.quiet(server) as other:
-            document = bench(server.url, load, log=self._systems.logs / "bench.log", may_miss=True)
+        log = self._systems.logs / "bench.log"
+        document, other_load = self._slice.measure(partial(bench, server.url, load, log=log, may_miss=True), server)
         found = summary(document)
         run = {
             "round": number,
@@ -215,7 +217,7 @@ class Session:
             "warmup": warmup,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
-            "other_load": other.cores,
+            "other_load": other_load,
             "requests": Requests.measured(document["runs"][0]["requests"]).to_json(),
             "request_throughput": found["request_throughput"],
             "output_throughput": found["output_token_throughput"],
@@ -240,7 +242,11 @@ class Session:
         words = ["--dtype", DTYPE, "--threads", str(threads), "--max-batch-tokens", "512"]
         words += ["--max-batch-size", str(MAX_BATCH_SIZE), "--max-model-len", str(MAX_MODEL_LEN)]
         words += ["--output", str(path), *(["--quick"] if self._options.quick else []), str(self._systems.model)]
-        profile.main(words, standalone_mode=False)
+        try:
+            profile.main(words, standalone_mode=False)
+        except click.ClickException as error:
+            self.failures.append(path.name)
+            print(f"error in {path.name}, its runs are not predicted: {error.message}", file=sys.stderr)
 
 
 def profile_path(directory: Path, threads: int) -> Path:
