@@ -210,9 +210,8 @@ class Session:
     def _tune(self, contest: Contest) -> None:
         """Every cell once with every budget, on both sides."""
         for side, contender in contest.sides():
-            for budget in self._budgets(contender):
-                if len(self._budgets(contender)) == 1:
-                    continue
+            budgets = self._budgets(contender)
+            for budget in budgets if len(budgets) > 1 else ():
                 missing = [cell for cell in contest.cells if tune_name(cell, side, budget) not in self._store]
                 if missing:
                     with self._serving(contender, budget) as server:

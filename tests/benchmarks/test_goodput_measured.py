@@ -232,11 +232,12 @@ def test_the_best_budget_is_the_fastest_or_the_one_with_most(tmp_path: Path) -> 
     store = Store(tmp_path)
     more = reach_report.Cell("whole", "a", "tokens/s", least=1.0)
     less = replace(more, name="b", least=None, most=1.0)
-    for budget, value in ((256, 2.0), (512, 1.0), (1024, 2.0)):
+    for budget, value in ((256, 2.0), (512, 1.0), (1024, 2.04)):
         for cell in (more, less):
             store.write(reach_report.tune_name(cell, "ours", budget), {"value": value})
     assert reach_report.best_budget(store, more, "ours", (512, 256, 1024)) == 256
     assert reach_report.best_budget(store, less, "ours", (512, 256, 1024)) == 512
+    assert reach_report.best_budget(store, more, "ours", (1024, 256, 512)) == 1024
 
 
 def predicted(contender: str, rate: float, budget: int = 512) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from benchmarks.goodput.measured.runs import OBJECTIVES, WORKLOADS
 from distserve.bench.report import write_atomically
 
 _MET, _MISSED, _NOT_MEASURED, _NEITHER = "met", "**missed**", "not measured", "neither serves it"
+_NOISE = 0.03
+"""What one look at a figure is uncertain by."""
 _TIGHT_TPOT_REACH, _DISAGGREGATED_REACH, _TAIL_REACH = 1.3, 4.0, 2.0
 
 
@@ -61,12 +63,12 @@ def tail_name(kind: str, number: int) -> str:
 
 
 def best_budget(store: Store, cell: Cell, side: str, budgets: tuple[int, ...]) -> int:
-    """The budget that was best for ``cell`` when all were tried; the first of several equals, or of one."""
+    """The budget that was best for ``cell`` when all were tried; the first of those as good within noise."""
     if len(budgets) == 1:
         return budgets[0]
-    found = {budget: store.read(tune_name(cell, side, budget))["value"] for budget in budgets}
-    choose = max if cell.least is not None else min
-    return choose(found, key=lambda budget: float(found[budget]))
+    values = {budget: store.read(tune_name(cell, side, budget))["value"] for budget in budgets}
+    scores = {budget: value if cell.least is not None else 1 / value for budget, value in values.items()}
+    return next(budget for budget in budgets if scores[budget] >= (1 - _NOISE) * max(scores.values()))
 
 
 def write_report(
