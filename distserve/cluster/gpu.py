@@ -74,7 +74,7 @@ def gpu_transport(
         collectives = _collectives(hardware, pool, kind, host)
         return NcclTransport(layout, pool, host=host, secret=secret, clock=cluster_time, collectives=collectives)
 
-    part = reshard.Shard(shard.parallel, shard.rank, shard.num_layers, shard.num_kv_heads)
+    part = reshard.KvShard(shard.parallel, shard.rank, shard.num_layers, shard.num_kv_heads)
     if kind is TransportKind.AUTO:
         either = GpuTransport(
             layout,

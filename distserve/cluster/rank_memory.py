@@ -95,7 +95,7 @@ def rank_transport(layout: KvLayout, shard: Shard, options: MemoryOptions) -> Sh
     Raises TransferError if there is no memory for ``layout``, or no such address to listen on.
     """
     transport = HostTransport(layout, secret=options.secret, clock=cluster_time, host=options.host, kind=options.kind)
-    part = reshard.Shard(shard.parallel, shard.rank, shard.num_layers, shard.num_kv_heads)
+    part = reshard.KvShard(shard.parallel, shard.rank, shard.num_layers, shard.num_kv_heads)
     return ShardedTransport(transport, part)
 
 

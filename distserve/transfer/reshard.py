@@ -13,7 +13,7 @@ from distserve.transfer.plan import Part
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class KvShard:
     """The part of a model that one rank of an instance has: its layers and KV heads, counted within the model.
 
     ``num_layers`` and ``num_kv_heads`` are the whole model's. Raises ConfigError for a shape that the model cannot be
@@ -88,7 +88,7 @@ def reshard(src: ParallelConfig, dst: ParallelConfig, num_layers: int, num_kv_he
     return tuple(shares)
 
 
-def parts(src: ParallelConfig, dst: Shard) -> dict[int, Part]:
+def parts(src: ParallelConfig, dst: KvShard) -> dict[int, Part]:
     """What ``dst`` pulls from each rank of an instance of shape ``src`` that sends it anything.
 
     Raises ConfigError for a shape that the model cannot be cut into.
@@ -96,7 +96,7 @@ def parts(src: ParallelConfig, dst: Shard) -> dict[int, Part]:
     found = {}
     for share in reshard(src, dst.parallel, dst.num_layers, dst.num_kv_heads):
         if share.dst_rank == dst.rank:
-            source = Shard(src, share.src_rank, dst.num_layers, dst.num_kv_heads)
+            source = KvShard(src, share.src_rank, dst.num_layers, dst.num_kv_heads)
             found[share.src_rank] = Part(
                 len(source.layers),
                 len(source.heads),

@@ -15,7 +15,7 @@ from distserve.core.config import KvLayout, ParallelConfig
 from distserve.core.errors import ConfigError, TransferError
 from distserve.core.events import Migrated
 from distserve.transfer.joint import pull_jointly
-from distserve.transfer.reshard import Shard, parts
+from distserve.transfer.reshard import KvShard, parts
 from distserve.transfer.transport import PartTransport
 
 
@@ -33,7 +33,7 @@ class ShardedTransport:
     :class:`~distserve.transfer.joint.InstancePuller` makes one of their outcomes.
     """
 
-    def __init__(self, transport: PartTransport, shard: Shard) -> None:
+    def __init__(self, transport: PartTransport, shard: KvShard) -> None:
         layout = transport.layout
         assert (layout.num_layers, layout.num_kv_heads) == (len(shard.layers), len(shard.heads))
         self._transport = transport

@@ -19,7 +19,7 @@ from distserve.transfer.choose import HostTransport
 from distserve.transfer.joint import InstancePuller
 from distserve.transfer.local import LocalNetwork, LocalTransport
 from distserve.transfer.plan import plane_bytes, plane_pieces
-from distserve.transfer.reshard import Shard, parts
+from distserve.transfer.reshard import KvShard, parts
 from distserve.transfer.sharded import ShardedTransport, instance_address
 from distserve.transfer.shm import ShmTransport
 from distserve.transfer.stream import Stream
@@ -55,15 +55,15 @@ def model_kv(num_layers: int, num_heads: int, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).permutation(math.prod(shape)) + 1).astype(np.uint32).reshape(shape)
 
 
-def ranks_of(parallel: ParallelConfig, num_layers: int, num_heads: int) -> list[Shard]:
-    return [Shard(parallel, rank, num_layers, num_heads) for rank in range(parallel.num_ranks)]
+def ranks_of(parallel: ParallelConfig, num_layers: int, num_heads: int) -> list[KvShard]:
+    return [KvShard(parallel, rank, num_layers, num_heads) for rank in range(parallel.num_ranks)]
 
 
-def layout_of(shard: Shard, kv: KvConfig = KV) -> KvLayout:
+def layout_of(shard: KvShard, kv: KvConfig = KV) -> KvLayout:
     return shard.layout(kv, HEAD_DIM, "float32")
 
 
-def shard_of(kv: np.ndarray, shard: Shard) -> np.ndarray:
+def shard_of(kv: np.ndarray, shard: KvShard) -> np.ndarray:
     """What a rank has of a model's pool."""
     return np.ascontiguousarray(
         kv[shard.layers.start : shard.layers.stop][..., shard.heads.start : shard.heads.stop, :]
@@ -354,4 +354,4 @@ def test_what_is_no_address_of_a_fitting_instance_is_refused(instances, address,
 
 def test_a_shape_that_the_model_cannot_be_cut_into_is_refused():
     with pytest.raises(ConfigError, match="tp 3 does not divide"):
-        Shard(ParallelConfig(3, 1), 0, 4, 4)
+        KvShard(ParallelConfig(3, 1), 0, 4, 4)
