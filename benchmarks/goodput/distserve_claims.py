@@ -62,7 +62,7 @@ class Figures:
 
     ``rate`` in requests/s and GPU, None if no rate holds; ``scale`` is the factor on both limits at the published rate,
     None if none is enough. ``ttft`` and ``tpot`` are the scales that each limit alone would need. ``scripted_rate`` is
-    what the paper's script makes of the sweep: its lowest rate where 90% is not crossed within. ``lone`` is the share
+    the rate that the published sweep shows, which has a lowest and a highest. ``lone`` is the share
     of the TTFT that a long prompt (90th percentile) takes by itself.
     """
 
@@ -145,11 +145,11 @@ def crossing(attained: dict[float, float]) -> float | None:
 
 
 def scripted(rates: Sequence[float], attained: Sequence[float]) -> float:
-    """Where 90% is crossed, as the paper's script has it: the lowest rate if it is not crossed between any two."""
+    """Where 90% is crossed within the published rates; where it is not, the highest or, like its script, the lowest."""
     for (low, a), (high, b) in pairwise(zip(rates, attained, strict=True)):
         if (a < TARGET) != (b < TARGET):
             return low + (high - low) * (a - TARGET) / (a - b)
-    return rates[0]
+    return rates[-1] if attained[0] >= TARGET else rates[0]
 
 
 def bracket(attained: dict[float, float]) -> tuple[float, float] | None:

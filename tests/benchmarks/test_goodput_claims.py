@@ -107,6 +107,7 @@ def test_where_a_rate_crosses() -> None:
     assert crossing({1.0: 1.0, 2.0: 0.9}) == 2.0
     assert scripted((1.0, 2.0, 3.0), (1.0, 0.8, 0.95)) == pytest.approx(1.5)
     assert scripted((1.0, 2.0), (0.5, 0.4)) == 1.0, "its script gives the lowest rate where none holds"
+    assert scripted((1.0, 2.0), (0.95, 0.92)) == 2.0
 
 
 def test_factors_that_requests_need() -> None:
