@@ -159,9 +159,9 @@ def test_stopping_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(serv
             started.set()
 
     def flood() -> None:
-        # Several full batches, one after the other: more than anyone waits for.
+        # Four times as long as what the reader waits for.
         with contextlib.suppress(OSError, http.client.HTTPException):
-            body = {"prompt": [PROMPT] * 60, "n": 4, "max_tokens": 400, "ignore_eos": True}
+            body = {"prompt": [PROMPT] * 24, "max_tokens": 4 * (NUM_TOKENS + 40), "ignore_eos": True}
             server.call("/v1/completions", body)
 
     reader, flooder = threading.Thread(target=read), threading.Thread(target=flood)
