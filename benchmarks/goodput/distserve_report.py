@@ -14,6 +14,7 @@ CHANGES = {
     "baseline as fast as DistServe": ("short", PAPER, "same speed"),
     "baseline's batches of 2,560 tokens": ("short", PAPER, "small batches"),
     "baseline by SplitFuse": ("short", PAPER, "SplitFuse"),
+    "baseline's steps 10 ms longer": ("short", PAPER, "served"),
     "baseline's best TP": ("short", PAPER, "best shape"),
     "steady state": ("steady", PAPER, VLLM),
     "our placement": ("short", OURS, VLLM),

@@ -12,22 +12,58 @@ from benchmarks.goodput.distserve_published import MII_BATCH_TOKENS, PUBLISHED, 
 from benchmarks.paper_cases.run import POLICIES, case_problem, vllm_problem
 from distserve.bench.traces import Trace
 from distserve.core.config import ParallelConfig, PrefillPolicy, Role
-from distserve.core.latency import StepShape
+from distserve.core.latency import StepShape, StepTime
 from placement.candidates import Candidate
 from placement.deployment import joint_model
 from placement.offered import Offered
 from placement.problem import Problem
 from placement.shapes import Shape, find_shapes
 from simulator.latency.analytic import AnalyticModel
+from simulator.latency.interface import LatencyModel
 from simulator.model import ClusterModel
 from simulator.results import Timelines
 from simulator.simulation import simulate
 
+SERVER_SECONDS = 0.01
+"""What vLLM's server took for a token beside its measured steps, by DeepSpeed-FastGen's figures (see the README)."""
 PAPER_CASES = Path(__file__).parents[1] / "paper_cases" / "results"
 SHORT_ANSWER = 5
 """Tokens."""
 _POOL = re.compile(r"(\d+) (prefill|decode|mixed) TP(\d+)(?: PP(\d+))?( \(whole prompts\))?")
 _SPAN = re.compile(r"over (\d+) nodes")
+
+
+@dataclass(frozen=True)
+class Served:
+    """Another source's step times, every step longer by what a server adds to it (``overhead``, seconds)."""
+
+    latency: LatencyModel
+    overhead: float
+
+    @property
+    def source(self) -> str:
+        """Where the figures come from."""
+        return f"{self.latency.source}, {self.overhead} s more a step"
+
+    def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> StepTime:
+        """See LatencyModel."""
+        return ServedStepTime(self.latency.step_time(parallel, stages_share_node=stages_share_node), self.overhead)
+
+
+@dataclass(frozen=True)
+class ServedStepTime:
+    """See Served."""
+
+    step_time: StepTime
+    overhead: float
+
+    def seconds(self, shape: StepShape) -> float:
+        """Seconds of one stage."""
+        return self.step_time.seconds(shape) + self.overhead
+
+    def handover(self, shape: StepShape) -> float:
+        """Seconds between stages."""
+        return self.step_time.handover(shape)
 
 
 @dataclass(frozen=True)
@@ -137,6 +173,11 @@ class Case:
             System("small batches", slow, self.mixed(whole, SMALL_BATCH_TOKENS)),
             System("SplitFuse", slow, self.mixed(split, MII_BATCH_TOKENS)),
             System("best shape", slow, self.mixed(whole, VLLM_BATCH_TOKENS, self.best_tp())),
+            System(
+                "served",
+                replace(slow, latency=Served(slow.latency, SERVER_SECONDS)),
+                self.mixed(whole, VLLM_BATCH_TOKENS),
+            ),
             System("SplitFuse, same speed", fast, self.mixed(split, MII_BATCH_TOKENS)),
             System("our whole prompts", fast, self.planned("whole_prompt")),
             System("our SplitFuse", fast, self.planned("splitfuse")),

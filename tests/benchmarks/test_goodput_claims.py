@@ -184,7 +184,7 @@ def test_tables_and_plots_of_any_outcome(tmp_path: Path) -> None:
     figures |= {"scripted_rate": 1.2, "lone": 0.5}
     never = figures | {"rate": None, "scale": None, "ttft": None}
     systems = dict.fromkeys(STYLES, figures) | {"our whole prompts": figures, "our SplitFuse": never}
-    systems |= dict.fromkeys(("small batches", "SplitFuse", "best shape"), never)
+    systems |= dict.fromkeys(("small batches", "SplitFuse", "best shape", "served"), never)
     runs = dict.fromkeys(RUNS, systems)
     result = {"case": "opt-13b-sharegpt", "slo": {"ttft": 0.25, "tpot": 0.1}, **runs}
     write([result], {"date": "2026-01-01", "command": "x"}, 1, tmp_path)
