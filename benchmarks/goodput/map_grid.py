@@ -90,12 +90,11 @@ LLAMA_70B = Served(
     4,
 )
 TIGHT_TPOT = Objective("tight TPOT, loose TTFT", 1.0, 8, 2)
-BOTH_TIGHT = Objective("both tight", 0.2, 3, 2)
 BOTH_LOOSE = Objective("both loose", 1.0, 8, 6)
 TIGHT_TTFT = Objective("tight TTFT, loose TPOT", 0.2, 3, 6)
 WHOLE = Grid(
     models=(LLAMA_8B, LLAMA_70B),
-    objectives=(TIGHT_TPOT, BOTH_TIGHT, BOTH_LOOSE, TIGHT_TTFT),
+    objectives=(TIGHT_TPOT, BOTH_LOOSE, TIGHT_TTFT),
     prompts=(500, 1500, 5000, 15000),
     outputs=(32, 128, 512),
     bandwidths=(50e9, 6.25e9, 1.5625e9),

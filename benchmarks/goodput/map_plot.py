@@ -5,7 +5,9 @@ its letter is the mode that wins.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,12 +15,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 
-from benchmarks.goodput.fleet import MODES
+from benchmarks.goodput.fleet import MODES, TOLERANCE, Mode
 from benchmarks.goodput.map_grid import NUM_INSTANCES, WHOLE
 from benchmarks.goodput.map_rows import Row, Verdict, in_cell, judge
 
-TIE = 1.05
-"""Ratios below this are within what other random numbers would give."""
+TIE = 1 + TOLERANCE
+"""Ratios below this are within the brackets of the goodputs."""
 _MOST = 1.0
 """Of log2: twice as good is as dark as it gets."""
 _TICKS = (0.5, 0.7, 1.0, 1.4, 2.0)
@@ -27,37 +29,61 @@ _NOWHERE = "#d4d4d4"
 _GPUS_PER_NODE = 8
 
 
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """What the panels are of, in order, and what is along their axes."""
+
+    objectives: list[str]
+    bandwidths: list[float]
+    prompts: list[int]
+    outputs: list[int]
+
+
+def measured_everywhere(rows: Sequence[Row]) -> list[Mode]:
+    """The modes that have a row in every cell: others would win where nobody else was asked."""
+    bandwidths = {row.bandwidth for row in rows if row.bandwidth}
+    num_points = len({row.key for row in rows})
+    counts = Counter(row.mode for row in rows)
+    return [m for m in MODES if counts[m.name] == num_points * (len(bandwidths) if m.moves_kv else 1)]
+
+
 def draw(rows: Sequence[Row]) -> Figure:
-    """The whole map."""
+    """The whole map, of the modes that were measured everywhere."""
+    modes = measured_everywhere(rows)
+    rows = [row for row in rows if row.mode in {mode.name for mode in modes}]
     models = list(dict.fromkeys(row.model for row in rows))
-    objectives = list(dict.fromkeys(row.objective for row in rows))
-    bandwidths = sorted({row.bandwidth for row in rows if row.bandwidth}, reverse=True)
-    height = (1.75 * len(objectives) + 0.8) * len(models) + 1.0
-    figure = Figure(figsize=(3.5 * len(bandwidths) + 0.8, height), layout="constrained")
+    axes = _Axes(
+        list(dict.fromkeys(row.objective for row in rows)),
+        sorted({row.bandwidth for row in rows if row.bandwidth}, reverse=True),
+        sorted({row.prompt for row in rows}),
+        sorted({row.output for row in rows}),
+    )
+    height = (1.75 * len(axes.objectives) + 0.8) * len(models) + 1.0
+    figure = Figure(figsize=(3.5 * len(axes.bandwidths) + 0.8, height), layout="constrained")
     heights = [*[1.0] * len(models), len(models) / (height - 1)]
     parts = figure.subfigures(len(models) + 1, 1, squeeze=False, height_ratios=heights).ravel()
     for model, part in zip(models, parts, strict=False):
-        _draw_model(part, [row for row in rows if row.model == model], objectives, bandwidths)
-    _draw_key(parts[-1])
+        _draw_model(part, [row for row in rows if row.model == model], axes)
+    _draw_key(parts[-1], modes)
     return figure
 
 
-def _draw_model(part: SubFigure, rows: Sequence[Row], objectives: Sequence[str], bandwidths: Sequence[float]) -> None:
+def _draw_model(part: SubFigure, rows: Sequence[Row], axes: _Axes) -> None:
     part.suptitle(f"{rows[0].model}, {_instances(rows[0].model)}", fontsize=12, fontweight="bold")
-    panels = part.subplots(len(objectives), len(bandwidths), sharex=True, sharey=True, squeeze=False)
-    for line, objective in zip(panels, objectives, strict=True):
+    panels = part.subplots(len(axes.objectives), len(axes.bandwidths), sharex=True, sharey=True, squeeze=False)
+    for line, objective in zip(panels, axes.objectives, strict=True):
         of_objective = [row for row in rows if row.objective == objective]
-        for panel, bandwidth in zip(line, bandwidths, strict=True):
-            _draw_panel(panel, of_objective, bandwidth)
+        for panel, bandwidth in zip(line, axes.bandwidths, strict=True):
+            _draw_panel(panel, of_objective, bandwidth, axes)
         line[0].set_ylabel(f"{_limits(of_objective)}\ntokens out", fontsize=8.5)
-    for panel, bandwidth in zip(panels[0], bandwidths, strict=True):
+    for panel, bandwidth in zip(panels[0], axes.bandwidths, strict=True):
         panel.set_title(_link(bandwidth), fontsize=9)
     for panel in panels[-1]:
         panel.set_xlabel("tokens in", fontsize=8.5)
 
 
-def _draw_panel(panel: Axes, rows: Sequence[Row], bandwidth: float) -> None:
-    prompts, outputs = sorted({row.prompt for row in rows}), sorted({row.output for row in rows})
+def _draw_panel(panel: Axes, rows: Sequence[Row], bandwidth: float, axes: _Axes) -> None:
+    prompts, outputs = axes.prompts, axes.outputs
     shades = np.full((len(outputs), len(prompts)), np.nan)
     panel.set_facecolor(_NOWHERE)
     for y, output in enumerate(outputs):
@@ -79,11 +105,11 @@ def _draw_panel(panel: Axes, rows: Sequence[Row], bandwidth: float) -> None:
     panel.tick_params(which="both", length=0)
 
 
-def _draw_key(part: SubFigure) -> None:
+def _draw_key(part: SubFigure, modes: Sequence[Mode]) -> None:
     axis = part.subplots()
     bar = part.colorbar(ScalarMappable(Normalize(-_MOST, _MOST), _COLOURS), cax=axis, orientation="horizontal")
     bar.set_ticks(np.log2(_TICKS).tolist(), labels=["2x worse", "1.4x", "equal", "1.4x", "2x better"])
-    letters = ", ".join(f"{mode.letter} {mode.name}" for mode in MODES)
+    letters = ", ".join(f"{mode.letter} {mode.name}" for mode in modes)
     bar.set_label(
         f"goodput per GPU with a pool of prefill instances, beside the best mixed instances. Winner: {letters};\n"
         f"by how much over the best of the other colour (=: less than {TIE - 1:.0%}); grey: nobody meets the objective",
