@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from distserve.cli import main
 from distserve.cluster.config import load_config
-from distserve.cluster.describe import Description
+from distserve.cluster.describe import Description, examine
 from distserve.core.errors import ConfigError
 from distserve.demo import model_dir
 
@@ -92,8 +92,8 @@ def broken(tmp_path: Path) -> Path:
 
 
 def complaint(model: Path) -> str:
-    with Description(model, "float32") as description, pytest.raises(ConfigError) as error:
-        description.result()
+    with pytest.raises(ConfigError) as error:
+        examine(model, "float32")
     return str(error.value)
 
 
@@ -110,7 +110,8 @@ def test_an_unsupported_architecture_is_refused(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config.update(model_type="t5", architectures=["T5ForConditionalGeneration"])
     (broken / "config.json").write_text(json.dumps(config))
-    assert "t5" in complaint(broken)
+    with Description(broken, "float32") as description, pytest.raises(ConfigError, match="t5"):
+        description.result()
 
 
 def test_a_good_model_is_described() -> None:

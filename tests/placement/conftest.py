@@ -24,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "slo": {"ttft": 0.4, "tpot": 0.1, "attainment": 0.9},
     "workload": {
         "prompt": {"lognormal": {"mean": 400, "cv": 0.8, "max": 1500}},
-        "output": {"lognormal": {"mean": 40, "cv": 0.5, "max": 200}},
+        "output": {"lognormal": {"mean": 12, "cv": 0.5, "max": 60}},
         "arrivals": {"rate": 2, "cv": 1},
     },
     "cluster": {
