@@ -217,8 +217,8 @@ class Session:
                     with self._serving(contender, budget) as server:
                         self._warm_up(server)
                         for cell in missing:
-                            value = self._measured([server], server, contest.cells[cell], seed=1)
-                            self._keep(tune_name(cell, side, budget), value, budget)
+                            found = self._measured([server], server, contest.cells[cell], seed=1)
+                            self._keep(tune_name(cell, side, budget), found, budget)
 
     def _compare(self, contest: Contest) -> None:
         """Cells with the same best budgets share a start of both servers; the order is swapped from round to round."""
@@ -243,8 +243,8 @@ class Session:
                             if name not in self._store:
                                 with alone(server, theirs):
                                     measure = contest.cells[cell]
-                                    value = self._measured([ours, theirs], server, measure, seed=10 + number)
-                                self._keep(name, value, budget)
+                                    found = self._measured([ours, theirs], server, measure, seed=10 + number)
+                                self._keep(name, found, budget)
 
     def _tails(self) -> None:
         """Gaps between tokens under load and with one client, in turn."""
@@ -262,8 +262,8 @@ class Session:
                     name = tail_name(kind, number)
                     if name not in self._store:
                         measure = partial(_itl_p99, options=options)
-                        value = self._measured([server], server, measure, seed=20 + number)
-                        self._keep(name, value, contender.budgets[0])
+                        found = self._measured([server], server, measure, seed=20 + number)
+                        self._keep(name, found, contender.budgets[0])
 
     def _serving(self, contender: Contender, budget: int) -> AbstractContextManager[Server]:
         self._slice.check()
@@ -274,14 +274,15 @@ class Session:
         self._client.ttft(server, 99, prompt_len=1024)
         self._client.decode_step(server, 99, batch=8)
 
-    def _measured(self, up: Sequence[Server], server: Server, measure: Measure, seed: int) -> float:
-        """One figure of ``server``, while those ``up`` are ours to account for."""
-        value, _ = self._slice.measure(partial(measure, self._client, server, seed), *up)
-        return value
+    def _measured(self, up: Sequence[Server], server: Server, measure: Measure, seed: int) -> tuple[float, float]:
+        """One figure of ``server``, while those ``up`` are ours to account for, and the cores that others kept busy."""
+        return self._slice.measure(partial(measure, self._client, server, seed), *up)
 
-    def _keep(self, name: str, value: float, budget: int) -> None:
+    def _keep(self, name: str, measured: tuple[float, float], budget: int) -> None:
+        value, other_load = measured
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        self._store.write(name, {"value": value, "budget": budget, "date": date, "commit": commit()})
+        kept = {"value": value, "other_load": other_load, "budget": budget, "date": date, "commit": commit()}
+        self._store.write(name, kept)
         say(f"{name}: {value:.4g} with {budget} tokens a step")
 
 

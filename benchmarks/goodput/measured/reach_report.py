@@ -92,6 +92,7 @@ def write_report(
         lines += [
             f"- {machine['date']}, {machine['cpu']}, {machine['num_cpus']} cores, commit {machine['commit']}",
             f"- `{machine['command']}`; vLLM: {versions}",
+            f"- other processes kept at most {_other_load(store):.2f} cores busy during a measurement",
             "- medians of the rounds, which took turns; in brackets the tokens a step that were best when tried",
             "",
         ]
@@ -110,6 +111,11 @@ def write_report(
     write_atomically(directory / "report.md", lambda place: place.write_text("\n".join(lines)))
     document: dict[str, Any] = {name: [vars(row) for row in part] for name, part in rows.items()}
     write_atomically(directory / "result.json", lambda place: place.write_text(json.dumps(document, indent=1) + "\n"))
+
+
+def _other_load(store: Store) -> float:
+    names = (name for folder in ("tune", "rounds", "tails") for name in store.names(folder))
+    return max((store.read(name)["other_load"] for name in names), default=0.0)
 
 
 def _line(row: Row) -> str:
