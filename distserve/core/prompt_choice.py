@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distserve.core.config import SLO, Role
-from distserve.core.hybrid import strain
+from distserve.core.hybrid import is_far, is_short, strain
 from distserve.core.instance_view import InstanceView
 from distserve.core.request import Request
 from distserve.core.routed_prefixes import PromptKeys
@@ -76,7 +76,9 @@ class PromptChooser:
         num_tokens = here.num_tokens(request)
         disturbed = here.view.interval(now, num_tokens)
         locally = strain(here.view.first_token(now, num_tokens, rate), disturbed, self._slo)
-        return here if locally < remotely else there
+        knows_cost = here.view.prompt_seconds > 0
+        is_trifle = knows_cost and is_short(num_tokens, here.view.report.step_seconds, here.view.prompt_seconds)
+        return here if locally < remotely or (is_trifle and is_far(locally)) else there
 
     def _soonest(self, candidates: Sequence[InstanceView], request: Request, default_rate: float) -> PromptChoice:
         """Who of one kind computes the prompt soonest."""

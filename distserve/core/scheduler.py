@@ -94,8 +94,8 @@ class InstanceScheduler(ABC):
         self._last_report = -1.0
         self._prefill_rate = 0.0
         self._step_seconds = 0.0
-        self._prompt_excess = (0.0, 0.0)
-        """Exponential means over steps with prompts: seconds beyond a step without, and prompt tokens."""
+        self._prompt_step_seconds = 0.0
+        self._prompt_step_tokens = 0.0
         self._last_end = 0.0
         self._reported: tuple[int, ...] = ()
         self._last_state: tuple[int, ...] = ()
@@ -312,8 +312,8 @@ class InstanceScheduler(ABC):
     def _measure(self, batch: Batch) -> None:
         """Keep what the router predicts with.
 
-        Prompt tokens per second and what a prompt token adds to a step are exponential means; what a step takes
-        without prompts is the last one's time, as that is of the batch that runs now.
+        Tokens per second, and the time and the prompt tokens of a step with prompts, are exponential means; what a step
+        takes without prompts is the last one's time, as that is of the batch that runs now.
         """
         elapsed = self._now - batch.start
         num_prompt_tokens = batch.num_tokens - len(batch.entries)
@@ -326,9 +326,9 @@ class InstanceScheduler(ABC):
         if num_prompt_tokens == 0:
             self._step_seconds = seconds
         else:
-            excess, tokens = self._prompt_excess
-            excess = 0.8 * excess + 0.2 * max(0.0, seconds - self._step_seconds)
-            self._prompt_excess = (excess, 0.8 * tokens + 0.2 * num_prompt_tokens)
+            share = 0.2 if self._prompt_step_tokens else 1.0
+            self._prompt_step_seconds += share * (seconds - self._prompt_step_seconds)
+            self._prompt_step_tokens += share * (num_prompt_tokens - self._prompt_step_tokens)
 
     # -- prefixes -------------------------------------------------------------------------------------------------
 
@@ -507,7 +507,8 @@ class InstanceScheduler(ABC):
                 seen=tuple(self._seen),
                 prefill_rate=self._prefill_rate,
                 step_seconds=self._step_seconds,
-                prompt_seconds=self._prompt_excess[0] / self._prompt_excess[1] if self._prompt_excess[1] else 0.0,
+                prompt_step_seconds=self._prompt_step_seconds,
+                prompt_step_tokens=self._prompt_step_tokens,
                 num_preempted=self.num_preempted,
                 num_pulls=self._num_pulls,
                 pulled_bytes=self._pulled_bytes,

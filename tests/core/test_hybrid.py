@@ -104,7 +104,18 @@ class Switchboard:
     def report(
         self, name: str, *, waiting: int = 0, free: int = 1000, step: float = 0.01, seen: tuple[RequestKey, ...] = ()
     ) -> list[tuple[str, Message]]:
-        report = Report(name, 0, waiting, 1, free, seen, prefill_rate=1000.0, step_seconds=step, prompt_seconds=0.001)
+        report = Report(
+            name,
+            0,
+            waiting,
+            1,
+            free,
+            seen,
+            prefill_rate=1000.0,
+            step_seconds=step,
+            prompt_step_seconds=step + 0.05,
+            prompt_step_tokens=1000 * (step + 0.05),
+        )
         return self.feed(Received(name, report))
 
     def submit(self, name: str, prompt: int, max_tokens: int = 16) -> str:
@@ -130,12 +141,23 @@ def test_decoding_that_has_nothing_to_spare_takes_no_prompts() -> None:
     assert board.submit("a", 400) == "prefill-0"
 
 
-def test_short_prompts_stay_where_waiting_would_cost_more_than_they_do() -> None:
+def test_what_a_prompt_costs_decoding_is_held_against_its_waiting() -> None:
     board = Switchboard("prefill-0", "mixed-0")
-    board.report("prefill-0", waiting=400)
-    board.report("mixed-0", step=0.015)
+    board.report("prefill-0", waiting=500)
+    board.report("mixed-0", step=0.01)
     assert board.submit("short", 10) == "mixed-0"
+    board = Switchboard("prefill-0", "mixed-0")
+    board.report("prefill-0", waiting=300)
+    board.report("mixed-0", step=0.016)
     assert board.submit("long", 500) == "prefill-0"
+
+
+def test_short_prompts_stay_while_nothing_is_near_its_bound() -> None:
+    board = Switchboard("prefill-0", "mixed-0")
+    assert board.submit("short", 1) == "mixed-0"
+    assert board.submit("longer", 20) == "prefill-0"
+    board.report("mixed-0", step=0.018, seen=(("short", 0),))
+    assert board.submit("pressed", 1) == "prefill-0"
 
 
 def test_prompts_that_were_sent_of_late_count() -> None:
