@@ -103,8 +103,11 @@ def test_texts_of_several_ranks(
     assert len(several.prompt_logprobs) == len(model.prompts[1]) - 1
 
 
-def test_as_many_batches_on_their_way_as_stages(llama: Served, start: Callable[..., RankGroup]) -> None:
-    group = start(llama.path, 1, 2)
+def test_as_many_batches_on_their_way_as_stages_until_a_rank_is_killed(
+    llama: Served, start: Callable[..., RankGroup]
+) -> None:
+    told: list[Exception] = []
+    group = start(llama.path, 2, 2, on_lost=told.append)
     done: dict[int, StepDone] = {}
     arrived = threading.Condition()
 
@@ -134,11 +137,9 @@ def test_as_many_batches_on_their_way_as_stages(llama: Served, start: Callable[.
     for step_id in (2 * NUM_TOKENS - 1, 2 * NUM_TOKENS):
         texts[1 if step_id % 2 else 2].append(wait_for(step_id))
     assert texts == {1: llama.expected[1], 2: llama.expected[2]}
-
-
-def test_a_killed_rank_is_named_and_ends_its_instance_alone(llama: Served, start: Callable[..., RankGroup]) -> None:
-    told: list[Exception] = []
-    group = start(llama.path, 2, 2, on_lost=told.append)
+    for seq_id in texts:
+        group.close(seq_id)
+    # The killed one is named, and ends its instance alone.
     harness = Harness(group)
     track = harness.open(make_request(llama.prompts[0]))
     harness.prefill(track)
@@ -154,21 +155,17 @@ def test_a_killed_rank_is_named_and_ends_its_instance_alone(llama: Served, start
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
-def test_each_rank_has_cpus_of_its_own(llama: Served, start: Callable[..., RankGroup]) -> None:
-    first, second = sorted(os.sched_getaffinity(0))[:2]
-    group = start(llama.path, 2, 1, cores=(first, second))
-    (pid,) = rank_pids()
-    assert {frozenset(os.sched_getaffinity(int(task.name))) for task in Path(f"/proc/{pid}/task").iterdir()} == {
-        frozenset({second})
-    }
-    assert Harness(group).generate(make_request(llama.prompts[0]), NUM_TOKENS).output == llama.expected[0]
-
-
-def test_a_killed_rank_is_noticed_while_nothing_runs(llama: Served, start: Callable[..., RankGroup]) -> None:
+def test_each_rank_has_cpus_of_its_own_and_a_killed_one_is_noticed_while_nothing_runs(
+    llama: Served, start: Callable[..., RankGroup]
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
     lost = threading.Event()
-    group = start(llama.path, 2, 1, on_lost=lambda _: lost.set())
-    os.kill(rank_pids()[0], signal.SIGTERM)
+    group = start(llama.path, 2, 1, cores=cores if len(cores) == 2 else (), on_lost=lambda _: lost.set())
+    (pid,) = rank_pids()
+    used = {frozenset(os.sched_getaffinity(int(task.name))) for task in Path(f"/proc/{pid}/task").iterdir()}
+    assert used == {frozenset(cores[-1:])}
+    assert Harness(group).generate(make_request(llama.prompts[0]), NUM_TOKENS).output == llama.expected[0]
+    os.kill(pid, signal.SIGTERM)
     assert lost.wait(5)
     with pytest.raises(InstanceError, match="rank 1 was killed by SIGTERM"):
         group.run(RunStep(1, ()))

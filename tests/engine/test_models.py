@@ -33,8 +33,13 @@ def test_texts_vary_enough_to_tell_right_from_wrong(model: Served) -> None:
 @pytest.mark.parametrize("chunk", [None, 1, 3, 6, 7, 16])
 def test_prefill_whole_or_in_chunks(model: Served, worker: Worker, chunk: int | None) -> None:
     harness = Harness(worker)
-    for prompt, expected in zip(model.prompts, model.expected, strict=True):
-        assert harness.generate(make_request(prompt), NUM_TOKENS, chunk).output == expected
+    tracks = [harness.open(make_request(prompt)) for prompt in model.prompts]
+    for track in tracks:
+        harness.prefill(track, chunk)
+    harness.decode(tracks, NUM_TOKENS - 1)
+    for track in tracks:
+        harness.close(track)
+    assert [track.output for track in tracks] == model.expected
 
 
 def test_migrated_to_another_pool(model: Served, worker: Worker) -> None:
