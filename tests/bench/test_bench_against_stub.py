@@ -135,7 +135,7 @@ def test_the_search_finds_a_known_capacity(start_stub: Start, tmp_path: Path) ->
     # One server, 50 ms a request: 20/s at most; in an M/D/1 queue 90% wait less than 0.3 s up to about 17/s.
     url = start_stub(ttft=0.05, itl=0.0, service=0.05)
     out = tmp_path / "out"
-    arguments = ("--find-goodput", "--slo-ttft", 0.35, "--rate", 10, "--duration", 3, "--output-len", 1)
+    arguments = ("--find-goodput", "--slo-ttft", 0.35, "--rate", 10, "--duration", 2, "--output-len", 1)
     result = run(url, *arguments, "--tolerance", 0.25, "--max-probes", 5, "--max-rate", 40, "--output-dir", out)
     assert result.exit_code == 0, result.output
     document = json.loads((out / "result.json").read_text())
