@@ -16,7 +16,11 @@ BLOCK = 16
 SYSTEM = "You are a helpful assistant. " * 8
 
 
-@pytest.fixture(scope="module", params=[("--prefill", "1", "--decode", "1"), ("--mixed", "1")])
+# What a mixed instance finds in its cache, and that the text stays the same, is in test_local.py too.
+ROLES = [("--prefill", "1", "--decode", "1"), pytest.param(("--mixed", "1"), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=ROLES)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = (*request.param, "--prefix-caching", "--kv-tokens", "4096")
     server = Server(*flags, log=tmp_path_factory.mktemp("prefixes") / "log")
