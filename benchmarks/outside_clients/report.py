@@ -69,7 +69,10 @@ def _markdown(result: dict[str, Any]) -> list[str]:
             f"- {result['date']}, {result['cpu']}, {result['num_cpus']} cores, commit {result['commit']}, load average "
             f"at the start {result['load_average_at_start']}"
         ),
-        f"- `{result['command']}`, {result['duration'] / 60:.0f} minutes",
+        (
+            f"- `{result['command']}`, {result['duration'] / 60:.0f} minutes; other processes "
+            f"kept at most {result['other_load']:.2f} cores busy during a measurement"
+        ),
         f"- vLLM's environment: {', '.join(f'{name} {v}' for name, v in sorted(result['vllm'].items()))}",
         (
             f"- medians of {max(len(rounds) for clients in result['loads'].values() for rounds in clients.values())} "

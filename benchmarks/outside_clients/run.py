@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.common.load import LoadError
-from benchmarks.common.machine import describe_run
+from benchmarks.common.machine import OtherLoad, describe_run
 from benchmarks.common.servers import ServerError, unwind_on_sigterm
 from benchmarks.common.systems import Bench, vllm_versions
 from benchmarks.outside_clients.clients import (
@@ -73,8 +73,8 @@ def loads(directory: Path, seed: int, *, quick: bool) -> Iterator[tuple[str, Loa
     yield f"{RATE:g} requests/s", Load(trace, num, None)
 
 
-def measure(options: argparse.Namespace, logs: Path) -> dict[str, dict[str, list[Figures]]]:
-    """By load and client, the figures of every round."""
+def measure(options: argparse.Namespace, logs: Path) -> tuple[dict[str, dict[str, list[Figures]]], float]:
+    """By load and client, the figures of every round; and the most cores that others kept busy during one."""
     log = logs / "clients.log"
     clients: dict[str, Callable[[Target, Load], Figures]] = {
         "distserve bench": lambda target, load: distserve_bench(target, load, log),
@@ -83,6 +83,7 @@ def measure(options: argparse.Namespace, logs: Path) -> dict[str, dict[str, list
     }
     vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
     found: dict[str, dict[str, list[Figures]]] = {}
+    others: list[float] = []
     with Bench(options.model.resolve(), options.vllm, logs).ours() as server, TemporaryDirectory() as directory:
         target = Target(server.url, options.model.resolve().name, options.model.resolve(), vocab_size)
         say(f"ready after {server.ready_seconds:.0f} s; warming up")
@@ -96,13 +97,15 @@ def measure(options: argparse.Namespace, logs: Path) -> dict[str, dict[str, list
                 for client in order:
                     if client == "closed_loop.py" and load.clients is None:
                         continue
-                    figures = clients[client](target, load)
+                    with OtherLoad(server) as other:
+                        figures = clients[client](target, load)
+                    others.append(other.cores)
                     found.setdefault(name, {}).setdefault(client, []).append(figures)
                     say(
                         f"round {number + 1}, {name}, {client}: {figures['throughput']:.1f} tokens/s, "
                         f"latency {1e3 * figures['latency_mean']:.0f} ms"
                     )
-    return found
+    return found, max(others)
 
 
 def main() -> int:
@@ -117,7 +120,7 @@ def main() -> int:
         logs: Path = options.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
         try:
-            result["loads"] = measure(options, logs)
+            result["loads"], result["other_load"] = measure(options, logs)
         except (LoadError, ServerError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -100,6 +100,6 @@ def test_deviations_are_of_medians_and_out_of_bounds_marked(tmp_path: Path) -> N
     assert deviations(clients, "other") == pytest.approx({"throughput": 0.06, "latency_mean": 0.04})
     assert misses(clients, "other") == ["throughput"]
     facts = dict.fromkeys(("date", "cpu", "num_cpus", "commit", "load_average_at_start", "command"), "")
-    result = {**facts, "duration": 1.0, "vllm": {}, "loads": {"1 client": clients}}
+    result = {**facts, "duration": 1.0, "other_load": 0.0, "vllm": {}, "loads": {"1 client": clients}}
     assert write_report(tmp_path, result) == 1
     assert "**106.0 (+6.0%)**" in (tmp_path / "report.md").read_text()
