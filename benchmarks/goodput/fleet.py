@@ -86,10 +86,10 @@ class OneShape:
 class Pace:
     """How long runs are: so many residences of a request and so many times its patience, within bounds in requests."""
 
-    residences: float = 2.0
-    patiences: float = 4.0
-    least: int = 200
-    most: int = 1500
+    residences: float = 8.0
+    patiences: float = 16.0
+    least: int = 800
+    most: int = 6000
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """When disaggregation pays: a map over prompt and output lengths, objectives and links, of who wins and by how much.
 
-    python -m benchmarks.goodput.when_it_pays            # about 25 minutes of one core after `make fast`
+    python -m benchmarks.goodput.when_it_pays            # about an hour of one core after `make fast`
+    python -m benchmarks.goodput.when_it_pays --rough    # the pure modes, runs a quarter as long: about 15 minutes
     python -m benchmarks.goodput.when_it_pays --quick    # a corner of it, less than a minute
 
 A fleet of 8 instances of Llama-3.1-8B (an H100 each), and one of Llama-3.1-70B (TP 4 each), serves the same requests in
@@ -19,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.goodput.fleet import MODES, Fleet, Found
-from benchmarks.goodput.map_grid import QUICK, WHOLE, Grid, Point, fleet_at, with_bandwidth
+from benchmarks.goodput.fleet import Fleet, Found
+from benchmarks.goodput.map_grid import QUICK, ROUGH, WHOLE, Grid, Point, fleet_at, with_bandwidth
 from benchmarks.goodput.map_plot import draw
 from benchmarks.goodput.map_rows import Row, read_rows, write_rows
 from distserve.bench.report import write_atomically
@@ -28,17 +29,15 @@ from distserve.bench.report import write_atomically
 HERE = Path(__file__).parent
 
 
-def measure_modes(
-    fleet: Fleet, bandwidths: Sequence[float], known: Sequence[Row] = ()
-) -> Iterator[tuple[float, Found]]:
+def measure_modes(fleet: Fleet, grid: Grid, known: Sequence[Row] = ()) -> Iterator[tuple[float, Found]]:
     """Every mode with every bandwidth (0: any) that is not ``known``, each at its best."""
     best: defaultdict[float, float] = defaultdict(float)
     for row in known:
         best[row.bandwidth] = max(best[row.bandwidth], row.goodput * fleet.num_gpus)
     done = {(row.mode, row.bandwidth) for row in known}
-    for mode in MODES:
+    for mode in grid.modes:
         last: Found | None = None
-        for bandwidth in bandwidths if mode.moves_kv else (0.0,):
+        for bandwidth in grid.bandwidths if mode.moves_kv else (0.0,):
             if (mode.name, bandwidth) in done:
                 continue
             there = with_bandwidth(fleet, bandwidth) if mode.moves_kv else fleet
@@ -53,7 +52,7 @@ def measure_point(point: Point, grid: Grid, seed: int = 0, known: Sequence[Row] 
     fleet = fleet_at(point, grid.pace, seed)
     rows: list[Row] = []
     simulated = 0
-    for bandwidth, found in measure_modes(fleet, grid.bandwidths, known):
+    for bandwidth, found in measure_modes(fleet, grid, known):
         goodput = found.goodput
         simulated += found.num_simulated
         rows.append(
@@ -76,7 +75,7 @@ def measure_point(point: Point, grid: Grid, seed: int = 0, known: Sequence[Row] 
 def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
     """Measure what the table at ``path`` lacks of the map, keep it up to date, and say how far it is."""
     rows = read_rows(path)
-    whole = sum(len(grid.bandwidths) if mode.moves_kv else 1 for mode in MODES)
+    whole = sum(len(grid.bandwidths) if mode.moves_kv else 1 for mode in grid.modes)
     known: defaultdict[tuple[str, str, int, int], list[Row]] = defaultdict(list)
     for row in rows:
         if row.bandwidth in {0.0, *grid.bandwidths}:
@@ -102,7 +101,11 @@ def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
 def main() -> None:
     """Measure, write the table and draw the map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a corner of the map, short runs; into files of its own")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument(
+        "--rough", action="store_true", help="pure modes, runs a quarter as long; into files of its own"
+    )
+    extent.add_argument("--quick", action="store_true", help="a corner of the map, short runs; into files of its own")
     parser.add_argument("--fresh", action="store_true", help="measure again what the table has already")
     parser.add_argument(
         "--seed", type=int, default=0, help="of all random numbers; others than 0 into files of their own"
@@ -111,7 +114,7 @@ def main() -> None:
     parser.add_argument("--links", type=int, metavar="N", help="only the N fastest links of the map")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="directory of table and picture")
     options = parser.parse_args()
-    grid = QUICK if options.quick else WHOLE
+    grid = QUICK if options.quick else ROUGH if options.rough else WHOLE
     if options.outputs is not None:
         wanted = tuple(length for length in grid.outputs if length in options.outputs)
         if not wanted:
@@ -119,7 +122,12 @@ def main() -> None:
         grid = replace(grid, outputs=wanted)
     grid = replace(grid, bandwidths=grid.bandwidths[: options.links])
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = "when_it_pays" + "_quick" * options.quick + (f"_seed{options.seed}" if options.seed else "")
+    stem = (
+        "when_it_pays"
+        + "_quick" * options.quick
+        + "_rough" * options.rough
+        + (f"_seed{options.seed}" if options.seed else "")
+    )
     table, picture = options.output / f"{stem}.csv", options.output / f"{stem}.png"
     if options.fresh:
         table.unlink(missing_ok=True)
