@@ -62,7 +62,7 @@ def test_from_a_profile_of_this_machine_to_a_measured_deployment(tmp_path: Path)
     assert taken.returncode == 0, taken.stderr
 
     # Limits that any machine meets: this is about the way there, not about speed.
-    data = yaml.safe_load(DEMO.read_text()) | {"slo": {"ttft": 30.0, "tpot": 5.0, "attainment": 0.9}}
+    data = yaml.safe_load(DEMO.read_text()) | {"slo": {"ttft": 10.0, "tpot": 5.0, "attainment": 0.9}}
     config.write_text(yaml.safe_dump(data))
     tag = uuid.uuid4().hex
     start = "from placement.launch import launch; launch()"

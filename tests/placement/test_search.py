@@ -76,7 +76,7 @@ def test_never_more_than_a_known_feasible_plan():
 
 
 def test_the_answer_does_not_depend_on_the_number_of_workers():
-    problem = toy_problem(gpus_per_node=2, num_requests=100, max_requests=400, max_pp=1)
+    problem = toy_problem(gpus_per_node=2, num_requests=60, max_requests=200, max_pp=1)
     alone = find_plan(problem)
     together = find_plan(replace(problem, search=replace(problem.search, num_workers=2)))
     assert together.chosen == alone.chosen
