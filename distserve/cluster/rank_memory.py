@@ -10,6 +10,7 @@ from functools import partial
 from threading import Lock
 
 import msgspec
+import torch
 from torch import Tensor
 
 from distserve.cluster.clock import cluster_time
@@ -107,7 +108,7 @@ class RankMemory:
         self._tell = tell
         # A peer that does not answer must not hold up the rank's steps.
         self._connector = ThreadPoolExecutor(1, thread_name_prefix="kv-connect")
-        self.buffer = self._transport.buffer
+        self.pool = torch.frombuffer(self._transport.buffer, dtype=torch.uint8)
         self.address = self._transport.address
         self.begin_step = self._transport.begin_step
         self.layer_done = self._transport.layer_done

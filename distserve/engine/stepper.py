@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 
 from distserve.core.commands import Chunk, OpenSequence, RunStep, TableUpdate
-from distserve.core.events import StepDone
+from distserve.core.events import StepDone, StepFailed
 from distserve.core.latency import StepShape
 from distserve.core.request import Request, SamplingParams
 from distserve.engine.group.driver import RankGroup
@@ -120,7 +120,7 @@ class Stepper:
         ends: list[float] = []
         ended = threading.Condition()
 
-        def on_done(_: StepDone) -> None:
+        def on_done(_: StepDone | StepFailed) -> None:
             with ended:
                 ends.append(time.perf_counter())
                 ended.notify()

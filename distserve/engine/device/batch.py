@@ -55,9 +55,15 @@ class DeviceBatch:
         self.num_scored = sum(last - first for _, first, last in self.prompt_rows)
         self.draw_rows: Tensor | None = None
 
-    def prepare(self, vocab_size: int, upload: Callable[[Array], Tensor]) -> None:
-        """Bring to the device what drawing needs; ``penalties`` of the sequences are made."""
+    def prepare(self, vocab_size: int, upload: Callable[[Array], Tensor], *, draws: bool = True) -> None:
+        """Bring to the device where tokens go and, if it ``draws``, what drawing needs.
+
+        ``penalties`` of the sequences are made then.
+        """
         owners = [(row, sequence) for row, sequence in enumerate(self.sampled) for _ in sequence.choices]
+        self.draw_slots = upload(np.array([sequence.slot for _, sequence in owners], dtype=np.int64))
+        if not draws:
+            return
         choices = [choice for sequence in self.sampled for choice in sequence.choices]
         self.sampler = DeviceSampler(
             [
@@ -67,7 +73,6 @@ class DeviceBatch:
             vocab_size,
             upload,
         )
-        self.draw_slots = upload(np.array([sequence.slot for _, sequence in owners], dtype=np.int64))
         if len(owners) != len(self.sampled):
             self.draw_rows = upload(np.array([row for row, _ in owners], dtype=np.int64))
 

@@ -24,8 +24,12 @@ class Completions:
 
     def close(self) -> None:
         """Wait for the steps put so far, and end."""
-        self._steps.put(None)
+        self.end()
         self._thread.join()
+
+    def end(self) -> None:
+        """End after the steps put so far, without waiting for it."""
+        self._steps.put(None)
 
     def _run(self) -> None:
         while (entry := self._steps.get()) is not None:

@@ -17,14 +17,18 @@ from distserve.core.request import TokenLogprobs
 from distserve.engine.device.backend import Array, Backend, Download
 from distserve.engine.device.batch import DeviceBatch
 from distserve.engine.device.decode import DecodeGraphs
+from distserve.engine.device.part import ALONE, Part
 from distserve.engine.device.penalties import make_row
 from distserve.engine.device.sequences import DeviceSequence
+from distserve.engine.inputs import StepInputs
 from distserve.engine.kv import KvPool
-from distserve.engine.model import LanguageModel
 from distserve.engine.sampling.logprobs import ROWS_AT_ONCE, Scores, entries, score
 from distserve.engine.sampling.penalties import has_penalties
 
 _FIRST_SLOTS = 64
+
+Model = Callable[[StepInputs, Callable[[int], None] | None], Tensor | None]
+"""A :class:`distserve.engine.model.LanguageModel`, or a rank's part of one, which may give no logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +69,19 @@ class DeviceRunner:
     """A model on a device with the sequences open on it. Methods are for one thread."""
 
     def __init__(
-        self, model: LanguageModel, kv: KvPool, backend: Backend, *, vocab_size: int, graphs: DecodeGraphs | None
+        self,
+        model: Model,
+        kv: KvPool,
+        backend: Backend,
+        *,
+        vocab_size: int,
+        graphs: DecodeGraphs | None,
+        part: Part = ALONE,
     ) -> None:
-        """``graphs`` are captured; None runs every step as it is."""
+        """``graphs`` are captured; None runs every step as it is. ``part`` is the rank's in its instance."""
         self._model = model
+        self._part = part
+        self._not_recorded: dict[int, Tensor] = {}
         self._kv = kv
         self._backend = backend
         self._vocab_size = vocab_size
@@ -98,7 +111,7 @@ class DeviceRunner:
         """Launch a step behind those before it, without waiting for any.
 
         ``on_layer(l)`` is called within the backend's scope once the writing of layer l's KV has been launched: what is
-        recorded on the current stream then comes after it.
+        recorded on the current stream then comes after it. On a rank that does not draw, the outcome has no tokens.
         """
         backend = self._backend
         with backend.scope():
@@ -111,9 +124,17 @@ class DeviceRunner:
                 return PendingStep(step.step_id, backend.download([self._last_tokens[:0]]), (), (), ())
             batch, changes = self._next_batch(step)
             logits = self._forward(batch, changes, on_layer)
-            pending = self._draw(step.step_id, batch, logits)
+            pending = self._follow(step.step_id, batch) if logits is None else self._draw(step.step_id, batch, logits)
             batch.launched()
             return pending
+
+    @torch.inference_mode()
+    def record(self, step_id: int, tokens: Sequence[int]) -> None:
+        """Bring to the device what another rank drew in a step, if nothing else does."""
+        slots = self._not_recorded.pop(step_id, None)
+        if slots is not None:
+            with self._backend.scope():
+                self._take(slots, self._backend.upload(np.array(tokens, dtype=np.int64)))
 
     def _next_batch(self, step: RunStep) -> tuple[DeviceBatch, Array]:
         batch = self._batch
@@ -124,21 +145,35 @@ class DeviceRunner:
         sequences = [self._sequences[chunk.seq_id] for chunk in step.chunks]
         batch = DeviceBatch(step.chunks, sequences, self._kv.layout.block_size, self._vocab_size)
         for sequence in batch.sampled:
-            if sequence.penalties is None and has_penalties(sequence.sampling):
+            if self._part.draws and sequence.penalties is None and has_penalties(sequence.sampling):
                 output = sequence.known[sequence.num_prompt :]
                 sequence.penalties = make_row(sequence.prompt, output, self._vocab_size, self._backend.upload)
-        batch.prepare(self._vocab_size, self._backend.upload)
+        batch.prepare(self._vocab_size, self._backend.upload, draws=self._part.draws)
         self._batch = batch
         return batch, np.empty((3, 0), dtype=np.int64)
 
-    def _forward(self, batch: DeviceBatch, changes: Array, on_layer: Callable[[int], None] | None) -> Tensor:
+    def _forward(self, batch: DeviceBatch, changes: Array, on_layer: Callable[[int], None] | None) -> Tensor | None:
         if self._graphs is None or not self._graphs.fits(batch):
-            return self._model(batch.inputs(self._last_tokens, self._backend.upload), on_layer)
-        logits = self._graphs.run(batch, self._last_tokens, changes)
-        if on_layer is not None:
-            for layer in range(self._kv.layout.num_layers):
-                on_layer(layer)
-        return logits
+            logits = self._model(batch.inputs(self._last_tokens, self._backend.upload), on_layer)
+        else:
+            logits = self._graphs.run(batch, self._last_tokens, changes)
+            if on_layer is not None:
+                for layer in range(self._kv.layout.num_layers):
+                    on_layer(layer)
+        return logits if self._part.draws else None
+
+    def _follow(self, step_id: int, batch: DeviceBatch) -> PendingStep:
+        """Learn what another rank draws, now or when it is recorded."""
+        if len(batch.draw_slots) > 0:
+            if self._part.share is None:
+                self._not_recorded[step_id] = batch.draw_slots
+            else:
+                self._take(batch.draw_slots, self._part.share(torch.empty_like(batch.draw_slots)))
+        return PendingStep(step_id, self._backend.download([self._last_tokens[:0]]), (), (), ())
+
+    def _take(self, slots: Tensor, tokens: Tensor) -> None:
+        """``tokens`` [S] are the newest of the sequences at ``slots`` [S]."""
+        self._last_tokens.index_copy_(0, slots, tokens.clamp(min=0))
 
     def _draw(self, step_id: int, batch: DeviceBatch, logits: Tensor) -> PendingStep:
         prompts, scores = self._score_prompts(batch, logits)
@@ -148,10 +183,11 @@ class DeviceRunner:
         if len(sampled) == 0:
             return PendingStep(step_id, self._backend.download([self._last_tokens[:0], *scores]), (), (), prompts)
         draw = batch.sampler(sampled)
-        self._last_tokens.index_copy_(0, batch.draw_slots, draw.tokens.clamp(min=0))
+        tokens = draw.tokens if self._part.share is None else self._part.share(draw.tokens)
+        self._take(batch.draw_slots, tokens)
         if draw.scores is not None:
             scores = [*draw.scores.tensors, *scores]
-        download = self._backend.download([draw.tokens, *scores])
+        download = self._backend.download([tokens, *scores])
         return PendingStep(step_id, download, batch.sampler.scored_rows, batch.sampler.num_top, prompts)
 
     def _score_prompts(self, batch: DeviceBatch, logits: Tensor) -> tuple[list[tuple[int, int, int]], list[Tensor]]:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,8 +16,9 @@ from distserve.engine.device.decode import DecodeGraphs
 from distserve.engine.device.experts import use_grouped_experts
 from distserve.engine.device.ladder import make_ladder
 from distserve.engine.device.norms import fuse_norms
+from distserve.engine.device.part import Stage
 from distserve.engine.device.room import check_room
-from distserve.engine.device.runner import DeviceRunner
+from distserve.engine.device.runner import DeviceRunner, Model
 from distserve.engine.fused import FusedModel, can_fuse
 from distserve.engine.kv import KvPool
 from distserve.engine.loader import load_module
@@ -126,19 +128,29 @@ def start_runner(
         check_agreement(model, trial, kv, config.model_type)
         captured = None
         if graphs:
-            captured = _capture(model, kv, backend, max_batch_size, config.max_position_embeddings, config.vocab_size)
+            captured = capture_graphs(model, kv, backend, config, max_batch_size)
     return DeviceRunner(model, kv, backend, vocab_size=config.vocab_size, graphs=captured)
 
 
-def _capture(
-    model: LanguageModel, kv: KvPool, backend: Backend, max_batch_size: int, max_model_len: int, vocab_size: int
+def capture_graphs(
+    model: Model,
+    kv: KvPool,
+    backend: Backend,
+    config: PreTrainedConfig,
+    max_batch_size: int,
+    stage: Stage | None = None,
 ) -> DecodeGraphs | None:
+    """Capture the decode steps of ``model``, or of a rank's ``stage``; None if they cannot be padded.
+
+    Called within the backend's scope; the rest is as of :func:`start_runner`.
+    """
     layout = kv.layout
     if not backend.skips_padding and kv.num_spare == 0:
         logger.warning("decode steps run without graphs: padding would need a KV block of its own, or triton")
         return None
+    sizes: Any = config
     # A sequence may overrun its longest by the token of a step that was launched ahead.
-    max_blocks = min(layout.num_blocks, -(-(max_model_len + 1) // layout.block_size))
+    max_blocks = min(layout.num_blocks, -(-(sizes.max_position_embeddings + 1) // layout.block_size))
     padding = Padding(-1, 0) if backend.skips_padding else Padding(0, layout.num_blocks)
     result = DecodeGraphs(
         model,
@@ -147,6 +159,7 @@ def _capture(
         block_size=layout.block_size,
         max_blocks=max_blocks,
         padding=padding,
+        stage=stage,
     )
-    result.capture(vocab_size, layout.num_blocks)
+    result.capture(sizes.vocab_size, layout.num_blocks)
     return result

@@ -18,7 +18,7 @@ from torch import Tensor
 from distserve.core.commands import OpenSequence, RunStep
 from distserve.core.config import KvConfig, KvLayout, ParallelConfig
 from distserve.core.errors import ConfigError, InstanceError, UnsupportedModelError
-from distserve.core.events import StepDone
+from distserve.core.events import StepDone, StepFailed
 from distserve.engine.description import describe_config, load_config
 from distserve.engine.group.memory import check_devices, check_memory
 from distserve.engine.group.messages import (
@@ -59,7 +59,8 @@ class RankGroup:
 
     :meth:`launch` starts a step and returns when rank 0's own part is done; ``on_done`` is told the outcome, from
     another thread where another rank draws the tokens. Up to ``parallel.pp`` steps may be on their way, of different
-    sequences. Methods are for one thread.
+    sequences; on GPUs and with one stage any number, also of the same ones (:attr:`runs_ahead`). Methods are for one
+    thread.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class RankGroup:
         memory: str = "",
         memory_options: bytes = b"",
         on_told: Callable[[int, bytes], None] | None = None,
+        max_batch_size: int = 64,
+        backend: str = "",
     ) -> None:
         """Start the ranks and load the model on all of them.
 
@@ -96,6 +99,8 @@ class RankGroup:
             memory: the class that the other ranks keep theirs in (see :class:`RankPlan`).
             memory_options: what it is made with.
             on_told: told, from another thread, what the memory of a rank says.
+            max_batch_size: on GPUs, the largest decode batch that graphs are captured for; 0 captures none.
+            backend: what ranks compute on as on GPUs, in place of ``device``: a rehearsal's (see :class:`RankPlan`).
 
         Raises:
             ConfigError: the model directory is damaged, or the shape does not divide the model.
@@ -116,7 +121,9 @@ class RankGroup:
         self._on_told = on_told
         self.addresses: dict[int, str] = {}
         self._send_lock = threading.Lock()
-        self._waiting: dict[int, Callable[[StepDone], None]] = {}
+        self._waiting: dict[int, Callable[[StepDone | StepFailed], None]] = {}
+        self.runs_ahead = parallel.pp == 1 and (device != "cpu" or bool(backend))
+        """Whether a step may be launched before the tokens that it continues are known to the host."""
         self._drawn: list[Drawn] = []
         self._lock = threading.Lock()
         self._is_closed = False
@@ -139,13 +146,17 @@ class RankGroup:
             cores=tuple(cores),
             memory=memory,
             memory_options=memory_options,
+            max_batch_size=max_batch_size,
+            backend=backend,
         )
         torch.set_num_threads(num_threads)
+        self._own = contextlib.ExitStack()
         self._processes = RankProcesses(plan)
         self._reader = threading.Thread(target=self._read, name="ranks", daemon=True)
         self._reader.start()
         try:
             self._worker = make_worker(plan, 0, kv_buffer)
+            self._own.callback(self._worker.shutdown)
             self._all_loaded.wait()
             self.check()
             self._directory.cleanup()
@@ -171,7 +182,10 @@ class RankGroup:
         self._worker.close(seq_id)
 
     def launch(
-        self, step: RunStep, on_done: Callable[[StepDone], None], on_layer: Callable[[int], None] | None = None
+        self,
+        step: RunStep,
+        on_done: Callable[[StepDone | StepFailed], None],
+        on_layer: Callable[[int], None] | None = None,
     ) -> None:
         """Start a step; ``on_layer(l)`` is called once the KV of rank 0's layer l is in its pool.
 
@@ -187,11 +201,9 @@ class RankGroup:
             self._worker.record(tokens.step_id, tokens.tokens)
         self._tell(Step(step))
         try:
-            done = self._worker.run(step, on_layer)
+            self._worker.launch(step, self._finish, on_layer)
         except PeerError as error:
             raise self._cause(error) from error
-        if done is not None:
-            self._finish(done)
 
     def run(self, step: RunStep, on_layer: Callable[[int], None] | None = None) -> StepDone:
         """Launch a step and wait for its outcome.
@@ -199,21 +211,24 @@ class RankGroup:
         Raises:
             InstanceError: a rank is lost, with the cause.
         """
-        outcome: list[StepDone] = []
+        outcome: list[StepDone | StepFailed] = []
         finished = threading.Event()
 
-        def on_done(done: StepDone) -> None:
+        def on_done(done: StepDone | StepFailed) -> None:
             outcome.append(done)
             finished.set()
 
         self.launch(step, on_done, on_layer)
         while not finished.wait(0.05):
             self.check()
+        if isinstance(outcome[0], StepFailed):
+            raise InstanceError(f"rank 0 failed: {outcome[0].reason}")
         return outcome[0]
 
     def shutdown(self) -> None:
         """End all other ranks. May be called twice, and from ``on_lost``."""
         self._is_closed = True
+        self._own.close()
         self._processes.kill()
         self._directory.cleanup()
         if threading.current_thread() is not self._reader:
@@ -234,9 +249,10 @@ class RankGroup:
         with self._send_lock, contextlib.suppress(OSError):
             self._processes.ranks[rank].send_bytes(encode(Ask(request)))
 
-    def _finish(self, done: StepDone) -> None:
+    def _finish(self, done: StepDone | StepFailed) -> None:
         with self._lock:
-            self._drawn.append(Drawn(done.step_id, done.tokens))
+            if isinstance(done, StepDone) and not self.runs_ahead:
+                self._drawn.append(Drawn(done.step_id, done.tokens))
             on_done = self._waiting.pop(done.step_id)
         on_done(done)
 

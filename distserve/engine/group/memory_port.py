@@ -6,6 +6,8 @@ The engine knows nothing of transfers; whoever starts the ranks names a class th
 from collections.abc import Callable
 from typing import Protocol
 
+from torch import Tensor
+
 from distserve.core.config import KvLayout
 from distserve.engine.sharding.shard import Shard
 
@@ -18,8 +20,8 @@ class RankMemory(Protocol):
         ...
 
     @property
-    def buffer(self) -> memoryview:
-        """Writable, ``layout.num_bytes`` long."""
+    def pool(self) -> Tensor:
+        """Flat uint8, ``layout.num_bytes`` long, on the device that the rank computes on."""
         ...
 
     @property

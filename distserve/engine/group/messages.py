@@ -20,6 +20,10 @@ class RankPlan(msgspec.Struct, frozen=True):
     for each rank in order; without any the operating system chooses. ``memory`` names (``module:class``)
     the :class:`distserve.engine.group.memory_port.RankMemory` that each rank keeps its KV in, made with
     ``memory_options``; without a name it is memory of its own.
+
+    On a device, decode batches of up to ``max_batch_size`` are captured, none if that is 0. ``backend`` names
+    (``module:function``) what makes the :class:`distserve.engine.device.backend.Backend` that a rank, of this number,
+    computes on in place of ``device``: a rehearsal's.
     """
 
     model_dir: str
@@ -33,6 +37,8 @@ class RankPlan(msgspec.Struct, frozen=True):
     cores: tuple[int, ...] = ()
     memory: str = ""
     memory_options: bytes = b""
+    max_batch_size: int = 64
+    backend: str = ""
 
 
 class Open(msgspec.Struct, tag=True, frozen=True):

@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distserve.core.commands import RunStep
 from distserve.core.errors import ConfigError, UnsupportedModelError
-from distserve.core.events import StepDone
+from distserve.core.events import StepDone, StepFailed
+from distserve.engine.device.backend import Backend
+from distserve.engine.device.start import backend_for
+from distserve.engine.group.device_worker import DeviceShardWorker
 from distserve.engine.group.memory_port import RankMemory
 from distserve.engine.group.messages import (
     Ask,
@@ -51,22 +53,45 @@ def pin_rank(plan: RankPlan, rank: int) -> None:
         os.sched_setaffinity(0, own)
 
 
-def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> ShardWorker:
-    """Load rank ``rank``'s part; raises what :class:`ShardWorker` does."""
-    device = rank_device(plan.device, rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels start where the thread is
-    return ShardWorker(
-        Path(plan.model_dir),
+def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> ShardWorker | DeviceShardWorker:
+    """Load rank ``rank``'s part; raises what the two kinds of worker do."""
+    backend = _backend(plan, rank)
+    path, store_file = Path(plan.model_dir), Path(plan.store_file)
+    if backend is None:
+        return ShardWorker(
+            path,
+            dtype=plan.dtype,
+            kv=plan.kv,
+            parallel=plan.parallel,
+            rank=rank,
+            store_file=store_file,
+            timeout=plan.timeout,
+            kv_buffer=kv_buffer,
+        )
+    if backend.device.type == "cuda":
+        torch.cuda.set_device(backend.device)  # kernels start where the thread is
+    return DeviceShardWorker(
+        path,
         dtype=plan.dtype,
         kv=plan.kv,
         parallel=plan.parallel,
         rank=rank,
-        store_file=Path(plan.store_file),
-        device=device,
+        store_file=store_file,
+        backend=backend,
         timeout=plan.timeout,
         kv_buffer=kv_buffer,
+        max_batch_size=plan.max_batch_size,
+        graphs=plan.max_batch_size > 0,
     )
+
+
+def _backend(plan: RankPlan, rank: int) -> Backend | None:
+    """What rank ``rank`` computes on, unless that is the CPU."""
+    if plan.backend:
+        module, _, name = plan.backend.partition(":")
+        make: Callable[[int], Backend] = getattr(importlib.import_module(module), name)
+        return make(rank)
+    return backend_for(str(rank_device(plan.device, rank)))
 
 
 def run_rank(plan: RankPlan, rank: int, connection: Connection) -> int:
@@ -81,8 +106,7 @@ def run_rank(plan: RankPlan, rank: int, connection: Connection) -> int:
                 _send(connection, message)
 
         memory = make_memory(plan, rank, lambda answer: report(Told(answer)))
-        buffer = None if memory is None else torch.frombuffer(memory.buffer, dtype=torch.uint8)
-        worker = make_worker(plan, rank, buffer)
+        worker = make_worker(plan, rank, None if memory is None else memory.pool)
         report(Loaded("" if memory is None else memory.address))
         _serve(worker, connection, memory, report)
     except EOFError:
@@ -107,8 +131,15 @@ def make_memory(plan: RankPlan, rank: int, tell: Callable[[bytes], None]) -> Ran
 
 
 def _serve(
-    worker: ShardWorker, connection: Connection, memory: RankMemory | None, report: Callable[[FromRank], None]
+    worker: ShardWorker | DeviceShardWorker,
+    connection: Connection,
+    memory: RankMemory | None,
+    report: Callable[[FromRank], None],
 ) -> None:
+    def on_done(outcome: StepDone | StepFailed) -> None:
+        # A device that has failed does not recover: the instance ends, and says why.
+        report(Done(outcome) if isinstance(outcome, StepDone) else Failed("StepFailed", outcome.reason))
+
     while True:
         match receive_command(connection):
             case Open(command):
@@ -116,23 +147,17 @@ def _serve(
             case Close(seq_id):
                 worker.close(seq_id)
             case Step(step):
-                done = _run(worker, step, memory)
-                if done is not None:
-                    report(Done(done))
+                if memory is None:
+                    worker.launch(step, on_done)
+                    continue
+                memory.begin_step(step.step_id)
+                worker.launch(step, on_done, partial(memory.layer_done, step.step_id))
+                memory.end_step(step.step_id)
             case Drawn(step_id, tokens):
                 worker.record(step_id, tokens)
             case Ask(request):
                 assert memory is not None
                 memory.ask(request)
-
-
-def _run(worker: ShardWorker, step: RunStep, memory: RankMemory | None) -> StepDone | None:
-    if memory is None:
-        return worker.run(step)
-    memory.begin_step(step.step_id)
-    done = worker.run(step, partial(memory.layer_done, step.step_id))
-    memory.end_step(step.step_id)
-    return done
 
 
 def _send(connection: Connection, report: FromRank) -> None:

@@ -1,4 +1,4 @@
-"""One rank's engine where an instance has several: its part of every step, in the order rank 0 gives.
+"""One rank's engine on a CPU where an instance has several: its part of every step, in the order rank 0 gives.
 
 Like :class:`distserve.engine.worker.Worker`, with the step in two halves: :meth:`ShardWorker.run` computes, and
 :meth:`ShardWorker.record` tells every rank the tokens that one of them drew. Between the two, other batches may run: as
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from distserve.core.commands import OpenSequence, RunStep
 from distserve.core.config import KvConfig, KvLayout, ParallelConfig
-from distserve.core.events import StepDone
+from distserve.core.events import StepDone, StepFailed
 from distserve.engine.batch import Batch
-from distserve.engine.description import describe_config, load_config
+from distserve.engine.group.loaded_part import load_part
 from distserve.engine.kv import KvPool
 from distserve.engine.sequences import SequenceState
-from distserve.engine.sharding.comm import Communicator
-from distserve.engine.sharding.load import load_shard
-from distserve.engine.sharding.shard import shard_of
-from distserve.engine.sharding.stage import StageModel, verify_stage
+from distserve.engine.sharding.stage import try_stage
+from distserve.engine.verify import check_agreement
 from distserve.engine.worker import draw_tokens
+
+_CPU = torch.device("cpu")
 
 
 class ShardWorker:
@@ -38,7 +38,6 @@ class ShardWorker:
         parallel: ParallelConfig,
         rank: int,
         store_file: Path,
-        device: torch.device,
         timeout: float,
         kv_buffer: Tensor | None = None,
     ) -> None:
@@ -51,7 +50,6 @@ class ShardWorker:
             parallel: the instance's shape.
             rank: which rank this is.
             store_file: a file in a private directory, not there yet, in which the ranks meet.
-            device: where to compute.
             timeout: seconds to wait for a rank that is alive but silent.
             kv_buffer: memory for the pool; None allocates it.
 
@@ -60,17 +58,20 @@ class ShardWorker:
             UnsupportedModelError: the model cannot be served exactly, or only by one rank.
             PeerError: another rank is gone.
         """
-        config = load_config(model_dir)
-        self.description = describe_config(config, model_dir)
-        self.shard = shard_of(self.description, config.num_attention_heads, parallel, rank)
-        comm = Communicator(self.shard, store_file, device=device, timeout=timeout)
-        layout = self.shard.layout(kv, dtype)
-        if kv_buffer is None:
-            kv_buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
-        self.kv = KvPool(layout, kv_buffer)
-        module, cut = load_shard(config, model_dir, dtype, self.shard, comm)
-        self._model = StageModel(module, cut, self.kv, comm, device)
-        verify_stage(self._model)
+        part = load_part(
+            model_dir,
+            dtype=dtype,
+            kv=kv,
+            parallel=parallel,
+            rank=rank,
+            store_file=store_file,
+            device=_CPU,
+            timeout=timeout,
+            make_pool=lambda layout: KvPool(layout, kv_buffer),
+        )
+        self.description, self.shard, self.kv, self._model = part.description, part.shard, part.kv, part.model
+        trial = try_stage(self._model)
+        check_agreement(self._model, trial, self.kv, self._model.module.config.model_type)
         self._sequences: dict[int, SequenceState] = {}
         self._batches: list[Batch] = []
         self._running: dict[int, Batch] = {}
@@ -111,7 +112,21 @@ class ShardWorker:
         if not self.shard.samples:
             return None
         assert logits is not None
-        return draw_tokens(batch, logits.cpu(), step.step_id)[0]
+        return draw_tokens(batch, logits, step.step_id)[0]
+
+    def launch(
+        self,
+        step: RunStep,
+        on_done: Callable[[StepDone | StepFailed], None],
+        on_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        """As :meth:`run`; the rank that draws tells ``on_done`` the outcome."""
+        done = self.run(step, on_layer)
+        if done is not None:
+            on_done(done)
+
+    def shutdown(self) -> None:
+        """Nothing is on its way."""
 
     def record(self, step_id: int, tokens: tuple[int, ...]) -> None:
         """Note the tokens that a step drew."""

@@ -77,6 +77,28 @@ class Communicator:
         _wait(lambda group: group.allgather([parts], [tensor]), self._tp)
         return torch.cat(parts, dim=-1)
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """What the stage's first shard has in its ``tensor``, in everybody's, which it overwrites.
+
+        Raises:
+            PeerError: another rank is gone or silent.
+        """
+        if self._tp is None:
+            return tensor
+        options = c10d.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        _wait(lambda group: group.broadcast([tensor], options), self._tp)
+        return tensor
+
+    def all_agree(self, is_so: bool, device: torch.device) -> bool:
+        """Whether ``is_so`` on all of the stage's shards. Waits for ``device``.
+
+        Raises:
+            PeerError: another rank is gone or silent.
+        """
+        return int(self.sum(torch.tensor([0 if is_so else 1], device=device)).item()) == 0
+
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """What the stage before sent next.
 

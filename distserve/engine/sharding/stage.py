@@ -11,7 +11,7 @@ from distserve.engine.inputs import StepInputs
 from distserve.engine.kv import KvPool
 from distserve.engine.sharding.comm import Communicator
 from distserve.engine.sharding.cut import Cut
-from distserve.engine.verify import AttentionRecorder, Trial, check_agreement, check_finite, trial_tokens
+from distserve.engine.verify import AttentionRecorder, Trial, check_finite, trial_tokens
 
 
 class StageModel:
@@ -30,6 +30,17 @@ class StageModel:
         """Whether a run gives logits."""
         return self._cut.shard.is_last
 
+    @property
+    def is_first(self) -> bool:
+        """Whether it begins with tokens, and receives nothing."""
+        return self._cut.shard.is_first
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of what stages hand on."""
+        size: int = self.module.config.hidden_size
+        return size
+
     def __call__(self, inputs: StepInputs, on_layer: Callable[[int], None] | None) -> Tensor | None:
         """Run the batch; logits [R, vocabulary] on the last stage, None on others.
 
@@ -38,16 +49,66 @@ class StageModel:
         Raises:
             PeerError: another rank is gone.
         """
+        entering = None if self.is_first else self.receive(len(inputs.tokens))
+        return self.hand_on(self.compute(inputs, entering, on_layer))
+
+    def compute(self, inputs: StepInputs, entering: Tensor | None, on_layer: Callable[[int], None] | None) -> Tensor:
+        """The stage's own work alone: ``entering`` [T, hidden], if it is not the first, to what :meth:`hand_on` takes.
+
+        Shards of the stage add up on the way. So a graph may hold it, and what goes from stage to stage stays outside.
+        """
         inputs = inputs.to(self._device)
         paged = PagedAttention(inputs, self.kv.keys, self.kv.values, on_layer)
-        return self.forward(inputs.tokens, inputs.positions, inputs.logits_rows, paged)
+        return self._compute(inputs.tokens, inputs.positions, inputs.logits_rows, entering, paged)
+
+    def entering_buffer(self, num_tokens: int) -> Tensor:
+        """Zeros [T, hidden] where the stage computes, for what the stage before makes of ``num_tokens`` tokens."""
+        return torch.zeros((num_tokens, self.hidden_size), dtype=self.module.dtype, device=self._device)
+
+    def all_agree(self, is_so: bool) -> bool:
+        """Whether ``is_so`` on all shards of the stage. Waits for them.
+
+        Raises:
+            PeerError: another rank is gone.
+        """
+        return self._comm.all_agree(is_so, self._device)
+
+    def receive(self, num_tokens: int) -> Tensor:
+        """What the stage before made of the step's tokens, [T, hidden]; there is a stage before.
+
+        Raises:
+            PeerError: another rank is gone.
+        """
+        return self._comm.receive((num_tokens, self.hidden_size), self.module.dtype, self._device)
+
+    def hand_on(self, output: Tensor) -> Tensor | None:
+        """Send [T, hidden] to the next stage; the last one's are logits, which it returns as they are.
+
+        ``output`` must stay as it is until two more have been handed on.
+
+        Raises:
+            PeerError: another rank is gone.
+        """
+        if self.is_last:
+            return output
+        self._comm.send(output)
+        return None
 
     def forward(self, tokens: Tensor, positions: Tensor, logits_rows: Tensor, paged: PagedCall | None) -> Tensor | None:
         """As a call, with ``paged`` as the attention, or the module's own if there is none."""
-        cut, config = self._cut, self.module.config
-        if not cut.shard.is_first:
-            shape = (1, len(tokens), config.hidden_size)
-            cut.entering = self._comm.receive(shape, self.module.dtype, self._device)
+        entering = None if self.is_first else self.receive(len(tokens))
+        return self.hand_on(self._compute(tokens, positions, logits_rows, entering, paged))
+
+    def _compute(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        logits_rows: Tensor,
+        entering: Tensor | None,
+        paged: PagedCall | None,
+    ) -> Tensor:
+        cut = self._cut
+        cut.entering = None if entering is None else entering.unsqueeze(0)
         tokens, positions = tokens.to(self._device), positions.to(self._device)
         logits_rows = logits_rows.to(self._device)
         more = {} if paged is None else {"paged": paged}
@@ -63,17 +124,16 @@ class StageModel:
             logits: Tensor = output.logits[0]
             return logits
         assert cut.leaving is not None
-        self._comm.send(cut.leaving)
-        cut.leaving = None
-        return None
+        leaving, cut.leaving = cut.leaving, None
+        return leaving[0]
 
 
 @torch.inference_mode()
-def verify_stage(model: StageModel) -> None:
-    """Compare the paged path with the sharded model's own attention, on all ranks at once.
+def try_stage(model: StageModel) -> Trial:
+    """As :func:`distserve.engine.verify.run_trial`, on all ranks at once.
 
     Raises:
-        UnsupportedModelError: it calls attention in a way that the paged path does not cover, or the two differ.
+        UnsupportedModelError: it calls attention in a way that the paged path does not cover.
         ConfigError: the logits are not finite, or the pool has no room for a trial.
         PeerError: another rank is gone.
     """
@@ -90,4 +150,4 @@ def verify_stage(model: StageModel) -> None:
     if logits is not None:
         logits = logits.clone()
         check_finite(logits)
-    check_agreement(model, Trial(tokens, logits, tuple(recorder.settings)), kv, config.model_type)
+    return Trial(tokens, logits, tuple(recorder.settings))
