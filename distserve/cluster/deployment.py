@@ -130,7 +130,8 @@ class Deployment:
         )
         actor = InstanceActor.options(
             num_cpus=self._reservation.rank.num_cpus,
-            num_gpus=self._reservation.rank.num_gpus,
+            # Those of all its ranks: the others are this one's child processes.
+            num_gpus=self._reservation.rank.num_gpus * spec.parallel.num_ranks,
             max_concurrency=CONCURRENCY,
             scheduling_strategy=self._reservation.seat(slot),
         ).remote(config)

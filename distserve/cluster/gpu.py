@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
@@ -55,6 +56,13 @@ class Hardware:
 def cuda_hardware(device: str) -> Hardware:
     """The card ``device`` (``cuda`` or ``cuda:N``); raises ConfigError if there is none."""
     return Hardware(CudaDevice(torch.device(device).index or 0))
+
+
+def rank_backend(rank: int, hardware: str) -> Backend:
+    """What rank ``rank`` computes on if ``hardware`` names what opens a card with a backend of its own."""
+    opened: Hardware = resolve_name(hardware)(f"cuda:{rank}")
+    assert opened.backend is not None
+    return opened.backend
 
 
 def gpu_transport(

@@ -32,7 +32,8 @@ def _transport_for(config: InstanceConfig, host: str, hardware: Hardware | None)
     if access.opens_port:
         kv_host = host if access.interface is None else address_on(access.interface)
     secret = hashlib.sha256(config.key.secret.encode()).digest()
-    options = MemoryOptions(secret, TransportKind(access.transport), kv_host)
+    named = plan.hardware if hardware is not None else ""
+    options = MemoryOptions(secret, TransportKind(access.transport), kv_host, named)
     shard = shard_of_model(plan.model_dir, spec.parallel, 0)
     layout = shard.layout(spec.kv, plan.dtype)
     if hardware is not None:

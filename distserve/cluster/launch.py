@@ -169,12 +169,13 @@ def _blueprint(
                 num_ranks=len(fullest.seats),
                 free=free,
             )
+        runs_ahead = is_on_gpu and instance.parallel.pp == 1
         scheduler = SchedulerConfig(
             max_batch_tokens=planned.max_batch_tokens or engine.max_batch_tokens,
             max_batch_size=planned.max_batch_size or engine.max_batch_size,
-            # On a GPU the next step is launched while the tokens of the last one travel.
-            max_in_flight=2 if is_on_gpu else instance.parallel.pp,
-            lookahead=is_on_gpu,
+            # On a GPU the next step is launched while the tokens of the last one travel, but to the pipeline's start.
+            max_in_flight=2 if runs_ahead else instance.parallel.pp,
+            lookahead=runs_ahead,
             max_model_len=max_model_len,
             prefix_caching=engine.prefix_caching,
             prefix_cache_tokens=engine.prefix_cache_tokens,
@@ -195,7 +196,7 @@ def _blueprint(
             config.model_dir,
             engine.dtype,
             num_threads,
-            # An instance's process sees one GPU only.
+            # An instance's process sees its own GPUs only.
             device="cuda:0" if is_on_gpu else "cpu",
             hardware=engine.hardware,
         ),

@@ -41,7 +41,7 @@ class EnginePlan:
     num_threads: int
     cores: tuple[int, ...] = ()
     device: str = "cpu"
-    """``cpu``, or ``cuda:N`` as the instance's process numbers its GPUs."""
+    """``cpu``, or ``cuda:N`` as the instance's process numbers its GPUs; rank r of several is on the r-th."""
     hardware: str = CUDA
     """The function that opens ``device`` in the instance's process, unless that is the CPU; see CUDA."""
 

@@ -104,7 +104,10 @@ class Rank:
         transport = self._transport
         pool = transport.pool if isinstance(transport, InstanceTransport) else None
         buffer = torch.frombuffer(transport.buffer, dtype=torch.uint8) if pool is None else pool
+        # Prefill has no decode steps to capture.
+        captures = self.spec.role is not Role.PREFILL
         if isinstance(transport, InstanceTransport) and self.spec.parallel.num_ranks > 1:
+            is_rehearsed = self._backend is not None
             group = RankGroup(
                 self._plan.model_dir,
                 parallel=self.spec.parallel,
@@ -117,6 +120,10 @@ class Rank:
                 memory_options=transport.options.encode(),
                 on_told=transport.told,
                 on_lost=_end,
+                device="cuda" if self._plan.device != "cpu" and not is_rehearsed else "cpu",
+                max_batch_size=self.spec.scheduler.max_batch_size if captures else 0,
+                backend="distserve.cluster.gpu:rank_backend" if is_rehearsed else "",
+                backend_options=self._plan.hardware,
             )
             transport.attach(group)
             return group
@@ -128,8 +135,7 @@ class Rank:
             num_threads=self._plan.num_threads,
             device=self._plan.device,
             max_batch_size=self.spec.scheduler.max_batch_size,
-            # Prefill has no decode steps to capture.
-            graphs=self.spec.role is not Role.PREFILL,
+            graphs=captures,
             backend=self._backend,
         )
 

@@ -7,6 +7,7 @@ engine's sockets, in msgpack that can only become the messages below.
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pkgutil import resolve_name
 from threading import Lock
 
 import msgspec
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distserve.cluster.clock import cluster_time
+from distserve.cluster.gpu import Hardware, gpu_transport
 from distserve.core.commands import Migrate
 from distserve.core.config import KvLayout, ParallelConfig
 from distserve.core.errors import TransferError
@@ -35,6 +37,9 @@ class MemoryOptions(msgspec.Struct, frozen=True):
     secret: bytes
     kind: TransportKind = TransportKind.AUTO
     host: str | None = None
+    hardware: str = ""
+    """Names what opens the cards, as in :class:`distserve.cluster.parts.EnginePlan`: rank r's memory is on card r of
+    those that the instance sees. Empty: memory of the host."""
 
     def encode(self) -> bytes:
         """For ranks in other processes."""
@@ -100,15 +105,27 @@ def rank_transport(layout: KvLayout, shard: Shard, options: MemoryOptions) -> Sh
     return ShardedTransport(transport, part)
 
 
+def open_memory(layout: KvLayout, shard: Shard, options: MemoryOptions) -> tuple[ShardedTransport, Tensor]:
+    """The transport of a rank, where ``options`` have its memory, and that memory, flat uint8.
+
+    Raises what :func:`rank_transport` and :func:`distserve.cluster.gpu.gpu_transport` do.
+    """
+    if not options.hardware:
+        transport = rank_transport(layout, shard, options)
+        return transport, torch.frombuffer(transport.buffer, dtype=torch.uint8)
+    open_hardware: Callable[[str], Hardware] = resolve_name(options.hardware)
+    hardware = open_hardware(f"cuda:{shard.rank}")
+    return gpu_transport(layout, shard, options.secret, hardware, options.kind, options.host)
+
+
 class RankMemory:
     """Implements :class:`distserve.engine.group.memory_port.RankMemory`; ``options`` are MemoryOptions, encoded."""
 
     def __init__(self, layout: KvLayout, shard: Shard, options: bytes, tell: Callable[[bytes], None]) -> None:
-        self._transport = rank_transport(layout, shard, _options.decode(options))
+        self._transport, self.pool = open_memory(layout, shard, _options.decode(options))
         self._tell = tell
         # A peer that does not answer must not hold up the rank's steps.
         self._connector = ThreadPoolExecutor(1, thread_name_prefix="kv-connect")
-        self.pool = torch.frombuffer(self._transport.buffer, dtype=torch.uint8)
         self.address = self._transport.address
         self.begin_step = self._transport.begin_step
         self.layer_done = self._transport.layer_done

@@ -1,11 +1,13 @@
 """Room for all parts of a launch, reserved in the Ray cluster before any of them starts.
 
 One placement group per node of the plan: Ray places it whole on one node (STRICT_PACK), so that the shards of a stage
-share it and so does whatever else was planned to; every rank has a bundle of its own. A planned group is tied to the
+share it and so does whatever else was planned to. An instance's ranks there have one bundle, since one process, rank
+0's, is given all of their GPUs. A planned group is tied to the
 node it was mapped to. Which of a node's GPUs a rank gets is Ray's choice: they are equal.
 """
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,9 +28,12 @@ class RankResources:
     num_cpus: float
     num_gpus: int = 0
 
-    def bundle(self) -> dict[str, float]:
-        """As Ray wants it said."""
-        return {"CPU": self.num_cpus} | ({"GPU": float(self.num_gpus)} if self.num_gpus else {})
+    def bundle(self, num_ranks: int) -> dict[str, float]:
+        """Of so many ranks, as Ray wants it said."""
+        num_cpus = self.num_cpus * num_ranks
+        # Ray counts in whole numbers from one on.
+        cpus = {"CPU": float(int(num_cpus)) if num_cpus > 1 else num_cpus}
+        return cpus | ({"GPU": float(self.num_gpus * num_ranks)} if self.num_gpus else {})
 
 
 class Reservation:
@@ -46,13 +51,15 @@ class Reservation:
         self._seats: dict[tuple[int, int], PlacementGroupSchedulingStrategy] = {}
         for number, group in enumerate(groups):
             first = [{"CPU": ROUTER_CPUS}] if number == 0 else []
-            bundles = first + [rank.bundle()] * len(group.seats)
+            num_ranks = Counter(instance for instance, _ in group.seats)
+            bundles = first + [rank.bundle(num) for num in num_ranks.values()]
             node = nodes.get(group.node) if group.node is not None else None
             tied = [{_NODE_LABEL: node.node_id}] * len(bundles) if node is not None else None
             reserved = placement_group(bundles, strategy="STRICT_PACK", bundle_label_selector=tied)
             self._groups.append((group, reserved))
-            for bundle, seat in enumerate(group.seats, start=len(first)):
-                self._seats[seat] = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=bundle)
+            for bundle, instance in enumerate(num_ranks, start=len(first)):
+                seat = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=bundle)
+                self._seats |= {(instance, number): seat for i, number in group.seats if i == instance}
 
     def wait(self, patience: float) -> None:
         """Wait until all of it is reserved.
@@ -78,7 +85,7 @@ class Reservation:
         return PlacementGroupSchedulingStrategy(self._groups[0][1], placement_group_bundle_index=0)
 
     def seat(self, instance: int, rank: int = 0) -> PlacementGroupSchedulingStrategy:
-        """Where a rank of an instance goes."""
+        """Where a rank of an instance goes: beside the instance's others on its node."""
         return self._seats[instance, rank]
 
     def close(self) -> None:

@@ -134,11 +134,6 @@ def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | Non
                 f"the ranks of a {instance.role} instance are planned on several nodes, and they speak to each other "
                 "within one so far: launch a placement that has each instance on one node"
             )
-        if are_on_gpus(cluster) and instance.parallel.num_ranks > 1:
-            raise ConfigError(
-                f"a {instance.role} instance is planned with tp {instance.parallel.tp} and pp {instance.parallel.pp}, "
-                "and instances on GPUs have one rank so far: plan for tp 1 and pp 1, or for `gpu: cpu`"
-            )
         if are_on_gpus(cluster) and not (instance.limits.kv_tokens or kv.num_tokens or kv.num_bytes):
             raise ConfigError(
                 f"how much KV memory does a {instance.role} instance take of its GPU? Give placement.{instance.role}."

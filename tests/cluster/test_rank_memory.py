@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from distserve.cluster.clock import cluster_time
 from distserve.cluster.instance import Instance
 from distserve.cluster.network import create_key
 from distserve.cluster.parts import EnginePlan, InstanceConfig, KvAccess
-from distserve.cluster.rank_memory import InstanceTransport, MemoryOptions, RankMemory, rank_transport
+from distserve.cluster.rank_memory import InstanceTransport, MemoryOptions, RankMemory, open_memory, rank_transport
 from distserve.core.commands import Migrate
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError, TransferError
@@ -27,6 +28,8 @@ KV = KvConfig(num_blocks=8)
 LAYERS, HEADS, HEAD_DIM = 4, 2, 8
 TCP = MemoryOptions(b"secret", TransportKind.TCP, "127.0.0.1")
 SHM = MemoryOptions(b"secret")
+CARD = MemoryOptions(b"secret", TransportKind.AUTO, None, "tests.cluster.rehearsed_cards:open_card_alone")
+CARDS_APART = msgspec.structs.replace(CARD, kind=TransportKind.TCP, host="127.0.0.1")
 KEY = create_key()
 
 
@@ -34,7 +37,7 @@ class Group:
     """Ranks other than 0 in this process, reached as those of an instance are: by bytes."""
 
     def __init__(self, parallel: ParallelConfig, options: MemoryOptions, kv: KvConfig = KV) -> None:
-        own = make_rank(parallel, 0, options, kv)
+        own, self.pool = open_memory(layout_of(parallel, 0, kv), shard_of(parallel, 0), options)
         self.transport = InstanceTransport(own, parallel, options)
         self.memories = {
             rank: RankMemory(
@@ -53,12 +56,10 @@ class Group:
 
     def buffers(self) -> list[np.ndarray]:
         """Each rank's memory as ``[L, 2, N, P, K, D]`` of 4-byte numbers."""
-        memories: list[Any] = [self.transport, *self.memories.values()]
-        ranks = range(len(memories))
-        layouts = [layout_of(self.transport._parallel, rank) for rank in ranks]
+        pools = [self.pool, *(memory.pool for memory in self.memories.values())]
+        layouts = [layout_of(self.transport._parallel, rank) for rank in range(len(pools))]
         return [
-            np.frombuffer(memory.buffer, np.float32).reshape(layout.shape)
-            for memory, layout in zip(memories, layouts, strict=True)
+            pool.numpy().view(np.float32).reshape(layout.shape) for pool, layout in zip(pools, layouts, strict=True)
         ]
 
 
@@ -81,7 +82,7 @@ def pulled(group: Group) -> Migrated:
     return ended.get(timeout=20)
 
 
-@pytest.mark.parametrize("options", [TCP, SHM])
+@pytest.mark.parametrize("options", [TCP, SHM, CARD, CARDS_APART], ids=["tcp", "shm", "card", "cards apart"])
 @pytest.mark.parametrize(("src", "dst"), [((1, 1), (1, 1)), ((2, 1), (1, 1)), ((1, 2), (2, 1)), ((2, 2), (1, 2))])
 def test_all_ranks_pull_their_parts(options: MemoryOptions, src: tuple[int, int], dst: tuple[int, int]) -> None:
     source, target = Group(ParallelConfig(*src), options), Group(ParallelConfig(*dst), options)

@@ -105,6 +105,23 @@ def test_ray_places_the_instances_and_nccl_moves_their_kv(tmp_path: Path, rehear
 
 
 @pytest.mark.slow
+def test_instances_of_several_cards_move_kv_between_unequal_shapes(tmp_path: Path, rehearsal: Rehearsal) -> None:
+    text = """
+placement:
+  prefill: {instances: 1, tp: 2, gpus: [[[0, 0], [0, 1]]]}
+  decode: {instances: 1, pp: 2, gpus: [[[0, 2], [0, 3]]]}
+cluster: {gpu: h100-sxm, nodes: 1, gpus_per_node: 4}
+engine: {dtype: float32, kv_tokens: 4096, kv_transport: nccl, threads: 1}
+"""
+    with RayNodes(5, num_gpus=4) as nodes, serving(tmp_path, nodes, text) as server:
+        texts = [Text(server, SHORT) for _ in range(2)]
+        expected = generate(demo_model(), PROMPT, SHORT)
+        assert [text.whole() for text in texts] == [expected] * 2
+        wait_idle(server)
+        assert migrations(server)["decode-0"] >= 2
+
+
+@pytest.mark.slow
 def test_a_peer_that_hangs_costs_its_deadline_and_one_that_dies_is_met_anew(
     tmp_path: Path, rehearsal: Rehearsal
 ) -> None:

@@ -3,9 +3,9 @@
 As :class:`distserve.engine.group.shard_worker.ShardWorker`, with steps launched and not waited for, and decode steps
 replayed from graphs. The sums of a stage's shards are in the graphs; what stages hand on goes between them.
 
-Shards of one stage learn the tokens from the first on the device, in every step, so the next step can be launched before
-the host knows them. Stages of a pipeline learn them from the host: the first stage does not wait on its device for the
-last one, but computes other batches meanwhile.
+Shards of one stage learn the tokens from the first on the device, in every step, so the next step can be launched
+before the host knows them. Stages of a pipeline learn them from the host: the first stage does not wait on its device
+for the last one, but computes other batches meanwhile.
 """
 
 from collections.abc import Callable

@@ -81,6 +81,7 @@ class RankGroup:
         on_told: Callable[[int, bytes], None] | None = None,
         max_batch_size: int = 64,
         backend: str = "",
+        backend_options: str = "",
     ) -> None:
         """Start the ranks and load the model on all of them.
 
@@ -101,6 +102,7 @@ class RankGroup:
             on_told: told, from another thread, what the memory of a rank says.
             max_batch_size: on GPUs, the largest decode batch that graphs are captured for; 0 captures none.
             backend: what ranks compute on as on GPUs, in place of ``device``: a rehearsal's (see :class:`RankPlan`).
+            backend_options: what that is made with.
 
         Raises:
             ConfigError: the model directory is damaged, or the shape does not divide the model.
@@ -148,6 +150,7 @@ class RankGroup:
             memory_options=memory_options,
             max_batch_size=max_batch_size,
             backend=backend,
+            backend_options=backend_options,
         )
         torch.set_num_threads(num_threads)
         self._own = contextlib.ExitStack()

@@ -22,8 +22,8 @@ class RankPlan(msgspec.Struct, frozen=True):
     ``memory_options``; without a name it is memory of its own.
 
     On a device, decode batches of up to ``max_batch_size`` are captured, none if that is 0. ``backend`` names
-    (``module:function``) what makes the :class:`distserve.engine.device.backend.Backend` that a rank, of this number,
-    computes on in place of ``device``: a rehearsal's.
+    (``module:function``) what makes the :class:`distserve.engine.device.backend.Backend` that a rank computes on in
+    place of ``device``, of its number and ``backend_options``: a rehearsal's.
     """
 
     model_dir: str
@@ -39,6 +39,7 @@ class RankPlan(msgspec.Struct, frozen=True):
     memory_options: bytes = b""
     max_batch_size: int = 64
     backend: str = ""
+    backend_options: str = ""
 
 
 class Open(msgspec.Struct, tag=True, frozen=True):

@@ -1,6 +1,5 @@
 """The life of a rank that is not rank 0: load, then do what rank 0 says until it is gone."""
 
-import importlib
 import logging
 import os
 import threading
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
@@ -88,9 +88,8 @@ def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> S
 def _backend(plan: RankPlan, rank: int) -> Backend | None:
     """What rank ``rank`` computes on, unless that is the CPU."""
     if plan.backend:
-        module, _, name = plan.backend.partition(":")
-        make: Callable[[int], Backend] = getattr(importlib.import_module(module), name)
-        return make(rank)
+        make: Callable[[int, str], Backend] = resolve_name(plan.backend)
+        return make(rank, plan.backend_options)
     return backend_for(str(rank_device(plan.device, rank)))
 
 
@@ -124,8 +123,7 @@ def make_memory(plan: RankPlan, rank: int, tell: Callable[[bytes], None]) -> Ran
     """The memory that ``plan`` names for rank ``rank``, if it names one."""
     if not plan.memory:
         return None
-    module, _, name = plan.memory.partition(":")
-    kind: type[RankMemory] = getattr(importlib.import_module(module), name)
+    kind: type[RankMemory] = resolve_name(plan.memory)
     shard = shard_of_model(Path(plan.model_dir), plan.parallel, rank)
     return kind(shard.layout(plan.kv, plan.dtype), shard, plan.memory_options, tell)
 

@@ -2,7 +2,11 @@
 
 from distserve.engine.device.backend import HostBackend
 
+MADE: list[HostBackend] = []
+"""Those of this process's ranks, in the order they were made."""
 
-def rank_backend(_: int) -> HostBackend:
+
+def rank_backend(_rank: int, _options: str) -> HostBackend:
     """The backend of any rank."""
-    return HostBackend()
+    MADE.append(HostBackend())
+    return MADE[-1]

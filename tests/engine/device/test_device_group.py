@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from distserve.core.config import KvConfig, ParallelConfig, SchedulerConfig
+from distserve.core.errors import ConfigError
 from distserve.engine.group.driver import RankGroup
 from tests.engine.conftest import NUM_TOKENS, Served
-from tests.engine.device.driving import Driven
-from tests.engine.device.test_device_runner import requests_of
+from tests.engine.device.group_backend import MADE
+from tests.engine.device.test_device_runner import play
 from tests.engine.harness import Harness, make_request
 
 KV = KvConfig(96, 4)
@@ -41,21 +42,6 @@ def start() -> Iterator[Callable[..., RankGroup]]:
         group.shutdown()
 
 
-def busy(group: RankGroup, config: SchedulerConfig, num_requests: int) -> Driven:
-    import random
-
-    rng = random.Random(3)
-    driven = Driven(group, config)
-    for request in requests_of(rng, num_requests):
-        driven.submit(request)
-        for _ in range(rng.randint(0, 3)):
-            if driven.in_flight:
-                driven.finish_step()
-    driven.run_out()
-    assert not driven.failed
-    return driven
-
-
 @pytest.mark.parametrize(("name", "tp", "pp"), MATRIX)
 def test_texts_of_several_ranks(
     served: Callable[[str], Served], start: Callable[..., RankGroup], name: str, tp: int, pp: int
@@ -72,3 +58,27 @@ def test_texts_of_several_ranks(
     while open_tracks := [track for track in tracks if len(track.output) < NUM_TOKENS]:
         harness.decode(open_tracks, 1)
     assert [track.output for track in tracks] == model.expected
+    assert MADE[-1].num_replays > NUM_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "ahead"),
+    [(2, 1, 2), pytest.param(1, 2, 0, marks=pytest.mark.slow), pytest.param(2, 2, 0, marks=pytest.mark.slow)],
+)
+def test_a_busy_instance_gives_the_tokens_of_one_rank(
+    llama: Served, start: Callable[..., RankGroup], tp: int, pp: int, ahead: int
+) -> None:
+    """Mixed batches, forks, evictions, batches beyond the ladder, every sampling option, several steps on their way."""
+    config = SchedulerConfig(max_batch_tokens=48, max_batch_size=9, headroom=0.0)
+    plain = play(llama.worker(num_blocks=24), config, 3, aborts=False)
+    group = start(llama.path, tp, pp, kv=KvConfig(24, 4), max_batch_size=3)
+    assert group.runs_ahead == (ahead > 0)
+    several = play(group, replace(config, max_in_flight=ahead or pp, lookahead=ahead > 0), 3, aborts=False)
+    assert several.most_in_flight == 2
+    assert several.scheduler.num_preempted > 0
+    assert several.tokens() == plain.tokens()
+
+
+def test_a_pool_that_no_rank_can_serve_from(llama: Served, start: Callable[..., RankGroup]) -> None:
+    with pytest.raises(ConfigError, match="too small to serve from"):
+        start(llama.path, 2, 1, kv=KvConfig(1, 4))
