@@ -117,7 +117,7 @@ class RankGroup:
         # A wrong shape, or one without room, is refused before anything is started.
         first = shard_of(self.description, config.num_attention_heads, parallel, 0)
         check_devices(parallel, device)
-        check_memory(self.description, first, kv, dtype, rank_device(device, 0))
+        check_memory(self.description, first, kv, dtype, rank_device(device, 0), has_kv=kv_buffer is not None)
         self.parallel = parallel
         self._on_lost = on_lost
         self._on_told = on_told

@@ -41,16 +41,19 @@ def check_alike(parallel: ParallelConfig, names: Sequence[str]) -> None:
             )
 
 
-def check_memory(description: ModelDescription, first: Shard, kv: KvConfig, dtype: str, device: torch.device) -> None:
+def check_memory(
+    description: ModelDescription, first: Shard, kv: KvConfig, dtype: str, device: torch.device, *, has_kv: bool = False
+) -> None:
     """Raise ConfigError, saying how much is missing, unless the instance of rank ``first`` fits.
 
-    On the CPU all ranks share the host's memory; a GPU holds one rank, of which rank 0's is as large as any.
+    On the CPU all ranks share the host's memory; a GPU holds one rank, of which rank 0's is as large as any. There
+    ``has_kv`` says that its KV memory is taken already.
     """
     weights = description.weight_bytes(dtype)
     if device.type == "cuda":
         room, _ = torch.cuda.mem_get_info(device)
         share = -(-weights // first.parallel.num_ranks)
-        require(share, first.layout(kv, dtype).num_bytes, room, f"rank 0 on {device}")
+        require(share, 0 if has_kv else first.layout(kv, dtype).num_bytes, room, f"rank 0 on {device}")
         return
     cache = sum(_kv_bytes(first, rank, kv, dtype) for rank in range(first.parallel.num_ranks))
     what = f"an instance of tp {first.parallel.tp} and pp {first.parallel.pp}"

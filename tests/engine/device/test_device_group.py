@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from distserve.core.config import KvConfig, ParallelConfig, SchedulerConfig
-from distserve.core.errors import ConfigError
 from distserve.engine.group.driver import RankGroup
 from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.device.group_backend import MADE
@@ -77,8 +76,3 @@ def test_a_busy_instance_gives_the_tokens_of_one_rank(
     assert several.most_in_flight == 2
     assert several.scheduler.num_preempted > 0
     assert several.tokens() == plain.tokens()
-
-
-def test_a_pool_that_no_rank_can_serve_from(llama: Served, start: Callable[..., RankGroup]) -> None:
-    with pytest.raises(ConfigError, match="too small to serve from"):
-        start(llama.path, 2, 1, kv=KvConfig(1, 4))
