@@ -100,7 +100,7 @@ def test_ray_places_the_instances_and_nccl_moves_their_kv(tmp_path: Path, rehear
         expected = generate(demo_model(), PROMPT, SHORT)
         assert [text.whole() for text in texts] == [expected] * 3
         wait_idle(server)
-        assert migrations(server)["decode-0"] >= 3
+        assert eventually(lambda: migrations(server)["decode-0"] >= 3, 20), "reports follow the texts"
         assert {end for pair in rehearsal.pairs() for end in pair} == nodes.instances()
 
 
@@ -118,7 +118,7 @@ engine: {dtype: float32, kv_tokens: 4096, kv_transport: nccl, threads: 1}
         expected = generate(demo_model(), PROMPT, SHORT)
         assert [text.whole() for text in texts] == [expected] * 2
         wait_idle(server)
-        assert migrations(server)["decode-0"] >= 2
+        assert eventually(lambda: migrations(server)["decode-0"] >= 2, 20), "reports follow the texts"
 
 
 @pytest.mark.slow
