@@ -38,7 +38,7 @@ class LocalCluster:
         model_dir: A Hugging Face model directory.
         prefill: Number of prefill instances.
         decode: Number of decode instances.
-        mixed: Number of instances that do both, in place of the others.
+        mixed: Number of instances that do both, alone or beside the others.
         dtype: ``float32`` or ``bfloat16``.
         kv: KV memory of each instance.
         scheduler: Limits of every instance; ``max_model_len`` is cut to the model's.
