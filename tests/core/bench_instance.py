@@ -35,6 +35,9 @@ class Bench:
         self.opened: dict[int, Request] = {}
         self.forked: set[int] = set()
         """Sequences that started with their prompt's KV there."""
+        self.resumed: set[int] = set()
+        """Those that were preempted and found KV of theirs again."""
+        self._known: set[tuple[str, tuple[int, ...]]] = set()
         self.pulls: list[Migrate] = []
         self.cancelled: list[int] = []
         self._take(scheduler.handle(self.now, Timer()))
@@ -88,8 +91,10 @@ class Bench:
                 case OpenSequence():
                     self.worker.open(command)
                     self.opened[command.seq_id] = command.request
+                    whose = (command.request.request_id, command.choices)
                     if command.num_computed_tokens > 0:
-                        self.forked.add(command.seq_id)
+                        (self.resumed if whose in self._known else self.forked).add(command.seq_id)
+                    self._known.add(whose)
                 case CloseSequence():
                     self.worker.close(command)
                 case RunStep():

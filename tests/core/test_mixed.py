@@ -132,7 +132,7 @@ def test_a_prompt_that_owes_its_log_probabilities_is_recomputed_whole() -> None:
     node.submit(replace(make_request("b", 15, arrival=1.0), sampling=sampling))
     run_out(node)
     assert node.scheduler.num_preempted == 1
-    assert not node.forked
+    assert not node.forked | node.resumed
 
 
 def test_lookahead_computes_a_prompt_in_consecutive_steps() -> None:
