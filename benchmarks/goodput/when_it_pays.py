@@ -2,7 +2,7 @@
 
     python -m benchmarks.goodput.when_it_pays            # about an hour of one core after `make fast`
     python -m benchmarks.goodput.when_it_pays --rough    # the pure modes, runs a quarter as long: about 15 minutes
-    python -m benchmarks.goodput.when_it_pays --quick    # a corner of it, less than a minute
+    python -m benchmarks.goodput.when_it_pays --quick    # a corner of it, about a minute
 
 A fleet of 8 instances of Llama-3.1-8B (an H100 each), and one of Llama-3.1-70B (TP 4 each), serves the same requests in
 every mode of :mod:`benchmarks.goodput.fleet`. Its goodput is the largest rate at which 90% of them are within TTFT and
