@@ -15,10 +15,9 @@ The jobs of a core share it equally. Which core a job is on follows what the lau
   more often a core was idle of late, the more of the light work is there.
 
 An engine that slept computes its next step ``waking`` seconds longer: the machine has put other things into the caches.
-Who is interrupted loses more than the time of the other: what it had in the core's caches. While every core has an
-engine, a second of light work costs ``cache_loss`` seconds more, that of ``idle_cores`` too, which goes on all the time
-and is nobody's business while a core is free. Engines that share a core lose a part of what they share. Ranks of one
-instance that has more of them than there are cores shared them already when their steps were measured.
+Engines that share a core lose a part of what they share. Ranks of one instance that has more of them than there are
+cores shared them already when their steps were measured. What keeps ``idle_cores`` busy goes on all the time, and slows
+engines only while no core is free of them.
 
 The host is a part on the loop (:mod:`simulator.host_loop`) like the others, which is told by timers of its own when the
 next job ends.
@@ -169,7 +168,7 @@ class Host:
             self._begin(now, following)
         if passage.is_in_last_stage:
             self._loop.post(now, passage.name, passage.event)
-            self._add_light(passage.aftermath, job.core)
+            self._add_light(passage.aftermath)
             return
         self._between.append((self._pipelines[passage.name].send_on(now, passage), passage))
 
@@ -188,19 +187,10 @@ class Host:
         busy = {job.core for job in self._jobs}
         return [core for core in range(self._num_cores) if core not in busy]
 
-    def _is_crowded(self, *cores: int) -> bool:
-        """Every core has an engine that computes, those of ``cores`` on the point of going on with it among them."""
-        return len({job.core for job in self._jobs if job.name}.union(cores)) == self._num_cores
-
-    def _add_light(self, work: float, *cores: int) -> None:
-        """Light work begins, each piece of it on the core whose turn it is: turns come by how idle a core is.
-
-        Engines on ``cores`` are between two steps.
-        """
+    def _add_light(self, work: float) -> None:
+        """Light work begins, each piece of it on the core whose turn it is: turns come by how idle a core is."""
         if work <= 0:
             return
-        if self._is_crowded(*cores):
-            work *= 1 + self.model.cache_loss
         for core, idle in enumerate(self._idle):
             self._turns[core] += idle
         chosen = max(range(self._num_cores), key=self._turns.__getitem__)
@@ -256,7 +246,7 @@ class Host:
             engines[job.core] += bool(job.name)
         alone = 1.0
         if all(engines):
-            alone -= self.model.idle_cores * (1 + self.model.cache_loss) / self._num_cores
+            alone -= self.model.idle_cores / self._num_cores
         paces = [alone * (_SHARING if engines[job.core] > 1 else 1.0) / sharing[job.core] for job in self._jobs]
         if self._own_sharing:
             self._allow_own_sharing(paces, sharing, engines)

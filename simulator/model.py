@@ -60,8 +60,8 @@ class HostModel:
     """Cores that instances on CPUs share with what surrounds them, see :mod:`simulator.host`.
 
     The core seconds are spent outside the engines, by client, API, router and the instances' other threads; those of a
-    pull are on the core of the decode instance. ``idle_cores`` are busy without any request. Where every core has an
-    engine, each second of this costs ``cache_loss`` more. An engine's step after a sleep takes ``waking`` longer.
+    pull are on the core of the decode instance. ``idle_cores`` are busy without any request. An engine's step after a
+    sleep takes ``waking`` longer.
     """
 
     num_cores: float
@@ -72,7 +72,6 @@ class HostModel:
     cpu_per_pull: float = 0.0
     cpu_per_pulled_block: float = 0.0
     idle_cores: float = 0.0
-    cache_loss: float = 0.0
     waking: float = 0.0
 
 

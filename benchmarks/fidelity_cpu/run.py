@@ -170,7 +170,7 @@ def plan_cases(model: ProfileLatencyModel, deployment: str, slos: Mapping[Mix, S
         goodput = find_goodput(cluster_model(model, DEPLOYMENTS[deployment], mix.mean_prompt), mix, slo)
         say(f"{deployment}, {mix.name}: TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s, predicted goodput {goodput:.2f}/s")
         for level, share in SHARES.items():
-            yield Case(deployment, mix, level, round(goodput * share, 2), 31 + index, slo)
+            yield Case(deployment, mix, level, round(goodput * share, 2), 51 + index, slo)
 
 
 def serving(model: Path, pools: dict[Role, int], directory: Path) -> Any:

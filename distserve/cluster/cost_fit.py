@@ -1,7 +1,7 @@
 """What a cluster's costs are, from loads that were put on one: see :class:`distserve.core.profile.ClusterCosts`."""
 
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,6 @@ class Samples:
 
     usual: list[Sample]
     rested: list[Sample]
-    crowded: list[Sample]
-    num_engines: int
 
 
 def work_out(found: Samples, step_time: MeasuredStepTime, *, pull: float, pull_per_byte: float) -> ClusterCosts:
@@ -129,7 +127,6 @@ def work_out(found: Samples, step_time: MeasuredStepTime, *, pull: float, pull_p
         cpu_per_pull=cpu_per_pull,
         cpu_per_pulled_token=cpu_per_pulled_token,
         idle_cores=samples[0].idle_cores,
-        cache_loss=_cache_loss(found, cpu_per_step, cpu_per_token),
         waking=_waking(found.rested, step_time.fit.raised(step, per_sequence), message),
     )
 
@@ -186,27 +183,6 @@ def _step_costs(samples: list[Sample], step_time: MeasuredStepTime) -> tuple[flo
         raise ConfigError("the model's context is too short to tell what a cluster adds to a step")
     solution, _ = nnls(np.array(rows), np.array(extras))
     return float(solution[0]), float(solution[1])
-
-
-def _cache_loss(found: Samples, cpu_per_step: float, cpu_per_token: float) -> float:
-    """Seconds that engines on every core lose per second of light work, beyond that second.
-
-    From decode batches that were steady with a core to spare and are so again with none. A step of ``alone`` seconds
-    with ``light`` seconds of work behind it, and a share ``idle`` of its core gone for good, takes ``crowded`` seconds
-    = alone + (1 + loss) * (light + idle * crowded).
-    """
-    alone: dict[int, list[float]] = {}
-    for sample in found.usual:
-        if sample.load.is_steady and (gap := _steady_gap(sample)):
-            alone.setdefault(sample.load.num_clients, []).append(gap[0])
-    lost = light = 0.0
-    for sample in found.crowded:
-        batch = sample.load.num_clients // found.num_engines
-        if batch in alone and (gap := _steady_gap(sample)):
-            work = cpu_per_step + batch * cpu_per_token + gap[0] * sample.idle_cores / found.num_engines
-            lost += gap[0] - mean(alone[batch]) - work
-            light += work
-    return max(0.0, lost / light) if light > 0 else 0.0
 
 
 def _waking(samples: list[Sample], fit: StepFit, message: float) -> float:

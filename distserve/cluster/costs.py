@@ -1,9 +1,8 @@
 """What a cluster adds to its engines' own times, measured on a live one.
 
-One prefill and one decode instance, and then a mixed one for each core, are served as ``distserve serve`` does it, in
-processes of their own, and asked over HTTP from this one by ``distserve bench``'s client, one load after the other and
-never by Poisson arrivals: what is to be predicted from a profile is not what it was taken on. Times come from the
-timelines that the server returns.
+One prefill and one decode instance are served as ``distserve serve`` does it, in processes of their own, and asked over
+HTTP from this one by ``distserve bench``'s client, one load after the other and never by Poisson arrivals: what is to
+be predicted from a profile is not what it was taken on. Times come from the timelines that the server returns.
 """
 
 import asyncio
@@ -42,8 +41,6 @@ _STOP_SECONDS = 30.0
 _IDLE_SECONDS = 3.0
 _PAUSE_SECONDS = 0.3
 _REQUEST_SECONDS = 300.0
-_MOST_CROWDED = 4
-"""Cores up to which an engine on each is tried; beyond that some core is always free for what surrounds them."""
 _NAME = "profiled"
 
 
@@ -52,17 +49,15 @@ class Loads:
     """What is asked of the cluster.
 
     ``usual``: prompts alone, short and long; decode batches alone; both at once. ``rested``: single prompts, each after
-    a pause. ``crowded``: the same decode batches on mixed instances, ``num_engines`` of them, one for each core.
+    a pause.
     """
 
     usual: tuple[Load, ...]
     rested: tuple[Load, ...]
-    crowded: tuple[Load, ...]
-    num_engines: int
 
 
-def make_loads(num_engines: int, max_batch_size: int, max_model_len: int, *, quick: bool) -> Loads:
-    """Loads within the limits, for a machine whose cores have room for ``num_engines``; fewer if ``quick``."""
+def make_loads(max_batch_size: int, max_model_len: int, *, quick: bool) -> Loads:
+    """Loads within the limits; fewer if ``quick``."""
     prompt, output = max(1, min(256, max_model_len // 4)), max(3, min(128, max_model_len // 8))
     long = max(1, min(1024, max_model_len // 2))
     batches = (1, 4) if quick else (1, 2, 4, 1, 2, 4, 12)
@@ -80,13 +75,7 @@ def make_loads(num_engines: int, max_batch_size: int, max_model_len: int, *, qui
         *(Load(b, n, max(1, p), max(3, o)) for b, n, p, o in service[: 1 if quick else None] if b <= max_batch_size),
     )
     rested = (Load(1, 1, prompt, max(PROMPTS_ALONE, output // 4)),) * (5 if quick else 15)
-    is_crowded = 1 <= num_engines <= _MOST_CROWDED
-    crowded = [
-        Load(batch * num_engines, batch * num_engines, prompt, output)
-        for batch in ((1,) if quick else (1, 2, 4, 1, 2, 4))
-        if is_crowded and batch <= max_batch_size
-    ]
-    return Loads(usual, rested, tuple(crowded), num_engines)
+    return Loads(usual, rested)
 
 
 def measure_costs(
@@ -116,14 +105,8 @@ def measure_costs(
     pull, pull_per_byte = measure_pulls(layout)
     with _serving(model_dir, {"prefill": 1, "decode": 1, **flags}, show) as (url, root):
         found = asyncio.run(_load(url, root, (*loads.usual, *loads.rested), vocab_size, show))
-    usual, rested = found[: len(loads.usual)], found[len(loads.usual) :]
-    crowded: list[Sample] = []
-    if loads.crowded:
-        with _serving(model_dir, {"mixed": loads.num_engines, **flags}, show) as (url, root):
-            crowded = asyncio.run(_load(url, root, loads.crowded, vocab_size, show))
-    return work_out(
-        Samples(usual, rested, crowded, loads.num_engines), step_time, pull=pull, pull_per_byte=pull_per_byte
-    )
+    samples = Samples(found[: len(loads.usual)], found[len(loads.usual) :])
+    return work_out(samples, step_time, pull=pull, pull_per_byte=pull_per_byte)
 
 
 def measure_pulls(layout: KvLayout, num_blocks: int = 64, num_rounds: int = 30) -> tuple[float, float]:

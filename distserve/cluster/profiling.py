@@ -127,7 +127,6 @@ def _measure_cluster(
     from distserve.cluster.costs import make_loads, measure_costs
 
     engine = settings.engine
-    num_engines = len(os.sched_getaffinity(0)) // engine.num_threads
     one_rank = next(shape for shape in shapes if shape.parallel == ONE_RANK)
     with console.status("") as status:
         return measure_costs(
@@ -141,7 +140,7 @@ def _measure_cluster(
                 "max_model_len": max_model_len,
             },
             one_rank.step_time(None),
-            make_loads(num_engines, settings.engine.max_batch_size, max_model_len, quick=settings.is_quick),
+            make_loads(settings.engine.max_batch_size, max_model_len, quick=settings.is_quick),
             layout=description.layout(KvConfig(64, engine.kv.block_size), engine.dtype),
             vocab_size=description.vocab_size,
             show=lambda text: status.update(f"cluster: {text}"),

@@ -215,9 +215,7 @@ class ClusterCosts:
     are no delays, but on a machine whose cores are all busy the steps wait for them. ``cpu_per_pull`` and
     ``cpu_per_pulled_token`` are spent beside the decode instance's engine on taking KV in. ``idle_cores`` are busy
     without any request; ``cpu_per_request``, ``cpu_per_prompt_token``, ``cpu_per_step`` and ``cpu_per_token`` (emitted)
-    come on top. Where every core has an engine, engines lose ``cache_loss`` seconds more with each second of this work:
-    interrupted, they find their data out of the core's caches. ``waking`` is what a request that comes after a pause
-    takes longer to its first token.
+    come on top. ``waking`` is what a request that comes after a pause takes longer to its first token.
     """
 
     step: float
@@ -235,7 +233,6 @@ class ClusterCosts:
     idle_cores: float
     cpu_per_pull: float = 0.0
     cpu_per_pulled_token: float = 0.0
-    cache_loss: float = 0.0
     waking: float = 0.0
 
 

@@ -93,6 +93,5 @@ class ProfileLatencyModel:
             cpu_per_pull=costs.cpu_per_pull / num_threads,
             cpu_per_pulled_block=costs.cpu_per_pulled_token * self.profile.block_size / num_threads,
             idle_cores=costs.idle_cores / num_threads,
-            cache_loss=costs.cache_loss,
             waking=costs.waking,
         )

@@ -2,7 +2,6 @@
 
 from array import array
 
-import numpy as np
 import pytest
 
 from distserve.bench.records import RequestRecord, Status
@@ -15,7 +14,7 @@ FIT = StepFit(Surface((1, 16), (16, 2048), ((DECODE,) * 2,) * 2), Table((1, 2048
 STEP, MESSAGE, TOKEN, REQUEST, WAKING = 0.001, 0.0005, 0.0002, 0.0007, 0.004
 PER_REQUEST, PER_PROMPT_TOKEN, PER_STEP, PER_TOKEN = 0.003, 1e-5, 4e-4, 5e-5
 PER_PULL, PER_PULLED_TOKEN = 0.002, 2e-6
-IDLE, LOSS = 0.02, 0.7
+IDLE = 0.02
 OFFSET = 1000.0
 PREFILL_ID, DECODE_ID = 10, 11
 
@@ -43,13 +42,6 @@ def serve(load: Load, gap: float = DECODE + STEP, late: float = 0.0) -> Sample:
     return Sample(load, records, Cpu(light + IDLE * seconds, spent), seconds, IDLE, OFFSET)
 
 
-def serve_crowded(load: Load, num_engines: int) -> Sample:
-    """Steps lose their light work's time, their share of what is always going on, and a part of both again."""
-    light = PER_STEP + load.num_clients // num_engines * PER_TOKEN
-    gap = (DECODE + STEP + (1 + LOSS) * light) / (1 - (1 + LOSS) * IDLE / num_engines)
-    return serve(load, gap)
-
-
 USUAL = [
     serve(Load(1, 4, 16, PROMPTS_ALONE)),
     serve(Load(1, 4, 1024, PROMPTS_ALONE)),
@@ -57,12 +49,10 @@ USUAL = [
     *(serve(Load(4, 4 * rounds, prompt, 32)) for rounds, prompt in ((3, 256), (8, 16), (4, 512))),
 ]
 RESTED = [serve(Load(1, 1, 256, 32), late=WAKING)] * 3
-CROWDED = [serve_crowded(Load(2 * batch, 2 * batch, 256, 128), 2) for batch in (1, 2, 4)]
 
 
-def costs(crowded=CROWDED, num_engines=2):
-    found = Samples(USUAL, RESTED, crowded, num_engines)
-    return work_out(found, MeasuredStepTime(FIT), pull=0.0, pull_per_byte=0.0)
+def costs():
+    return work_out(Samples(USUAL, RESTED), MeasuredStepTime(FIT), pull=0.0, pull_per_byte=0.0)
 
 
 def test_delays_are_found():
@@ -83,14 +73,3 @@ def test_light_work_is_shared_out():
     assert found.cpu_per_token == pytest.approx(PER_TOKEN, rel=1e-3)
     assert found.cpu_per_pull == pytest.approx(PER_PULL, rel=1e-3)
     assert found.cpu_per_pulled_token == pytest.approx(PER_PULLED_TOKEN, rel=1e-3)
-
-
-def test_what_engines_lose_beside_light_work_is_found():
-    assert costs().cache_loss == pytest.approx(LOSS, rel=1e-3)
-
-
-def test_without_a_crowd_nothing_is_lost():
-    assert costs(crowded=[]).cache_loss == 0.0
-    faster = [serve(Load(2, 2, 256, 128), gap=0.9 * DECODE)]
-    assert costs(crowded=faster).cache_loss == 0.0
-    assert np.isfinite(costs(crowded=[serve(Load(14, 14, 256, 128))]).cache_loss), "no batch to compare with"

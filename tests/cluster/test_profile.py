@@ -154,12 +154,10 @@ def test_pulls_take_time_by_the_byte():
 
 
 def test_loads_fit_small_models():
-    loads = make_loads(2, 2, 64, quick=False)
-    for load in (*loads.usual, *loads.rested, *loads.crowded):
+    loads = make_loads(2, 64, quick=False)
+    for load in (*loads.usual, *loads.rested):
         assert load.prompt_len + load.output_len <= 64
     assert all(load.num_clients <= 2 for load in (*loads.usual, *loads.rested))
-    # Two engines, each with no more than it takes at once.
-    assert {load.num_clients for load in loads.crowded} == {2, 4}
 
 
 @pytest.mark.slow

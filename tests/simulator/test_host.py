@@ -78,24 +78,11 @@ def test_a_core_that_falls_idle_takes_over_an_engine_that_shares():
     assert max(lines.ttft) < 0.11 + shared
 
 
-def test_light_work_costs_more_than_its_time_where_every_core_has_an_engine():
-    model = {"cpu_per_step": 0.003, "cache_loss": 0.5}
-    lines = run([Role.MIXED], HostModel(1, **model), [1.0], output=3)
-    assert lines.finish - lines.first_token == pytest.approx([2 * (0.011 + 1.5 * 0.003)])
-    # With a core to spare the work is done there.
-    lines = run([Role.MIXED], HostModel(2, **model), [1.0], output=3)
-    assert lines.finish - lines.first_token == pytest.approx([2 * 0.011])
-    # The second request finds an engine at work on each of both cores.
-    lines = run([Role.MIXED] * 2, HostModel(2, cpu_per_request=0.02, cache_loss=0.5), [1.0, 1.0, 1.05])
-    alone = run([Role.MIXED] * 2, HostModel(2, cpu_per_request=0.02), [1.0, 1.0, 1.05])
-    assert lines.finish.max() - alone.finish.max() == pytest.approx(0.01)
-
-
 def test_what_goes_on_without_requests_slows_engines_that_leave_no_core_free():
-    model = {"idle_cores": 0.04, "cache_loss": 0.5}
-    assert run([Role.MIXED], HostModel(1, **model), [1.0]).ttft == pytest.approx([0.11 / (1 - 0.06)])
-    assert run([Role.MIXED] * 2, HostModel(2, **model), [1.0, 1.0]).ttft == pytest.approx([0.11 / (1 - 0.03)] * 2)
-    assert run([Role.MIXED], HostModel(2, **model), [1.0]).ttft == pytest.approx([0.11])
+    assert run([Role.MIXED], HostModel(1, idle_cores=0.04), [1.0]).ttft == pytest.approx([0.11 / (1 - 0.04)])
+    both = run([Role.MIXED] * 2, HostModel(2, idle_cores=0.04), [1.0, 1.0])
+    assert both.ttft == pytest.approx([0.11 / (1 - 0.02)] * 2)
+    assert run([Role.MIXED], HostModel(2, idle_cores=0.04), [1.0]).ttft == pytest.approx([0.11])
 
 
 def test_an_engine_that_slept_wakes_slowly():
