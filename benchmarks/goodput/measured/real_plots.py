@@ -1,7 +1,9 @@
 """The measured curves with the simulator's beside them, dashed: attainment over rate, and latencies."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,7 +29,7 @@ def write_plots(directory: Path, results: Results) -> None:
     """Write ``attainment.png`` and ``latency.png``."""
     for name, figure in (("attainment.png", _attainment(results)), ("latency.png", _latency(results))):
         path = directory / name
-        write_atomically(path, lambda place, figure=figure: figure.savefig(place, dpi=_DOTS_PER_INCH))  # type: ignore[misc]
+        write_atomically(path, partial(figure.savefig, dpi=_DOTS_PER_INCH))
 
 
 def _attainment(results: Results) -> Figure:
@@ -99,8 +101,10 @@ def _line(axis: Axes, contender: Contender, points: dict[float, float], label: s
     if not points:
         return
     at = sorted(points)
-    style = {"marker": "o", "markersize": 3.5} if label else {"linestyle": "--", "linewidth": 1, "alpha": 0.8}
-    axis.plot(at, [points[x] for x in at], color=_COLOURS[contender.name], label=label, **style)  # type: ignore[arg-type]
+    style: dict[str, Any] = {"marker": "o", "markersize": 3.5}
+    if not label:
+        style = {"linestyle": "--", "linewidth": 1, "alpha": 0.8}
+    axis.plot(at, [points[x] for x in at], color=_COLOURS[contender.name], label=label, **style)
 
 
 def _finish(axis: Axes, label: str) -> None:
