@@ -111,7 +111,8 @@ def test_a_destination_killed_while_it_pulls_leaves_the_source_serving(start):
         victim.call("connect", "source", source.address)
         victim.call("pull", 1, [1, 2], [1, 2], 1, 5)
         victim.kill()
-        assert eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) == sockets)
+        # Fewer where other tests' leavings are collected meanwhile.
+        assert eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= sockets)
         heir = start()
         heir.call("connect", "source", source.address)
         source.end_step(5)
