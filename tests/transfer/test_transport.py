@@ -273,7 +273,9 @@ def test_every_pull_ends_once_whatever_happens_around_it(make, source, sink):
 
     def cancel_some():
         while len(events) < num_pulls:
-            sink.cancel(len(events))
+            # Not every one: on some transports a pull takes longer than that, and all would be cancelled.
+            if len(events) % 3 == 0:
+                sink.cancel(len(events))
             time.sleep(0.003)
 
     def step():
