@@ -5,11 +5,12 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
+from benchmarks.fidelity_cpu.speed import PROFILED, Speed, StepTimeAt
 from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import Workload, WorkloadSpec
 from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
-from distserve.core.latency import StepShape
+from distserve.core.latency import StepShape, StepTime
 from distserve.core.router import RouterConfig
 from simulator.latency.measured import ProfileLatencyModel
 from simulator.model import ClusterModel, InstanceModel
@@ -85,15 +86,18 @@ def cluster_model(
     scheduler: SchedulerConfig = SCHEDULER,
     kv_tokens: int = KV_TOKENS,
     router: RouterConfig | None = None,
+    speed: Speed = PROFILED,
 ) -> ClusterModel:
-    """``pools`` instances of each role on this machine's cores."""
+    """``pools`` instances of each role on this machine's cores, at the ``speed`` it has now."""
     profile = model.profile
     specs = [
         InstanceSpec(f"{role}-{index}", role, KvConfig(kv_tokens // profile.block_size, profile.block_size), scheduler)
         for role, count in pools.items()
         for index in range(count)
     ]
-    step_time = model.step_time(ParallelConfig())
+    step_time: StepTime = model.step_time(ParallelConfig())
+    if speed != PROFILED:
+        step_time = StepTimeAt(step_time, speed)
     return ClusterModel(
         instances=tuple(InstanceModel(spec, step_time) for spec in specs),
         delays=model.delays(tuple(spec.instance_id for spec in specs), mean_prompt),

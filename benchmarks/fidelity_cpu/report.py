@@ -8,9 +8,9 @@ ATTAINMENT_BOUND = 0.05
 LATENCY_BOUND = 0.10
 
 
-def errors(run: dict[str, Any]) -> dict[str, float]:
+def errors(run: dict[str, Any], prediction: str = "predicted") -> dict[str, float]:
     """Predicted less measured: attainment in points of one, latencies relative to the measured."""
-    measured, predicted = run["measured"], run["predicted"]
+    measured, predicted = run["measured"], run[prediction]
     return {
         "attainment": predicted["attainment"] - measured["attainment"],
         "ttft": predicted["ttft"] / measured["ttft"] - 1,
@@ -18,16 +18,17 @@ def errors(run: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def misses(run: dict[str, Any]) -> list[str]:
+def misses(run: dict[str, Any], prediction: str = "predicted") -> list[str]:
     """Which figures of a run are out of bounds."""
     bounds = {"attainment": ATTAINMENT_BOUND, "ttft": LATENCY_BOUND, "tpot": LATENCY_BOUND}
-    return [name for name, error in errors(run).items() if abs(error) > bounds[name]]
+    return [name for name, error in errors(run, prediction).items() if abs(error) > bounds[name]]
 
 
 def write_report(directory: Path, result: dict[str, Any]) -> int:
     """Write ``result.json`` and ``README.md`` into ``directory``; returns how many figures are out of bounds."""
     result["num_figures"] = 3 * len(result["runs"])
-    result["num_missed"] = sum(len(misses(run)) for run in result["runs"])
+    for name, prediction in (("num_missed", "predicted"), ("num_missed_as_profiled", "predicted_as_profiled")):
+        result[name] = sum(len(misses(run, prediction)) for run in result["runs"])
     (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (directory / "README.md").write_text(_markdown(result))
     return int(result["num_missed"])
@@ -40,6 +41,7 @@ def _markdown(result: dict[str, Any]) -> str:
         if not num_missed
         else f"{num_figures - num_missed} of {num_figures} figures are within bounds; the others are in **bold**."
     )
+    num_again = sum(run["attempts"] > 1 for run in result["runs"])
     slos = {(run["mix"], run["slo"]["ttft"], run["slo"]["tpot"]) for run in result["runs"]}
     head = f"""# Simulator against our own cluster on {result["num_cpus"]} CPU cores
 
@@ -55,12 +57,18 @@ def _markdown(result: dict[str, Any]) -> str:
 - rates are 0.6, 1 and 1.2 times the goodput that the simulator predicted before anything was measured
 - one line per request, KV transfer times included: `*.csv.gz` here, columns as in \
 [docs/timeline-format.md](../../../docs/timeline-format.md)
+- *time of steps*: prompts' and decodes' steps over the profile's, as short closed loops before and after the run show \
+them, the mean of both, at which the run is predicted; predicted from the profile as it is, \
+{num_figures - result["num_missed_as_profiled"]} of {num_figures} figures are within bounds
+- a run during which that changed by more than 6% was taken again, up to twice: {num_again} of {len(result["runs"])} \
+were
 - *other load*: cores that processes other than the cluster and its client kept busy meanwhile
 
 Measured / predicted (error):
 
-| deployment | mix | rate, 1/s | requests | attainment, % | median TTFT, ms | median TPOT, ms | other load |
-|---|---|---:|---:|---:|---:|---:|---:|
+| deployment | mix | rate, 1/s | requests | attainment, % | median TTFT, ms | median TPOT, ms | time of steps \
+| other load |
+|---|---|---:|---:|---:|---:|---:|---:|---:|
 """
     return head + "\n".join(_row(run) for run in result["runs"]) + "\n"
 
@@ -76,5 +84,11 @@ def _row(run: dict[str, Any]) -> str:
 
     return (
         f"| {run['deployment']} | {run['mix']} | {run['level']}: {run['rate']:.2f} | {run['num_requests']} "
-        f"| {cell('attainment', 100, 1)} | {cell('ttft', 1e3, 1)} | {cell('tpot', 1e3, 2)} | {run['other_load']:.2f} |"
+        f"| {cell('attainment', 100, 1)} | {cell('ttft', 1e3, 1)} | {cell('tpot', 1e3, 2)} "
+        f"| {_mean(run, 'prompts'):.2f}, {_mean(run, 'decodes'):.2f} | {run['other_load']:.2f} |"
     )
+
+
+def _mean(run: dict[str, Any], kind: str) -> float:
+    before, after = run["speeds"]
+    return float((before[kind] * after[kind]) ** 0.5)

@@ -9,6 +9,9 @@ sends no Poisson arrivals. From it the simulator says the deployment's goodput f
 is served as `distserve serve` does it and asked by `distserve bench`, a process of its own, at 0.6, 1 and 1.2 times
 that goodput. The same requests, with the same arrivals and lengths, go through the simulator. Everything shares this
 machine's cores: instances, router, API and client, which the simulator accounts for.
+
+Between the runs a short closed loop, a probe, shows how fast the machine is now against its profile. A run is predicted
+at the mean of the speeds before and after it, and is taken again where the two differ, whatever its figures are.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +29,7 @@ import numpy as np
 
 from benchmarks.common.load import LoadError, bench
 from benchmarks.common.machine import OtherLoad, describe_run
-from benchmarks.common.servers import ServerError, free_port, running, unwind_on_sigterm
+from benchmarks.common.servers import Server, ServerError, free_port, running, unwind_on_sigterm
 from benchmarks.fidelity_cpu import timelines
 from benchmarks.fidelity_cpu.predict import (
     KV_TOKENS,
@@ -40,7 +43,7 @@ from benchmarks.fidelity_cpu.predict import (
     predict,
 )
 from benchmarks.fidelity_cpu.report import write_report
-from distserve.bench.workload import Workload
+from benchmarks.fidelity_cpu.speed import PROBE, PROBE_MEAN_PROMPT, PROFILED, Speed, speed_of, workload_of
 from distserve.core.config import SLO, Role
 from distserve.core.errors import DistserveError
 from simulator.latency.measured import ProfileLatencyModel
@@ -56,6 +59,9 @@ SHARES = {"below": 0.6, "at": 1.0, "above": 1.2}
 DTYPE = "bfloat16"
 _DISTSERVE = Path(sys.executable).with_name("distserve")
 _MIN_OUTPUT = 2
+_ATTEMPTS = 3
+"""At a run during which the machine's speed did not change."""
+Lines = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -153,15 +159,76 @@ def measure(result: dict[str, Any], options: argparse.Namespace) -> None:
         with TemporaryDirectory() as directory, serving(options.model, pools, Path(directory)) as server:
             log = Path(directory) / "bench.log"
             bench(server.url, load_options(cases[0], 5.0, seed=0), log=log, may_miss=True)
+            prober = Prober(server, model, pools, options.output_dir, file_stem(deployment), log)
             for case in cases:
-                with OtherLoad(server) as other:
-                    document = bench(server.url, load_options(case, seconds, case.seed), log=log, may_miss=True)
-                lines = timelines.rows(document["runs"][0]["requests"])
-                timelines.write(options.output_dir / f"{case.stem}.csv.gz", lines)
-                run = compare(model, pools, case, lines)
-                run["other_load"] = other.cores
+                run = measure_case(case, seconds, prober)
                 result["runs"].append(run)
                 say(progress_line(run))
+
+
+def measure_case(case: Case, seconds: float, prober: "Prober") -> dict[str, Any]:
+    """One run between two probes, again where the machine changed between them; and what is predicted of it."""
+    attempts = 0
+    before = after = prober.latest
+    while attempts == 0 or (attempts < _ATTEMPTS and not before.speed.is_near(after.speed)):
+        attempts += 1
+        before = prober.latest
+        with OtherLoad(prober.server) as other:
+            options = load_options(case, seconds, case.seed)
+            document = bench(prober.server.url, options, log=prober.log, may_miss=True)
+        after = prober.probe()
+    lines = timelines.rows(document["runs"][0]["requests"])
+    timelines.write(prober.directory / f"{case.stem}.csv.gz", lines)
+    run = compare(prober.model, prober.pools, case, lines, (before.speed, after.speed))
+    return run | {"probes": [before.file, after.file], "attempts": attempts, "other_load": other.cores}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probe: the speed found, and the name of the file that has its requests."""
+
+    speed: Speed
+    file: str
+
+
+class Prober:
+    """Probes a running deployment; ``latest`` is the last probe, of which there is one from the start."""
+
+    def __init__(
+        self,
+        server: Server,
+        model: ProfileLatencyModel,
+        pools: Mapping[Role, int],
+        directory: Path,
+        stem: str,
+        log: Path,
+    ) -> None:
+        self.server = server
+        self.model = model
+        self.pools = pools
+        self.directory = directory
+        self._stem = stem
+        self.log = log
+        self._num_probes = 0
+        for old in directory.glob(f"probe-{stem}-*.csv.gz"):
+            old.unlink()
+        self.latest = self.probe()
+
+    def probe(self) -> Probe:
+        """Take one, and keep its requests."""
+        self._num_probes += 1
+        options = {**PROBE, "seed": self._num_probes, "return_timeline": True}
+        document = bench(self.server.url, options, log=self.log)
+        lines = sorted(timelines.rows(document["runs"][0]["requests"]), key=lambda line: line["arrival"])
+        file = f"probe-{self._stem}-{self._num_probes}.csv.gz"
+        timelines.write(self.directory / file, lines)
+        self.latest = Probe(probed_speed(self.model, self.pools, lines), file)
+        return self.latest
+
+
+def probed_speed(model: ProfileLatencyModel, pools: Mapping[Role, int], lines: Lines) -> Speed:
+    """What a probe's requests say of the machine's speed."""
+    return speed_of(lines, lambda speed: cluster_model(model, pools, PROBE_MEAN_PROMPT, speed=speed))
 
 
 def plan_cases(model: ProfileLatencyModel, deployment: str, slos: Mapping[Mix, SLO]) -> Iterator[Case]:
@@ -170,7 +237,7 @@ def plan_cases(model: ProfileLatencyModel, deployment: str, slos: Mapping[Mix, S
         goodput = find_goodput(cluster_model(model, DEPLOYMENTS[deployment], mix.mean_prompt), mix, slo)
         say(f"{deployment}, {mix.name}: TTFT {slo.ttft:g} s, TPOT {slo.tpot:g} s, predicted goodput {goodput:.2f}/s")
         for level, share in SHARES.items():
-            yield Case(deployment, mix, level, round(goodput * share, 2), 51 + index, slo)
+            yield Case(deployment, mix, level, round(goodput * share, 2), 61 + index, slo)
 
 
 def serving(model: Path, pools: dict[Role, int], directory: Path) -> Any:
@@ -199,15 +266,17 @@ def load_options(case: Case, seconds: float, seed: int) -> dict[str, object]:
 
 
 def compare(
-    model: ProfileLatencyModel, pools: dict[Role, int], case: Case, lines: Sequence[dict[str, Any]]
+    model: ProfileLatencyModel, pools: Mapping[Role, int], case: Case, lines: Lines, speeds: tuple[Speed, Speed]
 ) -> dict[str, Any]:
-    """Measured and predicted figures of one run, on the arrivals and lengths that were sent."""
-    workload = Workload(
-        np.array([line["prompt_tokens"] for line in lines]),
-        np.array([line["output_tokens"] for line in lines]),
-        np.array([line["arrival"] for line in lines]),
-    )
-    predicted = predict(cluster_model(model, pools, case.mix.mean_prompt), workload, case.slo)
+    """Measured and predicted figures of one run, on the arrivals and lengths that were sent.
+
+    ``speeds`` are the machine's before and after it.
+    """
+    workload = workload_of(lines)
+
+    def predicted(speed: Speed) -> Figures:
+        return predict(cluster_model(model, pools, case.mix.mean_prompt, speed=speed), workload, case.slo)
+
     return {
         "deployment": case.deployment,
         "mix": case.mix.name,
@@ -218,12 +287,14 @@ def compare(
         "num_requests": len(lines),
         "num_ok": sum(line["status"] == 200 for line in lines),
         "timelines": f"{case.stem}.csv.gz",
+        "speeds": [asdict(speed) for speed in speeds],
         "measured": asdict(measured_figures(lines, case.slo)),
-        "predicted": asdict(predicted),
+        "predicted": asdict(predicted(speeds[0].between(speeds[1]))),
+        "predicted_as_profiled": asdict(predicted(PROFILED)),
     }
 
 
-def measured_figures(lines: Sequence[dict[str, Any]], slo: SLO) -> Figures:
+def measured_figures(lines: Lines, slo: SLO) -> Figures:
     """As :func:`benchmarks.fidelity_cpu.predict.figures`."""
     ok = [line for line in lines if line["status"] == 200]
     ttfts = [line["first_token"] - line["arrival"] for line in ok]
@@ -243,16 +314,20 @@ def compare_again(result: dict[str, Any], directory: Path) -> None:
         case = Case(run["deployment"], mixes[run["mix"]], run["level"], run["rate"], run["seed"], SLO(**run["slo"]))
         lines = timelines.read(directory / run["timelines"])
         model = ProfileLatencyModel.read(profile_path(directory, case.deployment))
-        again = compare(model, DEPLOYMENTS[case.deployment], case, lines)
-        result["runs"][index] = {**again, "other_load": run["other_load"]}
+        pools = DEPLOYMENTS[case.deployment]
+        before, after = (probed_speed(model, pools, timelines.read(directory / file)) for file in run["probes"])
+        again = compare(model, pools, case, lines, (before, after))
+        result["runs"][index] = {**again, **{name: run[name] for name in ("probes", "attempts", "other_load")}}
 
 
 def progress_line(run: dict[str, Any]) -> str:
     """One run, in short."""
     measured, predicted = Figures(**run["measured"]), Figures(**run["predicted"])
+    speeds = ", ".join(f"{speed['prompts']:.3f}/{speed['decodes']:.3f}" for speed in run["speeds"])
     return (
         f"{run['deployment']}, {run['mix']}, {run['level']} ({run['rate']:.2f}/s, {run['num_requests']} requests, "
-        f"other load {run['other_load']:.2f}): attainment {measured.attainment:.1%} / {predicted.attainment:.1%}, TTFT "
+        f"other load {run['other_load']:.2f}, speeds {speeds}): "
+        f"attainment {measured.attainment:.1%} / {predicted.attainment:.1%}, TTFT "
         f"{measured.ttft * 1e3:.1f} / {predicted.ttft * 1e3:.1f} ms, TPOT {measured.tpot * 1e3:.2f} / "
         f"{predicted.tpot * 1e3:.2f} ms"
     )
