@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from distserve.core.commands import Conclude, Deliver, Migrate, RunStep
@@ -139,6 +140,9 @@ class Deployment:
         self.recorder = CopyingRecorder(self.workers) if remembers else Recorder()
         self.loop = Loop(delays, self.recorder)
         self.owner = Owner("api-0")
+        self.submitted: list[Request] = []
+        self.abandoned: set[str] = set()
+        """Requests whose clients do not wait for the end."""
         self._worker = RememberingWorker if remembers else CheckingWorker
         self.loop.add(ROUTER, Router(router))
         self.loop.add("api-0", self.owner)
@@ -164,18 +168,33 @@ class Deployment:
         self.loop.post(time, ROUTER, Received("operator", ChangeRole(name, role, patience)))
 
     def submit(self, request: Request) -> None:
+        self.submitted.append(request)
         self.loop.post(request.arrival, "api-0", ClientRequest(request))
 
     def stop(self, time: float, request_id: str, choice: int, num_tokens: int) -> None:
         self.loop.post(time, "api-0", ClientStop(request_id, choice, num_tokens))
 
     def abandon(self, time: float, request_id: str) -> None:
+        self.abandoned.add(request_id)
         self.loop.post(time, "api-0", ClientGone(request_id))
 
     def lose(self, name: str) -> None:
         self.loop.lose(name)
         del self.machines[name]
         del self.workers[name]
+
+    def lose_some(self, losses: Iterable[tuple[float, int]], needed: Collection[Role] = tuple(Role)) -> None:
+        """Run to each of the times (s) and lose one instance then, by its index.
+
+        The last one of a role that is ``needed`` stays: without it requests would rightly get 503.
+        """
+        for time, index in sorted(losses):
+            self.run(until=time)
+            victim = sorted(self.schedulers)[index % len(self.schedulers)]
+            role = self.schedulers[victim].spec.role
+            num_alike = sum(scheduler.spec.role is role for scheduler in self.schedulers.values())
+            if num_alike > 1 or role not in needed:
+                self.lose(victim)
 
     def run(self, until: float | None = None) -> Recorder:
         """Until a time (s), or until all is long over: nothing is live, and what waits to be given up has been."""
@@ -187,6 +206,17 @@ class Deployment:
             self.loop.run(self.loop.now + LONG)
         self.loop.run(self.loop.now + LONG)
         return self.recorder
+
+    def assert_served(self) -> None:
+        """Every request has its whole output, if it was abandoned the beginning of it, and nothing is left."""
+        for request in self.submitted:
+            is_abandoned = request.request_id in self.abandoned
+            for choice in request.choices:
+                got, expected = self.recorder.tokens[request.request_id, choice], expected_tokens(request, choice)
+                assert got == (expected[: len(got)] if is_abandoned else expected)
+            if not is_abandoned:
+                assert self.recorder.concluded[request.request_id].status == 200
+        self.assert_clean()
 
     def assert_clean(self) -> None:
         """Nothing is left anywhere: no request, no block, no sequence."""

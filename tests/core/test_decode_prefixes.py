@@ -12,6 +12,7 @@ from distserve.core.decode import DecodeScheduler
 from distserve.core.messages import Abort, Leased, Offer, Preempted, Prefilled, Pulled, Refused, Report, Withdrawn
 from distserve.core.request import Request
 from simulator.model import Delays
+from tests.core.any_load import Load, serving
 from tests.core.bench_instance import Bench
 from tests.core.harness import Deployment, expected_tokens, make_request
 
@@ -229,25 +230,38 @@ def test_reports_name_what_was_found() -> None:
 
 # -- whole deployments -------------------------------------------------------------------------------------------------
 
+
+def with_common_heads(
+    drawn: list[tuple[list[tuple[int, int]], int, int, int, float, float | None, bool]],
+) -> Load:
+    load: Load = []
+    for i, (parts, seed, max_tokens, n, arrival, abandoned, scored) in enumerate(drawn):
+        tokens = tuple(1000 * kind + place for kind, length in parts for place in range(length))
+        one = make_request(f"r{i}", len(tokens), seed=seed, max_tokens=max_tokens, n=n, arrival=arrival)
+        sampling = replace(one.sampling, prompt_logprobs=0) if scored and seed % 4 == 0 else one.sampling
+        load.append((replace(one, prompt_token_ids=tokens, sampling=sampling), abandoned))
+    return load
+
+
 PARTS = st.lists(st.tuples(st.integers(0, 1), st.sampled_from([3, 8, 16, 30])), min_size=1, max_size=3)
-REQUESTS = st.lists(
+LOADS = st.lists(
     st.tuples(
         PARTS,
         st.integers(0, 60),  # seed, which gives the output length
         st.integers(1, 24),  # max_tokens
         st.integers(1, 3),  # n
         st.floats(0, 1.5),  # arrival
-        st.one_of(st.none(), st.floats(0, 1.0)),  # abandoned at
+        st.one_of(st.none(), st.floats(0, 1.0)),  # abandoned after
         st.booleans(),  # wants its prompt's log-probabilities
     ),
     min_size=1,
     max_size=14,
-)
+).map(with_common_heads)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    requests=REQUESTS,
+    load=LOADS,
     pools=st.sampled_from([(1, 1, 0), (2, 1, 0), (1, 2, 0), (2, 2, 0), (0, 0, 2), (1, 1, 1)]),
     blocks=st.integers(34, 70),
     in_flight=st.sampled_from([(1, False), (2, False), (2, True), (3, False)]),
@@ -256,7 +270,7 @@ REQUESTS = st.lists(
     caching=st.sampled_from([True, True, True, False]),
 )
 def test_any_workload_is_served_as_without_caching_and_leaves_nothing(
-    requests: list[tuple[list[tuple[int, int]], int, int, int, float, float | None, bool]],
+    load: Load,
     pools: tuple[int, int, int],
     blocks: int,
     in_flight: tuple[int, bool],
@@ -265,49 +279,13 @@ def test_any_workload_is_served_as_without_caching_and_leaves_nothing(
     caching: bool,
 ) -> None:
     """Forks, preemption, aborts, pulls that are cut, lost instances; every read of memory is checked."""
-    config = SchedulerConfig(
-        max_batch_tokens=24,
-        max_batch_size=6,
-        max_in_flight=in_flight[0],
-        lookahead=in_flight[1],
-        lease=2.0,
-        headroom=0.0,
-        prefix_caching=caching,
+    delays = Delays(seconds_per_block=0.02 if slow else 0.0001)
+    cluster = serving(
+        load, pools, blocks, in_flight, headroom=0.0, prefix_caching=caching, delays=delays, remembers=True
     )
-    prefill, decode, mixed = pools
-    cluster = Deployment(
-        prefill=prefill,
-        decode=decode,
-        mixed=mixed,
-        kv=KvConfig(blocks, SIZE),
-        config=config,
-        delays=Delays(seconds_per_block=0.02 if slow else 0.0001),
-        remembers=True,
-    )
-    made = []
-    for i, (parts, seed, max_tokens, n, arrival, abandoned, scored) in enumerate(requests):
-        tokens = tuple(1000 * kind + place for kind, length in parts for place in range(length))
-        one = make_request(f"r{i}", len(tokens), seed=seed, max_tokens=max_tokens, n=n, arrival=arrival)
-        sampling = replace(one.sampling, prompt_logprobs=0) if scored and seed % 4 == 0 else one.sampling
-        one = replace(one, prompt_token_ids=tokens, sampling=sampling)
-        made.append((one, abandoned))
-        cluster.submit(one)
-        if abandoned is not None:
-            cluster.abandon(arrival + abandoned, one.request_id)
-    for time, index in sorted(losses):
-        cluster.run(until=time)
-        victim = sorted(cluster.schedulers)[index % len(cluster.schedulers)]
-        role = cluster.schedulers[victim].spec.role
-        if sum(scheduler.spec.role is role for scheduler in cluster.schedulers.values()) > 1:
-            cluster.lose(victim)
-    recorder = cluster.run()
-    for one, abandoned in made:
-        for choice in one.choices:
-            got = recorder.tokens[one.request_id, choice]
-            assert got == expected_tokens(one, choice)[: None if abandoned is None else len(got)]
-        if abandoned is None:
-            assert recorder.concluded[one.request_id].status == 200
-    cluster.assert_clean()
+    cluster.lose_some(losses)
+    cluster.run()
+    cluster.assert_served()
     for scheduler in cluster.schedulers.values():
         assert scheduler.num_hit_tokens <= scheduler.num_queried_tokens
         assert caching or scheduler.num_queried_tokens == 0

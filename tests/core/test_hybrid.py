@@ -33,6 +33,7 @@ from distserve.core.mixed import MixedScheduler
 from distserve.core.request import Request
 from distserve.core.router import Router, RouterConfig
 from simulator.model import Delays
+from tests.core.any_load import Load, loads, serving
 from tests.core.bench_instance import Bench
 from tests.core.harness import Deployment, expected_tokens, make_request
 
@@ -371,18 +372,7 @@ def test_under_load_some_prompts_stay_and_some_move(pools: tuple[int, int, int])
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    requests=st.lists(
-        st.tuples(
-            st.integers(1, 70),  # prompt
-            st.integers(0, 60),  # seed, which gives the output length
-            st.integers(1, 24),  # max_tokens
-            st.integers(1, 3),  # n
-            st.floats(0, 0.5),  # arrival
-            st.one_of(st.none(), st.floats(0, 1.0)),  # abandoned at
-        ),
-        min_size=1,
-        max_size=14,
-    ),
+    load=loads(0.5),
     pools=st.sampled_from([(1, 0, 1), (1, 0, 2), (2, 0, 2), (1, 1, 1)]),
     blocks=st.integers(26, 60),
     in_flight=st.sampled_from([(1, False), (2, False), (2, True)]),
@@ -393,7 +383,7 @@ def test_under_load_some_prompts_stay_and_some_move(pools: tuple[int, int, int])
     delay=st.sampled_from([0.0005, 0.02]),
 )
 def test_any_workload_is_served_exactly_and_leaves_nothing(
-    requests: list[tuple[int, int, int, int, float, float | None]],
+    load: Load,
     pools: tuple[int, int, int],
     blocks: int,
     in_flight: tuple[int, bool],
@@ -404,44 +394,10 @@ def test_any_workload_is_served_exactly_and_leaves_nothing(
     delay: float,
 ) -> None:
     """Under loss, preemption, aborts and forks, whatever the rule makes of it."""
-    config = SchedulerConfig(
-        max_batch_tokens=24,
-        max_batch_size=6,
-        max_in_flight=in_flight[0],
-        lookahead=in_flight[1],
-        lease=2.0,
-        policy=policy,
-        prefix_caching=caching,
+    delays, router = Delays(message=delay), RouterConfig(slo=slo)
+    cluster = serving(
+        load, pools, blocks, in_flight, policy=policy, prefix_caching=caching, delays=delays, router=router
     )
-    prefill, decode, mixed = pools
-    cluster = Deployment(
-        prefill=prefill,
-        decode=decode,
-        mixed=mixed,
-        kv=KvConfig(blocks, 4),
-        config=config,
-        delays=Delays(message=delay),
-        router=RouterConfig(slo=slo),
-    )
-    made = []
-    for i, (prompt, seed, max_tokens, n, arrival, abandoned) in enumerate(requests):
-        request = make_request(f"r{i}", prompt, seed=seed, max_tokens=max_tokens, n=n, arrival=arrival)
-        made.append((request, abandoned))
-        cluster.submit(request)
-        if abandoned is not None:
-            cluster.abandon(arrival + abandoned, request.request_id)
-    for time, index in sorted(losses):
-        cluster.run(until=time)
-        victim = sorted(cluster.schedulers)[index % len(cluster.schedulers)]
-        if len([name for name in cluster.schedulers if name.startswith("mixed")]) > 1 or "mixed" not in victim:
-            cluster.lose(victim)  # with a mixed instance left every request can still be served
-    recorder = cluster.run()
-    for request, abandoned in made:
-        for choice in request.choices:
-            got = recorder.tokens[request.request_id, choice]
-            assert got == expected_tokens(request, choice)[: len(got)]
-            if abandoned is None:
-                assert got == expected_tokens(request, choice)
-        if abandoned is None:
-            assert recorder.concluded[request.request_id].status == 200
-    cluster.assert_clean()
+    cluster.lose_some(losses, needed=[Role.MIXED])  # with one left every request can still be served
+    cluster.run()
+    cluster.assert_served()
