@@ -41,6 +41,8 @@ def _markdown(result: dict[str, Any]) -> str:
         if not num_missed
         else f"{num_figures - num_missed} of {num_figures} figures are within bounds; the others are in **bold**."
     )
+    dates = sorted(run["date"] for run in result["runs"])
+    commits = ", ".join(sorted({run["commit"] for run in result["runs"]}))
     num_again = sum(run["attempts"] > 1 for run in result["runs"])
     slos = {(run["mix"], run["slo"]["ttft"], run["slo"]["tpot"]) for run in result["runs"]}
     head = f"""# Simulator against our own cluster on {result["num_cpus"]} CPU cores
@@ -48,10 +50,8 @@ def _markdown(result: dict[str, Any]) -> str:
 {verdict} Bounds: attainment within {ATTAINMENT_BOUND * 100:.0f} points, median TTFT and median TPOT within \
 {LATENCY_BOUND:.0%}.
 
-- {result["date"]}, {result["cpu"]}, commit {result["commit"]}, load average at the start \
-{result["load_average_at_start"]}
-- `{result["command"]}`, {result.get("minutes", 0):.0f} minutes; predictions anew from what is kept here: \
-`python -m benchmarks.fidelity_cpu.run --again`
+- {dates[0]} to {dates[-1]}, {result["cpu"]}, commit {commits}
+- `{result["command"]}`; predictions anew from what is kept here: `python -m benchmarks.fidelity_cpu.run --again`
 - `profile-*.json`: taken by `distserve profile` before each deployment was started, from closed-loop load only
 - SLOs: {"; ".join(f"{mix}: TTFT {ttft:g} s, TPOT {tpot:g} s" for mix, ttft, tpot in sorted(slos))}; 90% is the target
 - rates are 0.6, 1 and 1.2 times the goodput that the simulator predicted before anything was measured

@@ -2,6 +2,7 @@
 
     python -m benchmarks.fidelity_cpu.run --model MODEL            # from the repository's root; about 25 minutes
     python -m benchmarks.fidelity_cpu.run --model MODEL --quick    # a rehearsal
+    python -m benchmarks.fidelity_cpu.run --model MODEL --deployment "2 mixed"   # this one anew, the others kept
     python -m benchmarks.fidelity_cpu.run --again                  # predict anew what is committed, without measuring
 
 MODEL is what `python benchmarks/make_model.py MODEL` writes. Before each deployment `distserve profile` is taken, which
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -98,7 +100,6 @@ def main() -> int:
     """Measure, predict, compare, write; 1 if something is out of bounds."""
     unwind_on_sigterm()
     options = parse_arguments()
-    start = time.monotonic()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         if options.again:
@@ -108,15 +109,22 @@ def main() -> int:
             print("error: give --model, or --again", file=sys.stderr)
             return 2
         else:
-            result = {**describe_run("benchmarks.fidelity_cpu.run"), "runs": []}
+            result = {**describe_run("benchmarks.fidelity_cpu.run"), "runs": kept_runs(options)}
             measure(result, options)
-            result["minutes"] = (time.monotonic() - start) / 60
     except (DistserveError, LoadError, ServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     num_missed = write_report(options.output_dir, result)
     print((options.output_dir / "README.md").read_text())
     return 1 if num_missed else 0
+
+
+def kept_runs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What an earlier invocation measured of deployments that are not asked for."""
+    path = options.output_dir / "result.json"
+    if not options.deployment or not path.exists():
+        return []
+    return [run for run in json.loads(path.read_text())["runs"] if run["deployment"] not in options.deployment]
 
 
 def take_profile(model: Path, output: Path, *, quick: bool) -> None:
@@ -141,9 +149,12 @@ def file_stem(words: str) -> str:
 
 
 def measure(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Every deployment in turn: its profile taken, its goodput predicted, then its runs measured and predicted."""
+    """Every deployment in turn: its profile taken, its goodput predicted, then its runs measured and predicted.
+
+    The table is written after each.
+    """
     seconds = 10.0 if options.quick else options.seconds
-    slos: dict[Mix, SLO] = {}
+    slos = {mix: SLO(**run["slo"]) for mix in MIXES for run in result["runs"] if run["mix"] == mix.name}
     for deployment, pools in DEPLOYMENTS.items():
         if options.deployment and deployment not in options.deployment:
             continue
@@ -162,8 +173,10 @@ def measure(result: dict[str, Any], options: argparse.Namespace) -> None:
             prober = Prober(server, model, pools, options.output_dir, file_stem(deployment), log)
             for case in cases:
                 run = measure_case(case, seconds, prober)
-                result["runs"].append(run)
+                result["runs"].append({**run, "commit": result["commit"]})
                 say(progress_line(run))
+        result["runs"].sort(key=lambda run: list(DEPLOYMENTS).index(run["deployment"]))
+        write_report(options.output_dir, result)
 
 
 def measure_case(case: Case, seconds: float, prober: "Prober") -> dict[str, Any]:
@@ -177,10 +190,12 @@ def measure_case(case: Case, seconds: float, prober: "Prober") -> dict[str, Any]
             options = load_options(case, seconds, case.seed)
             document = bench(prober.server.url, options, log=prober.log, may_miss=True)
         after = prober.probe()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     lines = timelines.rows(document["runs"][0]["requests"])
     timelines.write(prober.directory / f"{case.stem}.csv.gz", lines)
     run = compare(prober.model, prober.pools, case, lines, (before.speed, after.speed))
-    return run | {"probes": [before.file, after.file], "attempts": attempts, "other_load": other.cores}
+    probes = [before.file, after.file]
+    return run | {"date": date, "probes": probes, "attempts": attempts, "other_load": other.cores}
 
 
 @dataclass(frozen=True)
@@ -317,7 +332,7 @@ def compare_again(result: dict[str, Any], directory: Path) -> None:
         pools = DEPLOYMENTS[case.deployment]
         before, after = (probed_speed(model, pools, timelines.read(directory / file)) for file in run["probes"])
         again = compare(model, pools, case, lines, (before, after))
-        result["runs"][index] = {**again, **{name: run[name] for name in ("probes", "attempts", "other_load")}}
+        result["runs"][index] = run | again
 
 
 def progress_line(run: dict[str, Any]) -> str:
