@@ -169,6 +169,10 @@ class Client:
     def _resubmit(self, record: Record) -> None:
         record.attempt += 1
         record.in_charge = ROUTER
+        # The next attempt's KV may stay where it is computed, or the prefill instance end the request.
+        record.decode_id = ""
+        for mark in ("migration_start", "migration_end", "decode_start"):
+            record.marks.pop(mark, None)
         num_output = self._progress.get(record.request.request_id, 0)
         request = replace(record.request, attempt=record.attempt, output_token_ids=range(num_output))
         self._commands.append(Send(ROUTER, Submit(request)))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distserve.bench.workload import Workload
@@ -69,6 +69,14 @@ REQUESTS = st.lists(
     policy=st.sampled_from(list(PrefillPolicy)),
     loss=st.none() | st.floats(0.05, 1.5),
     kinds=st.none() | st.lists(st.integers(0, 2), min_size=14, max_size=14),
+)
+@example(  # lost before its last token, which the prefill instance then computes
+    requests=[(1, 27, 0.1875), (1, 27, 0.28125)],
+    pools=(1, 0, 2),
+    num_blocks=31,
+    policy=PrefillPolicy.SPLITFUSE,
+    loss=0.74,
+    kinds=None,
 )
 def test_timelines_are_the_same_with_and_without_jumping(
     requests: list[tuple[int, int, float]],
