@@ -67,6 +67,6 @@ class InstanceMachine:
     def _change(self, now: float, role: Role) -> list[Command]:
         former = self.scheduler
         self.scheduler = scheduler_for(replace(former.spec, role=role))
-        self.scheduler.succeed(former.legacy())
+        self.scheduler.succeed(former)
         self._hand_back_at = float("inf")
         return self.scheduler.handle(now, Timer())

@@ -13,6 +13,8 @@ Rules every role keeps:
 - The engine hears ``OpenSequence`` before a sequence's first chunk and ``CloseSequence`` after its last.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
@@ -32,7 +34,6 @@ from distserve.core.commands import (
 )
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.events import NOT_FINITE, Event, Migrated, Received, StepDone, StepFailed, Timer, UnseenStepDone
-from distserve.core.legacy import Legacy
 from distserve.core.messages import Abort, Failed, Message, Preempted, Report, RequestKey, Tokens
 from distserve.core.request import TokenLogprobs, TokenOutput
 from distserve.core.sequence import Sequence
@@ -177,38 +178,24 @@ class InstanceScheduler(ABC):
         commands, self._commands = self._commands, []
         return commands
 
-    def legacy(self) -> Legacy:
-        """What is left when nothing is: for the scheduler of the next role."""
-        assert self.is_idle, "somebody still needs this role"
-        return Legacy(
-            blocks=self.blocks,
-            next_step_id=self._next_step_id,
-            next_seq_id=self._next_seq_id,
-            next_pull_id=self._next_pull_id,
-            gone=frozenset(self._gone),
-            num_role_changes=self.num_role_changes,
-            num_preempted=self.num_preempted,
-            num_queried_tokens=self.num_queried_tokens,
-            num_hit_tokens=self.num_hit_tokens,
-            num_pulls=self._num_pulls,
-            pulled_bytes=self._pulled_bytes,
-            pull_seconds=self._pull_seconds,
-        )
+    def succeed(self, former: InstanceScheduler) -> None:
+        """Go on where the scheduler of another role has ended: engine, memory and what it holds are the same.
 
-    def succeed(self, legacy: Legacy) -> None:
-        """Go on where the scheduler of another role has ended: engine, memory and what it holds are the same."""
-        self.blocks = legacy.blocks
-        self._next_step_id = legacy.next_step_id
-        self._next_seq_id = legacy.next_seq_id
-        self._next_pull_id = legacy.next_pull_id
-        self._gone = set(legacy.gone)
-        self.num_role_changes = legacy.num_role_changes + 1
-        self.num_preempted = legacy.num_preempted
-        self.num_queried_tokens = legacy.num_queried_tokens
-        self.num_hit_tokens = legacy.num_hit_tokens
-        self._num_pulls = legacy.num_pulls
-        self._pulled_bytes = legacy.pulled_bytes
-        self._pull_seconds = legacy.pull_seconds
+        Steps, sequences and pulls are numbered on, as engine and transport want; totals are since the instance started.
+        """
+        assert former.is_idle, "somebody still needs the former role"
+        self.blocks = former.blocks
+        self._next_step_id = former._next_step_id
+        self._next_seq_id = former._next_seq_id
+        self._next_pull_id = former._next_pull_id
+        self._gone = former._gone
+        self.num_role_changes = former.num_role_changes + 1
+        self.num_preempted = former.num_preempted
+        self.num_queried_tokens = former.num_queried_tokens
+        self.num_hit_tokens = former.num_hit_tokens
+        self._num_pulls = former._num_pulls
+        self._pulled_bytes = former._pulled_bytes
+        self._pull_seconds = former._pull_seconds
 
     def _on_stray(self, sender: str, message: Message) -> None:
         """A message that only another role understands: the instance had it, or its sender thinks so."""
