@@ -9,7 +9,7 @@
       | Refused                 -> back to WANTED, naming who refused
     LEASED    the decode side pulls; a Renew prolongs the lease
       | Pulled                  -> done: blocks may go, the decode side is in charge
-      | Refused (pull failed)   -> back to WANTED, at most MAX_FAILED_PULLS times, then failed
+      | Refused (pull failed)   -> back to WANTED, later each time, at most MAX_FAILED_PULLS times, then failed
 
 An offer unanswered, or a lease not renewed, for ``lease`` seconds is withdrawn and the attempt fails towards
 its owner, who is then the only one to try again; a decode side that had finished pulling is told by the same
@@ -24,6 +24,11 @@ from distserve.core.sequence import Sequence
 
 MAX_FAILED_PULLS = 3
 """Pulls of one prompt that may fail before its owner is told: more than bad luck, another prefill may do better."""
+PULL_PAUSE = 1.0
+"""Seconds from a prompt's second failed pull to the next one, twice as many from the third.
+
+Another decode instance may do better at once; a connection that is lost takes a second to be made anew.
+"""
 
 
 class HandoffState(Enum):
@@ -38,7 +43,8 @@ class HandoffState(Enum):
 class Handoff:
     """A request's hand-off; ``last_step`` is the step that completes its KV.
 
-    ``first_tokens`` come with that step's end.
+    ``first_tokens`` come with that step's end. ``expires`` is when an unanswered offer or a lease ends, and while
+    WANTED when a pause does: then the router is asked.
     """
 
     seq: Sequence

@@ -16,7 +16,7 @@ from itertools import takewhile
 
 from distserve.core.commands import WakeAt
 from distserve.core.config import InstanceSpec
-from distserve.core.handoff import MAX_FAILED_PULLS, Handoff, HandoffState
+from distserve.core.handoff import MAX_FAILED_PULLS, PULL_PAUSE, Handoff, HandoffState
 from distserve.core.messages import (
     Abort,
     Accepted,
@@ -188,9 +188,12 @@ class PrefillScheduler(InstanceScheduler):
             DecodeWanted(key, seq.request.owner_id, seq.num_tokens, len(seq.choices), handoff.refused_by),
         )
 
-    def _want_again(self, key: RequestKey, handoff: Handoff, refused_by: str | None) -> None:
+    def _want_again(self, key: RequestKey, handoff: Handoff, refused_by: str | None, pause: float = 0.0) -> None:
         handoff.reset(refused_by)
-        self._want(key, handoff)
+        if pause > 0:
+            self._expire_after(handoff, pause)
+        else:
+            self._want(key, handoff)
 
     def _on_decode_assigned(self, key: RequestKey, decode_id: str) -> None:
         handoff = self._handoffs.get(key)
@@ -199,17 +202,17 @@ class PrefillScheduler(InstanceScheduler):
             return
         handoff.state = HandoffState.OFFERED
         handoff.decode_id = decode_id
-        self._expire_later(handoff)
+        self._expire_after(handoff, self._config.lease)
         seq = handoff.seq
         offer = Offer(seq.request, tuple(seq.blocks), seq.num_tokens, handoff.num_ready_tokens, handoff.last_step)
         self._send(decode_id, offer)
         if handoff.first_tokens is not None:
             self._send(decode_id, Prefilled(key, handoff.first_tokens, handoff.finished))
 
-    def _expire_later(self, handoff: Handoff) -> None:
-        handoff.expires = self._now + self._config.lease
-        # One timer pends for all: it is set again for the earliest that is left when it fires.
-        if self._expiry_timer <= self._now:
+    def _expire_after(self, handoff: Handoff, seconds: float) -> None:
+        handoff.expires = self._now + seconds
+        # The earliest of all has a timer: it is set again for the earliest that is left when it fires.
+        if self._expiry_timer <= self._now or handoff.expires < self._expiry_timer:
             self._expiry_timer = handoff.expires
             self._commands.append(WakeAt(handoff.expires))
 
@@ -219,18 +222,20 @@ class PrefillScheduler(InstanceScheduler):
             self._send(sender, Withdrawn(key))
             return
         handoff.state = HandoffState.LEASED
-        self._expire_later(handoff)
+        self._expire_after(handoff, self._config.lease)
         self._send(sender, Leased(key, self._config.lease))
 
     def _on_refused(self, key: RequestKey, sender: str) -> None:
         handoff = self._handoffs.get(key)
         if handoff is None or handoff.decode_id != sender or handoff.is_pulled:
             return
-        handoff.num_failed_pulls += handoff.state is HandoffState.LEASED
+        has_failed = handoff.state is HandoffState.LEASED
+        handoff.num_failed_pulls += has_failed
         if handoff.num_failed_pulls > MAX_FAILED_PULLS:
             self._fail(handoff.seq, f"{sender} could not pull the KV cache")
         else:
-            self._want_again(key, handoff, refused_by=sender)
+            pause = PULL_PAUSE * (handoff.num_failed_pulls - 1) if has_failed else 0.0
+            self._want_again(key, handoff, refused_by=sender, pause=pause)
 
     def _on_pulled(self, key: RequestKey, sender: str) -> None:
         handoff = self._handoffs.get(key)
@@ -250,8 +255,13 @@ class PrefillScheduler(InstanceScheduler):
     def _on_timer(self) -> None:
         if self._expiry_timer > self._now:
             return
-        for handoff in list(self._handoffs.values()):
-            if handoff.expires <= self._now and not handoff.is_pulled:
+        for key, handoff in list(self._handoffs.items()):
+            if handoff.expires > self._now or handoff.is_pulled:
+                continue
+            if handoff.state is HandoffState.WANTED:
+                handoff.expires = float("inf")
+                self._want(key, handoff)
+            else:
                 self._fail(handoff.seq, f"{handoff.decode_id} did not pull the KV cache in time")
         expiries = [handoff.expires for handoff in self._handoffs.values() if not handoff.is_pulled]
         earliest = min(expiries, default=float("inf"))

@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
-from distserve.core.handoff import MAX_FAILED_PULLS
 from distserve.core.messages import (
     Abort,
     Accepted,
@@ -121,17 +120,41 @@ def test_a_refusal_asks_the_router_again_and_names_who_refused() -> None:
     assert node.scheduler.blocks.num_free == 64
 
 
-def test_pulls_that_keep_failing_end_the_attempt() -> None:
+def test_pulls_that_keep_failing_are_tried_later_each_time_and_end_the_attempt() -> None:
     """Where there is one decode instance, and it cannot read this one's memory, asking again would never end."""
     node = bench()
     node.submit(make_request("a", 20))
     node.finish_step()
-    for _ in range(MAX_FAILED_PULLS + 1):
+    for num_asked, pause in enumerate((0.0, 0.0, 1.0, 2.0), 1):
         assert not node.messages(Failed)
+        if pause:
+            node.tick(pause - 0.01)
+            assert len(node.messages(DecodeWanted)) == num_asked - 1
+            node.tick(0.02)
+        assert len(node.messages(DecodeWanted)) == num_asked
         hand_off(node)
         node.receive(Refused(("a", 0)), "decode-0")
     assert len(node.messages(Failed)) == 1
     assert node.scheduler.blocks.num_free == 64
+
+
+def test_a_refusal_after_a_failed_pull_waits_for_nothing_and_a_pause_ends_no_lease() -> None:
+    node = bench()
+    for name in "ab":
+        node.submit(make_request(name, 12))
+    node.finish_step()
+    for _ in range(2):
+        hand_off(node)
+        node.receive(Refused(("a", 0)), "decode-0")
+    node.receive(DecodeAssigned(("b", 0), "decode-0"))
+    node.tick(1.5)
+    assert [wanted.key for wanted in node.messages(DecodeWanted)] == [("a", 0), ("b", 0), ("a", 0), ("a", 0)]
+    node.receive(DecodeAssigned(("a", 0), "decode-0"))
+    node.receive(Refused(("a", 0)), "decode-0")
+    assert len(node.messages(DecodeWanted)) == 5, "it has no room: another one may have some"
+    assert not node.messages(Failed)
+    node.tick(4.0)
+    assert [failed.key for failed in node.messages(Failed)] == [("b", 0)], "its offer was never answered"
 
 
 def test_a_lost_decode_instance_is_replaced() -> None:
@@ -180,7 +203,13 @@ def test_abort_at_every_state_frees_everything() -> None:
         wanted(node)
         hand_off(node)
 
-    for state in (queued, running, wanted, offered, leased):
+    def paused(node: Bench) -> None:
+        wanted(node)
+        for _ in range(2):
+            hand_off(node)
+            node.receive(Refused(("a", 0)), "decode-0")
+
+    for state in (queued, running, wanted, offered, leased, paused):
         node = bench()
         state(node)
         node.receive(Abort(("a", 0)), "api-0")
