@@ -19,13 +19,17 @@ _WRONG = 3
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
-    """What the launcher plans with, for one data type: bytes of weights and of KV per token, context length, sizes."""
+    """What the launcher plans with, for one data type: bytes of weights and of KV per token, context length, sizes.
+
+    ``is_native``: this machine's processor has native code for the data type, or the type never has any.
+    """
 
     weight_bytes: int
     token_bytes: int
     max_model_len: int
     num_layers: int
     num_kv_heads: int
+    is_native: bool = True
 
 
 class Description:
@@ -71,6 +75,7 @@ class Description:
 def examine(model_dir: Path, dtype: str) -> ModelFacts:
     """The facts, found in this process. Raises ConfigError and UnsupportedModelError."""
     from distserve.engine.description import describe
+    from distserve_kernels import native_available
 
     description = describe(model_dir)
     return ModelFacts(
@@ -79,6 +84,7 @@ def examine(model_dir: Path, dtype: str) -> ModelFacts:
         max_model_len=description.max_model_len,
         num_layers=description.num_layers,
         num_kv_heads=description.num_kv_heads,
+        is_native=dtype != "bfloat16" or native_available(),
     )
 
 

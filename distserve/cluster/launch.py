@@ -81,6 +81,12 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
             num_threads = _threads(config, num_cpus)
         show("examining the model")
         facts = description.result()
+        if gpu is None and not are_on_gpus(config.cluster) and not facts.is_native:
+            logger.warning(
+                "%s is computed by plain torch here, several times slower: the processor has no AVX-512 BF16, or the "
+                "native code is not built (`pip install -e .` builds it), or DISTSERVE_NATIVE=0",
+                config.engine.dtype,
+            )
         key = create_key()
         mailbox = Mailbox(OWNER, key, cluster.host)
         stack.callback(mailbox.close)
