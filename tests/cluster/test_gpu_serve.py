@@ -23,16 +23,15 @@ from distserve.cluster.network import Mailbox, ReceiverThread, create_key
 from distserve.cluster.owner_backend import OwnerBackend
 from distserve.cluster.parts import OWNER, Card
 from distserve.cluster.serve import _receive
-from distserve.core.commands import Conclude
 from distserve.core.config import Role
 from distserve.core.errors import ConfigError
 from distserve.core.events import InstanceUp, Timer
 from distserve.core.owner import Owner
-from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router
 from distserve.core.scheduler import ROUTER
 from distserve.demo import model_dir
 from tests.cluster import gpu_instance
+from tests.cluster.asking import greedy, tokens_of
 from tests.oracle import demo_model, generate
 from tests.peers import Peer
 
@@ -63,15 +62,6 @@ class RouterThread:
         self.mailbox.close()
 
 
-async def collect(backend, request):
-    tokens = []
-    async for item in backend.submit(request):
-        if isinstance(item, Conclude):
-            return tokens, item.status
-        tokens += [output.token_id for output in item.outputs]
-    raise AssertionError("a stream ends with its Conclude")
-
-
 async def test_two_roles_on_one_card_give_the_tokens_of_generate():
     key = create_key()
     prefill, decode = (Peer(gpu_instance.main, role=role, key=key) for role in ("prefill", "decode"))
@@ -95,19 +85,17 @@ async def test_two_roles_on_one_card_give_the_tokens_of_generate():
             process.call("start")
             router.driver.feed(InstanceUp(gpu_instance.spec(role)))
         await backend.ready(2)
-        sampling = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
         async def ask(name):
-            requests = [Request(f"{name}{i}", OWNER, tuple(p), sampling) for i, p in enumerate(PROMPTS)]
-            return await asyncio.gather(*(collect(backend, request) for request in requests))
+            requests = [greedy(f"{name}{i}", prompt, NUM_TOKENS) for i, prompt in enumerate(PROMPTS)]
+            return await asyncio.gather(*(tokens_of(backend, request) for request in requests))
 
-        answers = [(tokens, 200) for tokens in expected]
-        assert await ask("a") == answers
+        assert await ask("a") == expected
         assert decode.call("copies") >= len(PROMPTS)
         assert prefill.call("copies") == 0
         # Pulls that cannot be made cost time, no request and no token.
         decode.call("refuse", len(PROMPTS))
-        assert await ask("b") == answers
+        assert await ask("b") == expected
         assert decode.call("refuse", 0) == 0
     finally:
         loop.remove_reader(mailbox.fileno)

@@ -6,22 +6,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distserve.cluster.config import load_config
 from distserve.cluster.local import LocalCluster
-from distserve.cluster.owner_backend import OwnerBackend
-from distserve.cluster.parts import OWNER
-from distserve.core.commands import Conclude
 from distserve.core.config import SLO, KvConfig, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
-from distserve.core.request import Request, SamplingParams
 from distserve.core.router import DEFAULT_SLO, RouterConfig
 from distserve.demo import model_dir
+from tests.cluster.asking import greedy, tokens_of
+from tests.oracle import demo_model, generate
 
 from .serving import Server
 
@@ -31,25 +26,7 @@ PROMPTS = [list(range(20 + 7 * number, 20 + 7 * number + 3 + 9 * number)) for nu
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    return [
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for prompt in PROMPTS
-    ]
-
-
-async def collect(backend: OwnerBackend, name: str, prompt: list[int]) -> list[int]:
-    sampling = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    tokens: list[int] = []
-    async for item in backend.submit(Request(name, OWNER, tuple(prompt), sampling)):
-        if isinstance(item, Conclude):
-            assert item.status == 200, item.reason
-        else:
-            tokens += [output.token_id for output in item.outputs]
-    return tokens
+    return [generate(demo_model(), prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("num_blocks", [64, 20], ids=["plenty", "evicting"])
@@ -66,9 +43,9 @@ async def test_tokens_are_those_of_generate(expected: list[list[int]], num_block
     )
     async with cluster as backend:
         # Instances have computed something, and said how fast.
-        assert await collect(backend, "first", PROMPTS[-1]) == expected[-1]
-        named = [(f"r{number}", prompt) for number, prompt in enumerate(PROMPTS)]
-        answers = await asyncio.gather(*(collect(backend, name, prompt) for name, prompt in named))
+        assert await tokens_of(backend, greedy("first", PROMPTS[-1])) == expected[-1]
+        requests = [greedy(f"r{number}", prompt) for number, prompt in enumerate(PROMPTS)]
+        answers = await asyncio.gather(*(tokens_of(backend, request) for request in requests))
         await asyncio.sleep(0.3)
         status = backend.status()
     assert answers == expected

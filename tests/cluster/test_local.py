@@ -7,52 +7,20 @@ import pytest
 
 from distserve.cluster.clock import cluster_time
 from distserve.cluster.local import LocalCluster
-from distserve.cluster.owner_backend import OwnerBackend
 from distserve.cluster.parts import OWNER
 from distserve.cluster.replay import replay
 from distserve.core.commands import Conclude, Deliver
 from distserve.core.config import KvConfig, SchedulerConfig
 from distserve.core.instance_machine import scheduler_for
 from distserve.core.owner import Owner
-from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router
 from distserve.core.scheduler import InstanceScheduler
 from distserve.demo import model_dir
+from tests.cluster.asking import collect, greedy, until_idle
 from tests.oracle import demo_model, generate
 
 PROMPTS = [list(range(20 + 7 * number, 20 + 7 * number + 3 + 11 * number)) for number in range(6)]
 NUM_TOKENS, NUM_LONG = 24, 100
-
-
-def greedy(name: str, prompt: list[int], num_tokens: int = NUM_TOKENS) -> Request:
-    return Request(name, OWNER, tuple(prompt), SamplingParams(num_tokens, temperature=0.0, ignore_eos=True))
-
-
-async def collect(backend: OwnerBackend, request: Request) -> tuple[list[int], Conclude]:
-    tokens: list[int] = []
-    async for item in backend.submit(request):
-        if isinstance(item, Conclude):
-            return tokens, item
-        tokens += [output.token_id for output in item.outputs]
-    raise AssertionError("a stream ends with its Conclude")
-
-
-async def idle(backend: OwnerBackend, specs_kv: KvConfig) -> bool:
-    """Whether, before long, every instance reports all its blocks free; what was heard before does not count."""
-    heard = backend.status()
-    for _ in range(200):
-        status = backend.status()
-        if (
-            status is not None
-            and status is not heard
-            and all(
-                report.num_free_blocks == specs_kv.num_blocks and report.num_running == 0
-                for _, report in status.instances
-            )
-        ):
-            return True
-        await asyncio.sleep(0.05)
-    return False
 
 
 class Watcher:
@@ -87,7 +55,7 @@ async def test_tokens_are_those_of_generate(
         answers = await asyncio.gather(
             *(collect(backend, greedy(f"r{number}", prompt)) for number, prompt in enumerate(PROMPTS))
         )
-        assert await idle(backend, kv)
+        await until_idle(backend, kv)
     assert [tokens for tokens, _ in answers] == [tokens[:NUM_TOKENS] for tokens in expected]
     assert {conclude.status for _, conclude in answers} == {200}
     # What the live machines decided follows from their logs alone.
@@ -110,7 +78,7 @@ async def test_preempted_sequences_still_give_the_same_tokens(
         answers = await asyncio.gather(
             *(collect(backend, greedy(f"r{number}", prompt, NUM_LONG)) for number, prompt in enumerate(PROMPTS))
         )
-        assert await idle(backend, kv)
+        await until_idle(backend, kv)
         status = backend.status()
     assert status is not None
     assert sum(report.num_preempted for _, report in status.instances) > 0
@@ -133,7 +101,7 @@ async def test_prompts_with_a_common_prefix_give_the_same_tokens(
         for prompts in (first, turns):
             calls = [collect(backend, greedy(f"r{len(answers) + at}", prompt)) for at, prompt in enumerate(prompts)]
             answers += await asyncio.gather(*calls)
-        assert await idle(backend, kv)
+        await until_idle(backend, kv)
     assert [tokens for tokens, _ in answers] == [generate(demo_model(), prompt, NUM_TOKENS) for prompt in first + turns]
     # What was found is in the log: the machine goes through the same states again.
     machine = scheduler_for(cluster.specs[0])
@@ -169,7 +137,7 @@ async def test_a_client_that_leaves_frees_its_blocks() -> None:
                 assert isinstance(await anext(stream), Deliver)
             backend.abandon(f"r{number}")
         assert backend.num_active == 0
-        assert await idle(backend, kv)
+        await until_idle(backend, kv)
         await collect(backend, greedy("r4", PROMPTS[2], num_tokens=30))
     assert watcher.prompts == {**{f"r{number}": len(PROMPTS[1]) for number in range(4)}, "r4": len(PROMPTS[2])}
     for number in range(4):

@@ -5,20 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distserve.cluster.local import LocalCluster
 from distserve.cluster.owner_backend import OwnerBackend
-from distserve.cluster.parts import OWNER
 from distserve.cluster.replay import replay
-from distserve.core.commands import Conclude
 from distserve.core.config import KvConfig, Role, SchedulerConfig
 from distserve.core.errors import ConflictError, UnknownInstanceError
 from distserve.core.instance_machine import InstanceMachine
-from distserve.core.request import Request, SamplingParams
 from distserve.core.router import Router
 from distserve.demo import model_dir
+from tests.cluster.asking import greedy, tokens_of, until_idle
+from tests.oracle import demo_model, generate
 
 PROMPTS = [list(range(20 + 7 * number, 20 + 7 * number + 3 + 11 * number)) for number in range(6)]
 NUM_TOKENS = 40
@@ -27,25 +24,11 @@ KV = KvConfig(num_blocks=96)
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    model: Any = AutoModelForCausalLM.from_pretrained(str(model_dir()), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    return [
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for prompt in PROMPTS
-    ]
+    return [generate(demo_model(), prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
-async def collect(backend: OwnerBackend, name: str, prompt: list[int]) -> list[int]:
-    tokens: list[int] = []
-    sampling = SamplingParams(NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    async for item in backend.submit(Request(name, OWNER, tuple(prompt), sampling)):
-        if isinstance(item, Conclude):
-            assert item.status == 200, item
-        else:
-            tokens += [output.token_id for output in item.outputs]
-    return tokens
+async def ask(backend: OwnerBackend, name: str, prompt: list[int]) -> list[int]:
+    return await tokens_of(backend, greedy(name, prompt, NUM_TOKENS))
 
 
 async def until_roles(backend: OwnerBackend, **roles: Role) -> None:
@@ -55,18 +38,6 @@ async def until_roles(backend: OwnerBackend, **roles: Role) -> None:
             status = backend.status()
             now = {spec.instance_id: spec.role for spec, _ in status.instances} if status is not None else {}
             if all(now.get(name.replace("_", "-")) is role for name, role in roles.items()):
-                return
-            await asyncio.sleep(0.02)
-
-
-async def until_idle(backend: OwnerBackend) -> None:
-    """Wait until every instance reports all of its blocks free."""
-    heard = backend.status()
-    async with asyncio.timeout(30):
-        while True:
-            status = backend.status()
-            reports = [report for _, report in status.instances] if status is not None and status is not heard else []
-            if reports and all(r.num_free_blocks == KV.num_blocks and not r.num_running for r in reports):
                 return
             await asyncio.sleep(0.02)
 
@@ -86,7 +57,7 @@ async def test_roles_change_under_load_and_the_tokens_are_those_of_generate(
         turn = 0
         while not is_over:
             which = (number + turn) % len(PROMPTS)
-            answers.append((which, await collect(cluster_backend, f"r{number}-{turn}", PROMPTS[which])))
+            answers.append((which, await ask(cluster_backend, f"r{number}-{turn}", PROMPTS[which])))
             turn += 1
 
     async with cluster as backend:
@@ -103,11 +74,11 @@ async def test_roles_change_under_load_and_the_tokens_are_those_of_generate(
         await backend.change_role("decode-0", Role.DECODE, patience)
         await until_roles(backend, decode_0=Role.DECODE)
         # And in their new roles they serve everybody again.
-        late = [collect(backend, f"late-{number}", prompt) for number, prompt in enumerate(PROMPTS)]
+        late = [ask(backend, f"late-{number}", prompt) for number, prompt in enumerate(PROMPTS)]
         answers += enumerate(await asyncio.gather(*late))
         is_over = True
         await asyncio.gather(*clients)
-        await until_idle(backend)
+        await until_idle(backend, KV)
         status = backend.status()
         assert status is not None
         assert {r.instance_id: r.num_role_changes for _, r in status.instances} == {
@@ -139,4 +110,4 @@ async def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
             await backend.change_role("decode-0", Role.DECODE, 1.0)
         with pytest.raises(UnknownInstanceError, match="decode-7"):
             await backend.change_role("decode-7", Role.DECODE, 1.0)
-        assert len(await collect(backend, "r", PROMPTS[1])) == NUM_TOKENS
+        assert len(await ask(backend, "r", PROMPTS[1])) == NUM_TOKENS
