@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.azure_replay.report import write_report, write_requests
 from benchmarks.common.load import Document, LoadError, bench
 from benchmarks.common.machine import ROOT, describe_run
+from benchmarks.common.progress import say
 from benchmarks.common.servers import Server, ServerError, free_port, running, unwind_on_sigterm
 from distserve.bench.errors import WorkloadError
 from distserve.bench.traces import Trace, read_trace
@@ -208,11 +209,6 @@ def mean_phases(document: Document) -> dict[str, float]:
             if (value := (request["timeline"] or {}).get(name)) is not None:
                 sums.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in sums.items()}
-
-
-def say(text: str) -> None:
-    """Show progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 if __name__ == "__main__":

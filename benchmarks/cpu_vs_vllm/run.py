@@ -32,6 +32,7 @@ from typing import Any
 from benchmarks.common.load import LoadError
 from benchmarks.common.machine import describe_run
 from benchmarks.common.measure import Client
+from benchmarks.common.progress import say
 from benchmarks.common.servers import Server, ServerError, unwind_on_sigterm
 from benchmarks.common.systems import Bench, all_cores, alone, vllm_versions
 from benchmarks.cpu_vs_vllm.report import write_report
@@ -187,11 +188,6 @@ class Session:
 def peak_memory(samples: list[Any]) -> tuple[int, int]:
     """The largest RSS and PSS sums seen, bytes; zeros if nothing was."""
     return max((s.rss for s in samples), default=0), max((s.pss for s in samples), default=0)
-
-
-def say(text: str) -> None:
-    """Show progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 if __name__ == "__main__":

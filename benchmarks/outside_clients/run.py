@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.common.load import LoadError
 from benchmarks.common.machine import OtherLoad, describe_run
+from benchmarks.common.progress import say
 from benchmarks.common.servers import ServerError, unwind_on_sigterm
 from benchmarks.common.systems import Bench, vllm_versions
 from benchmarks.outside_clients.clients import (
@@ -128,11 +129,6 @@ def main() -> int:
     num_missed = write_report(options.output_dir, result)
     print((options.output_dir / "report.md").read_text())
     return 1 if num_missed else 0
-
-
-def say(text: str) -> None:
-    """Show progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 if __name__ == "__main__":
