@@ -211,6 +211,28 @@ def test_a_run_beside_other_processes_is_not_kept(options: argparse.Namespace, m
     assert not list(Store(options.output_dir).names("runs"))
 
 
+def test_a_round_that_was_cut_off_counts_in_no_goodput(tmp_path: Path) -> None:
+    results = Results(Store(tmp_path))
+
+    def keep(number: int, rate: float, ttft: float) -> None:
+        request = {"scheduled": 1.0, "prompt_len": 5, "output_len": 4, "latency": ttft + 0.03}
+        requests = Requests.measured([request | {"status": "ok", "ttft": ttft, "tpot": 0.01}]).to_json()
+        run = {"round": number, "workload": "chat", "contender": "vllm", "budget": 2048, "rate": rate}
+        results.keep(run | {"warmup": 0.0, "requests": requests})
+
+    def num_rounds() -> int:
+        best = results.best("chat", CONTENDERS["vllm"], 1)
+        assert best is not None
+        return len(best.goodputs)
+
+    keep(1, 2.0, 0.1)
+    keep(1, 2.4, 9.0)
+    keep(2, 2.0, 0.1)
+    assert num_rounds() == 1
+    keep(2, 2.4, 9.0)
+    assert num_rounds() == 2
+
+
 def test_reach_tells_met_from_missed_from_not_measured(tmp_path: Path) -> None:
     store = Store(tmp_path)
     contest = reach.CONTESTS[0]

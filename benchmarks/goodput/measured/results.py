@@ -7,11 +7,12 @@ from typing import Any
 
 from benchmarks.common.store import Store
 from benchmarks.goodput.measured.contenders import CONTENDERS, Contender
-from benchmarks.goodput.measured.ladder import Bracket, bracket, goodput
+from benchmarks.goodput.measured.ladder import Bracket, Ladder, bracket, goodput
 from benchmarks.goodput.measured.runs import TARGET, WORKLOADS, Requests
 
 Run = dict[str, Any]
 Attainments = dict[float, list[float]]
+_LADDER = Ladder(target=TARGET)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Results:
         # At equal goodput the first budget, which is the default.
         first, budget, ends = max(found, key=lambda one: one[0])
         later = [self.curve(number, workload, contender.name, budget) for number in range(2, 1 + self.num_rounds)]
-        repeated = [goodput(curve, objective, TARGET) for curve in later if _brackets(curve, objective)]
-        return Best(budget, (first, *repeated), ends)
+        whole = [curve for curve in later if curve and _LADDER.next_repetition(curve, {objective: ends}) is None]
+        return Best(budget, (first, *(goodput(curve, objective, TARGET) for curve in whole)), ends)
 
     @property
     def num_rounds(self) -> int:
@@ -132,9 +133,3 @@ def run_name(run: Run) -> str:
 
 def _prediction_name(run: Run) -> str:
     return f"predictions{run_name(run).removeprefix('runs')}"
-
-
-def _brackets(curve: Attainments, objective: int) -> bool:
-    """Whether a later round has found both sides of an objective's rate, or that nothing passes."""
-    low, high = bracket(curve, objective, TARGET)
-    return high is not None or low is not None
