@@ -13,10 +13,9 @@ takes a third of the time.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -24,9 +23,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from distserve.bench.arrivals import Gamma
-from distserve.bench.lengths import Lognormal
-from distserve.bench.workload import Workload, WorkloadSpec
+from benchmarks.common.rows import read_rows, write_rows
+from benchmarks.goodput.map_grid import LLAMA_8B
+from benchmarks.goodput.measured.runs import WORKLOADS
+from distserve.bench.workload import Workload
 from distserve.core.config import SLO, InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
 from distserve.core.latency import StepTime
 from distserve.core.router import RouterConfig
@@ -36,22 +36,12 @@ from placement.measure import Effort
 from simulator.latency.analytic import AnalyticModel
 from simulator.latency.gpus import find_gpu
 from simulator.latency.memory import kv_config
-from simulator.latency.shape import ModelShape
 from simulator.model import ClusterModel, InstanceModel
 from simulator.results import Simulation
 from simulator.simulation import simulate
 
 RESULTS = Path(__file__).parent / "results" / "hybrid"
-LLAMA_8B = ModelShape(
-    "Llama-3.1-8B", 32, 4096, num_heads=32, num_kv_heads=8, head_dim=128, intermediate=14336, vocab=128256
-)
 CLUSTER = ClusterSpec("h100-sxm", 1, 8, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9)
-WORKLOADS = {
-    "chat": (Lognormal(300, 0.8, 1500), Lognormal(60, 0.6, 256)),
-    "summarisation": (Lognormal(900, 0.4, 1800), Lognormal(45, 0.5, 150)),
-    "code": (Lognormal(170, 0.4, 600), Lognormal(100, 0.5, 300)),
-}
-"""Prompt and output lengths, as the study measures them."""
 OBJECTIVES = {
     "tight TPOT": SLO(ttft=0.5, tpot=0.010),
     "balanced": SLO(ttft=0.2, tpot=0.020),
@@ -145,27 +135,26 @@ def model_of(composition: Composition, slo: SLO) -> ClusterModel:
         spec = InstanceSpec(f"{role}-{index}", role, memory(tokens[role]), scheduler)
         instances.append(InstanceModel(spec, step_time(), (Gpu(0, index),)))
     router = RouterConfig(max_wait=float("inf"), slo=slo)
-    return ClusterModel(tuple(instances), CLUSTER, LLAMA_8B.kv, router=router)
+    return ClusterModel(tuple(instances), CLUSTER, LLAMA_8B.model.kv, router=router)
 
 
 @cache
 def step_time() -> StepTime:
     """Of every instance."""
-    return AnalyticModel(LLAMA_8B, CLUSTER).step_time(ParallelConfig())
+    return AnalyticModel(LLAMA_8B.model, CLUSTER).step_time(ParallelConfig())
 
 
 @cache
 def memory(max_batch_tokens: int) -> KvConfig:
     """What weights and workspace leave of a card."""
-    kv = kv_config(LLAMA_8B, find_gpu(CLUSTER.gpu), ParallelConfig(), max_batch_tokens=max_batch_tokens)
+    kv = kv_config(LLAMA_8B.model, find_gpu(CLUSTER.gpu), ParallelConfig(), max_batch_tokens=max_batch_tokens)
     assert kv is not None
     return kv
 
 
 def offered(workload: str, rate: float, seed: int, num_requests: int) -> Workload:
     """The same requests for every composition, at every rate."""
-    prompt, output = WORKLOADS[workload]
-    return WorkloadSpec(Gamma(), prompt, output, num_requests=num_requests, seed=seed).at(rate)
+    return WORKLOADS[workload].spec(num_requests, seed).at(rate)
 
 
 def local_share(simulation: Simulation) -> float:
@@ -210,39 +199,13 @@ def measure_cell(count: int, workload: str, objective: str) -> list[Row]:
             workload, OBJECTIVES[objective], composition, best.get(kind, 0.0), known or FIRST * CEILING * count
         )
         best[kind] = max(best.get(kind, 0.0), rate)
-        rows.append(Row(count, workload, objective, kind, str(composition), rate, local, simulated))
+        rows.append(Row(count, workload, objective, kind, str(composition), round(rate, 3), round(local, 4), simulated))
         seconds = time.perf_counter() - began
         print(
             f"{count} {workload}, {objective}: {composition}: {rate:.1f}/s, {local:.0%} local, {seconds:.0f} s",
             flush=True,
         )
     return rows
-
-
-def read(path: Path) -> list[Row]:
-    """The rows that were written to ``path``; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Row(
-                **{name: row[name] for name in ("workload", "objective", "kind", "composition")},
-                instances=int(row["instances"]),
-                goodput=float(row["goodput"]),
-                local=float(row["local"]),
-                num_simulated=int(row["num_simulated"]),
-            )
-            for row in csv.DictReader(file)
-        ]
-
-
-def write(rows: Sequence[Row], path: Path) -> None:
-    """As CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({**asdict(row), "goodput": round(row.goodput, 3), "local": round(row.local, 4)})
 
 
 def cells(rows: Sequence[Row]) -> dict[Cell, dict[str, Row]]:
@@ -328,12 +291,12 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "rows.csv"
-    rows = read(file)
+    rows = read_rows(file, Row)
     known = {(row.instances, row.workload, row.objective) for row in rows}
     for cell in product(options.instances, options.workload, options.objective):
         if not options.report and cell not in known:
             rows += measure_cell(*cell)
-            write(rows, file)
+            write_rows(file, Row, rows)
     (options.output / "report.md").write_text(report(rows), encoding="utf-8")
     draw(rows, options.output / "goodput.png")
 

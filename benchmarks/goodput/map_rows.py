@@ -1,14 +1,9 @@
-"""The map's table: a row for each mode in each cell, as it is kept in a CSV file, and who wins a cell."""
+"""The map's table: a row for each mode in each cell, and who wins a cell."""
 
-import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-
-import msgspec
+from dataclasses import dataclass
 
 from benchmarks.goodput.fleet import MODES
-from distserve.bench.report import write_atomically
 
 _MODES = {mode.name: mode for mode in MODES}
 
@@ -72,23 +67,3 @@ def judge(rows: Sequence[Row]) -> Verdict:
 def in_cell(rows: Iterable[Row], key: tuple[str, str, int, int], bandwidth: float) -> list[Row]:
     """The rows of every mode in one cell."""
     return [row for row in rows if row.key == key and row.bandwidth in {0.0, bandwidth}]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows written so far; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [msgspec.convert(line, Row, strict=False) for line in csv.DictReader(file)]
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write all rows, or leave what is there."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-
-    write_atomically(path, write)

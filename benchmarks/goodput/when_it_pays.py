@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.common.rows import read_rows, write_rows
 from benchmarks.goodput.fleet import Fleet, Found
 from benchmarks.goodput.map_grid import QUICK, ROUGH, WHOLE, Grid, Point, fleet_at, with_bandwidth
 from benchmarks.goodput.map_plot import draw
-from benchmarks.goodput.map_rows import Row, read_rows, write_rows
+from benchmarks.goodput.map_rows import Row
 from distserve.bench.report import write_atomically
 
 HERE = Path(__file__).parent
@@ -74,7 +75,7 @@ def measure_point(point: Point, grid: Grid, seed: int = 0, known: Sequence[Row] 
 
 def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
     """Measure what the table at ``path`` lacks of the map, keep it up to date, and say how far it is."""
-    rows = read_rows(path)
+    rows = read_rows(path, Row)
     whole = sum(len(grid.bandwidths) if mode.moves_kv else 1 for mode in grid.modes)
     known: defaultdict[tuple[str, str, int, int], list[Row]] = defaultdict(list)
     for row in rows:
@@ -86,7 +87,7 @@ def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
     for number, point in enumerate(missing, 1):
         found, simulated = measure_point(point, grid, seed, known[point.key])
         rows += found
-        write_rows(path, rows)
+        write_rows(path, Row, rows)
         left = (time.perf_counter() - began) / number * (len(missing) - number) / 60
         shown = ", ".join(f"{row.mode} {row.goodput:.3g}" for row in found)
         print(

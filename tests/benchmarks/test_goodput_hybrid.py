@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.rows import read_rows, write_rows
 from benchmarks.goodput.hybrid import (
     KINDS,
     OBJECTIVES,
@@ -15,9 +16,7 @@ from benchmarks.goodput.hybrid import (
     local_share,
     model_of,
     offered,
-    read,
     report,
-    write,
 )
 from simulator.simulation import simulate
 
@@ -51,8 +50,8 @@ def test_the_table_holds_the_best_of_each_kind_against_the_better_pure_one(tmp_p
         row("hybrid", 132.0, "1P + 1M, 512 tokens", local=0.25),
         row("hybrid", 0.0, "1P + 1M, 1024 tokens"),
     ]
-    write(rows, tmp_path / "rows.csv")
-    assert read(tmp_path / "rows.csv") == rows
+    write_rows(tmp_path / "rows.csv", Row, rows)
+    assert read_rows(tmp_path / "rows.csv", Row) == rows
     ((cell, kinds),) = cells(rows).items()
     assert cell == (2, "chat", "balanced")
     assert gain(kinds) == pytest.approx(0.1)

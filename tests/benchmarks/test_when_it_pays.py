@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.rows import read_rows, write_rows
 from benchmarks.goodput.fleet import MODES, Fleet, Mode, Pace
 from benchmarks.goodput.map_grid import LLAMA_8B, QUICK, TIGHT_TPOT, Point, fleet_at, with_bandwidth
 from benchmarks.goodput.map_plot import draw
-from benchmarks.goodput.map_rows import Row, judge, read_rows, write_rows
+from benchmarks.goodput.map_rows import Row, judge
 from benchmarks.goodput.when_it_pays import measure_map
 from distserve.core.config import Role
 
@@ -80,10 +81,10 @@ def test_an_interrupted_map_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtur
     rows = measure_map(ONE, table)
     assert "[1/1]" in capsys.readouterr().out
     assert len(rows) == 2 + 2 * len(ONE.bandwidths)
-    assert read_rows(table) == rows
+    assert read_rows(table, Row) == rows
     assert measure_map(ONE, table) == rows
     assert not capsys.readouterr().out, "nothing is measured twice"
-    write_rows(table, [row for row in rows if row.mode != HYBRID.name])
+    write_rows(table, Row, [row for row in rows if row.mode != HYBRID.name])
     assert measure_map(ONE, table) == rows, "a mode that is new is measured beside the others"
     picture = tmp_path / "map.png"
     draw(rows).savefig(picture)
