@@ -35,7 +35,7 @@ class StepLog:
 
     decode_ends: list[float] = field(default_factory=list)
 
-    def on_step(self, instance_id: str, stage: int, start: float, end: float, shape: StepShape) -> None:  # noqa: ARG002
+    def on_step(self, instance_id: str, stage: int, start: float, end: float, shape: StepShape) -> None:  # noqa: ARG002 -- the protocol's
         """See :class:`simulator.recorder.Recorder`."""
         if shape.num_decodes:
             self.decode_ends.append(end)

@@ -75,7 +75,7 @@ class OneShape:
         self._parallel = parallel
         self._step_time = latency.step_time(parallel)
 
-    def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> StepTime:  # noqa: ARG002
+    def step_time(self, parallel: ParallelConfig, *, stages_share_node: bool = True) -> StepTime:  # noqa: ARG002 -- the protocol's
         """See LatencyModel."""
         if parallel != self._parallel:
             raise ConfigError(f"the fleet's instances are TP{self._parallel.tp} PP{self._parallel.pp}")
