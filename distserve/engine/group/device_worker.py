@@ -46,15 +46,13 @@ class DeviceShardWorker:
         timeout: float,
         kv_buffer: Tensor | None = None,
         max_batch_size: int = 64,
-        graphs: bool = True,
     ) -> None:
         """Load rank ``rank``'s part, while the other ranks load theirs.
 
         Args:
             backend: the rank's device.
             kv_buffer: memory for the pool on it; None allocates it.
-            max_batch_size: the largest decode batch that is captured, the same on all ranks.
-            graphs: capture decode steps, on all ranks or none.
+            max_batch_size: the largest decode batch that is captured, the same on all ranks; 0 captures none.
             model_dir: as the rest, as of :func:`distserve.engine.group.loaded_part.load_part`.
             dtype: see there.
             kv: see there.
@@ -82,7 +80,7 @@ class DeviceShardWorker:
                     timeout=timeout,
                     make_pool=lambda layout: make_pool(layout, kv_buffer, backend),
                 )
-                self._runner = _start(part, backend, max_batch_size if graphs else 0)
+                self._runner = _start(part, backend, max_batch_size)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{backend.device} has no room for rank {rank}: give the instance fewer KV blocks, a smaller "

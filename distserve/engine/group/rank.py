@@ -81,7 +81,6 @@ def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> S
         timeout=plan.timeout,
         kv_buffer=kv_buffer,
         max_batch_size=plan.max_batch_size,
-        graphs=plan.max_batch_size > 0,
     )
 
 
