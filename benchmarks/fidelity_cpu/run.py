@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks.common.load import LoadError, bench
 from benchmarks.common.machine import OtherLoad, describe_run
-from benchmarks.common.servers import Server, ServerError, free_port, running, unwind_on_sigterm
+from benchmarks.common.servers import ServerError, free_port, running, unwind_on_sigterm
 from benchmarks.fidelity_cpu import timelines
 from benchmarks.fidelity_cpu.predict import (
     KV_TOKENS,
@@ -44,8 +44,9 @@ from benchmarks.fidelity_cpu.predict import (
     objective,
     predict,
 )
+from benchmarks.fidelity_cpu.probes import Prober, probed_speed
 from benchmarks.fidelity_cpu.report import write_report
-from benchmarks.fidelity_cpu.speed import PROBE, PROBE_MEAN_PROMPT, PROFILED, Speed, speed_of, workload_of
+from benchmarks.fidelity_cpu.speed import PROFILED, Speed, workload_of
 from distserve.core.config import SLO, Role
 from distserve.core.errors import DistserveError
 from simulator.latency.measured import ProfileLatencyModel
@@ -63,7 +64,6 @@ _DISTSERVE = Path(sys.executable).with_name("distserve")
 _MIN_OUTPUT = 2
 _ATTEMPTS = 3
 """At a run during which the machine's speed did not change."""
-Lines = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def measure(result: dict[str, Any], options: argparse.Namespace) -> None:
         write_report(options.output_dir, result)
 
 
-def measure_case(case: Case, seconds: float, prober: "Prober") -> dict[str, Any]:
+def measure_case(case: Case, seconds: float, prober: Prober) -> dict[str, Any]:
     """One run between two probes, again where the machine changed between them; and what is predicted of it."""
     attempts = 0
     before = after = prober.latest
@@ -196,54 +196,6 @@ def measure_case(case: Case, seconds: float, prober: "Prober") -> dict[str, Any]
     run = compare(prober.model, prober.pools, case, lines, (before.speed, after.speed))
     probes = [before.file, after.file]
     return run | {"date": date, "probes": probes, "attempts": attempts, "other_load": other.cores}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One probe: the speed found, and the name of the file that has its requests."""
-
-    speed: Speed
-    file: str
-
-
-class Prober:
-    """Probes a running deployment; ``latest`` is the last probe, of which there is one from the start."""
-
-    def __init__(
-        self,
-        server: Server,
-        model: ProfileLatencyModel,
-        pools: Mapping[Role, int],
-        directory: Path,
-        stem: str,
-        log: Path,
-    ) -> None:
-        self.server = server
-        self.model = model
-        self.pools = pools
-        self.directory = directory
-        self._stem = stem
-        self.log = log
-        self._num_probes = 0
-        for old in directory.glob(f"probe-{stem}-*.csv.gz"):
-            old.unlink()
-        self.latest = self.probe()
-
-    def probe(self) -> Probe:
-        """Take one, and keep its requests."""
-        self._num_probes += 1
-        options = {**PROBE, "seed": self._num_probes, "return_timeline": True}
-        document = bench(self.server.url, options, log=self.log)
-        lines = sorted(timelines.rows(document["runs"][0]["requests"]), key=lambda line: line["arrival"])
-        file = f"probe-{self._stem}-{self._num_probes}.csv.gz"
-        timelines.write(self.directory / file, lines)
-        self.latest = Probe(probed_speed(self.model, self.pools, lines), file)
-        return self.latest
-
-
-def probed_speed(model: ProfileLatencyModel, pools: Mapping[Role, int], lines: Lines) -> Speed:
-    """What a probe's requests say of the machine's speed."""
-    return speed_of(lines, lambda speed: cluster_model(model, pools, PROBE_MEAN_PROMPT, speed=speed))
 
 
 def plan_cases(model: ProfileLatencyModel, deployment: str, slos: Mapping[Mix, SLO]) -> Iterator[Case]:
@@ -281,7 +233,11 @@ def load_options(case: Case, seconds: float, seed: int) -> dict[str, object]:
 
 
 def compare(
-    model: ProfileLatencyModel, pools: Mapping[Role, int], case: Case, lines: Lines, speeds: tuple[Speed, Speed]
+    model: ProfileLatencyModel,
+    pools: Mapping[Role, int],
+    case: Case,
+    lines: timelines.Lines,
+    speeds: tuple[Speed, Speed],
 ) -> dict[str, Any]:
     """Measured and predicted figures of one run, on the arrivals and lengths that were sent.
 
@@ -309,7 +265,7 @@ def compare(
     }
 
 
-def measured_figures(lines: Lines, slo: SLO) -> Figures:
+def measured_figures(lines: timelines.Lines, slo: SLO) -> Figures:
     """As :func:`benchmarks.fidelity_cpu.predict.figures`."""
     ok = [line for line in lines if line["status"] == 200]
     ttfts = [line["first_token"] - line["arrival"] for line in ok]

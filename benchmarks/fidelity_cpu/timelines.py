@@ -25,11 +25,13 @@ COLUMNS = (
     "status",
 )
 _MARKS = ("prefill_start", "prefill_end", "migration_start", "migration_end", "decode_start")
+Lines = list[dict[str, Any]]
+"""One dictionary for each request, with these columns."""
 _OK = 200
 _NO_ANSWER = 599
 
 
-def rows(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows(requests: list[dict[str, Any]]) -> Lines:
     """From the requests of a ``distserve bench --return-timeline`` document; None is what did not happen."""
     answered = [r for r in requests if r["timeline"]]
     offset = min((r["timeline"]["arrival"] - r["sent"] for r in answered), default=0.0)
@@ -51,7 +53,7 @@ def _row(request: dict[str, Any], offset: float) -> dict[str, Any]:
     }
 
 
-def write(path: Path, lines: list[dict[str, Any]]) -> None:
+def write(path: Path, lines: Lines) -> None:
     """Write gzipped CSV; the same lines give the same bytes."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -60,7 +62,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> Lines:
     """Read what :func:`write` wrote."""
     lines = csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode()))
     return [{name: _number(name, value) for name, value in line.items()} for line in lines]
