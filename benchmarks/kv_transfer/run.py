@@ -269,7 +269,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=31, help="pairs of pull and plain copy")
     parser.add_argument("--output", type=Path, help="write the result as JSON here")
     options = parser.parse_args()
-    cases, overlaps = [], []
+    cases: list[Case] = []
+    overlaps: list[Overlap] = []
     for name in options.layouts:
         most = max(options.tokens) // LAYOUTS[name].block_size
         layout = replace(LAYOUTS[name], num_blocks=max(LAYOUTS[name].num_blocks, most * 5 // 4))
