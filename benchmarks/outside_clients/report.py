@@ -1,4 +1,4 @@
-"""Writes what the clients found: JSON with every round, and medians with the deviations out of bounds marked."""
+"""Writes what the clients found: JSON with every round, and medians with deviations out of bounds marked."""
 
 import json
 from pathlib import Path
@@ -32,9 +32,12 @@ def medians(rounds: Rounds) -> dict[str, float]:
 
 
 def deviations(clients: dict[str, Rounds], client: str) -> dict[str, float]:
-    """How far ``client`` is from the reference in what both measure, relative."""
-    theirs, ours = medians(clients[client]), medians(clients[REFERENCE])
-    return {name: theirs[name] / ours[name] - 1 for name in theirs}
+    """How far ``client`` is from the reference in what both measure, relative: the median over the rounds.
+
+    In a round they ask the same, shortly one after the other; from round to round the machine's speed changes.
+    """
+    pairs = list(zip(clients[client], clients[REFERENCE], strict=True))
+    return {name: median(theirs[name] / ours[name] - 1 for theirs, ours in pairs) for name in pairs[0][0]}
 
 
 def misses(clients: dict[str, Rounds], client: str) -> list[str]:
@@ -76,7 +79,7 @@ def _markdown(result: dict[str, Any]) -> list[str]:
         f"- vLLM's environment: {', '.join(f'{name} {v}' for name, v in sorted(result['vllm'].items()))}",
         (
             f"- medians of {max(len(rounds) for clients in result['loads'].values() for rounds in clients.values())} "
-            "rounds, milliseconds; in brackets the deviation; percentiles 99 are not judged"
+            "rounds, milliseconds; in brackets the median of the rounds' deviations; percentiles 99 are not judged"
         ),
         "",
         f"| load | client | {' | '.join(_HEADINGS[name] for name in _ORDER)} |",
