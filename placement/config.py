@@ -7,7 +7,6 @@ The file is the one that ``distserve serve`` and ``launch`` take. The planner re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distserve.cluster.config import EngineSection
 from distserve.cluster.placement_section import PlacementSection
 from distserve.core.config import SLO, ParallelConfig, Role
 from distserve.core.errors import ConfigError
@@ -15,8 +14,9 @@ from placement.candidates import Candidate, spans
 from placement.offered import Offered
 from placement.problem import EngineLimits, Problem, SearchLimits
 from placement.shapes import find_shapes
-from simulator.inputs import SimulationFile, read_file, read_latency, read_model
+from simulator.inputs import SimulationFile, most_kv, read_file, read_latency, read_model
 from simulator.latency.measured import ProfileLatencyModel
+from simulator.latency.shape import ModelShape
 from simulator.model import Delays
 
 _QUICK = SearchLimits(num_finalists=2, tolerance=0.06, num_requests=150, max_requests=1500)
@@ -42,7 +42,7 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
     file = _read(path)
     assert file.slo is not None
     cluster = file.cluster.spec()
-    model = read_model(file.model, file.engine, path.parent)
+    model = read_model(file.model, file.engine, path.parent, cluster.gpu)
     latency = read_latency(
         file.cluster,
         model,
@@ -62,7 +62,7 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
         rate=overrides.rate if overrides.rate is not None else file.workload.arrivals.rate,
         cluster=cluster,
         latency=latency,
-        limits=_limits(file.engine, file.cluster.gpu_memory),
+        limits=_limits(file, model),
         search=search,
     )
     return replace(problem, delays=_delays(problem))
@@ -100,8 +100,9 @@ def _read(path: Path) -> SimulationFile:
     return read_file(path, SimulationFile, sections=("slo", "workload", "cluster"), purpose="planning")
 
 
-def _limits(engine: EngineSection, gpu_memory: float | None) -> EngineLimits:
+def _limits(file: SimulationFile, model: ModelShape) -> EngineLimits:
     """What the file says of the engine; what it does not say is the planner's to choose."""
+    engine, gpu_memory = file.engine, file.cluster.gpu_memory
     said = engine.model_fields_set
     limits = EngineLimits(block_size=engine.block_size)
     if "max_batch_tokens" in said:
@@ -114,6 +115,9 @@ def _limits(engine: EngineSection, gpu_memory: float | None) -> EngineLimits:
         limits = replace(limits, max_model_len=engine.max_model_len)
     if engine.kv_tokens is not None:
         limits = replace(limits, kv_tokens=engine.kv_tokens)
+    if engine.kv_memory is not None:
+        limits = replace(limits, kv_memory=int(engine.kv_memory))
+    limits = replace(limits, kv_most=most_kv(file.cluster, engine, model))
     if gpu_memory is not None:
         limits = replace(limits, memory_bytes=int(gpu_memory))
     return limits

@@ -186,6 +186,7 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
     from distserve.demo import model_dir
     from placement.config import Overrides, load_problem
     from placement.offered import Offered
+    from placement.planfile import dtype_name
 
     data, _ = read_yaml(file)
     problem: Problem | None = None
@@ -210,6 +211,8 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
         "serving.node_patience": options["wait_for_nodes"],
         "engine.profile": options["profile"] and options["profile"].resolve(),
         "placement": "auto" if data.get("placement") is None else None,
+        # What a plan or prediction is made with, and the engine's default need not be.
+        "engine.dtype": dtype_name(problem.model) if problem and "dtype" not in (data.get("engine") or {}) else None,
     }
     config = load_config(file, flags, model_dir(), planner)
     if planned:

@@ -2,7 +2,7 @@
 
 A plan file is a configuration whose ``placement`` names every instance's GPUs and the limits it was simulated with,
 beside the model, objective, workload and cluster it was planned for and what was predicted. Whatever else the
-configuration says (engine, serving) is kept.
+configuration says (engine, serving) is kept; a data type that it does not say is said.
 """
 
 from pathlib import Path
@@ -16,6 +16,7 @@ from distserve.cluster.yaml_file import read_yaml
 from distserve.core.config import Role
 from distserve.core.topology import Placement
 from placement.plan import Interval, Percentiles, Plan
+from simulator.latency.shape import ModelShape
 
 _PATHS = (("model",), ("workload", "trace"), ("cluster", "profile"))
 
@@ -51,6 +52,7 @@ def plan_text(plan: Plan, config: Path, directory: Path) -> str:
         workload = dict(data["workload"])
         workload["arrivals"] = {**(workload.get("arrivals") or {}), "rate": plan.problem.rate}
         data["workload"] = workload
+    data["engine"] = {"dtype": dtype_name(plan.problem.model)} | (data.get("engine") or {})
     data["placement"] = placement_section(plan.chosen.placement)
     data["prediction"] = _prediction(plan)
     order = ("model", "slo", "workload", "cluster", "placement", "engine", "serving", "prediction")
@@ -61,6 +63,11 @@ def plan_text(plan: Plan, config: Path, directory: Path) -> str:
     return head + yaml.dump(
         {key: data[key] for key in order if key in data}, Dumper=_Dumper, sort_keys=False, allow_unicode=True
     )
+
+
+def dtype_name(model: ModelShape) -> str:
+    """The data type of the section ``engine`` that makes a launch take the memory that was planned with."""
+    return "float32" if model.dtype_bytes == 4 else "bfloat16"
 
 
 def placement_section(placement: Placement) -> dict[str, Any]:

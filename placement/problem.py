@@ -7,11 +7,12 @@ business.
 from dataclasses import dataclass, field, replace
 
 from distserve.bench.workload import WorkloadSpec
+from distserve.cluster.seats import CPU
 from distserve.core.config import SLO, KvConfig, ParallelConfig, PrefillPolicy, Role
 from distserve.core.topology import ClusterSpec
 from simulator.latency.gpus import GpuSpec, find_gpu
 from simulator.latency.interface import LatencyModel
-from simulator.latency.memory import kv_config
+from simulator.latency.memory import kv_config, kv_of_bytes
 from simulator.latency.shape import ModelShape
 from simulator.model import Delays
 
@@ -22,8 +23,9 @@ class EngineLimits:
 
     ``prefill_batch_tokens`` is DistServe's ``L_m`` of prefill instances and ``mixed_batch_tokens`` the budget of mixed
     ones; None lets the planner derive it per shape from the step times. ``max_model_len`` refuses longer requests, as
-    the deployment will. ``memory_bytes`` is a GPU's memory if it differs from the table's; ``kv_tokens`` fixes every
-    instance's KV memory instead of deriving it.
+    the deployment will. ``memory_bytes`` is a GPU's memory if it differs from the table's. ``kv_tokens`` or, failing
+    that, ``kv_memory`` (bytes over all ranks) fixes every instance's KV memory instead of deriving it, which yields no
+    more than ``kv_most`` bytes.
     """
 
     block_size: int = 16
@@ -34,6 +36,8 @@ class EngineLimits:
     mixed_batch_tokens: int | None = None
     memory_bytes: int | None = None
     kv_tokens: int | None = None
+    kv_memory: int | None = None
+    kv_most: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +86,14 @@ class Problem:
         return find_gpu(self.cluster.gpu)
 
     def kv(self, parallel: ParallelConfig, max_batch_tokens: int) -> KvConfig | None:
-        """KV memory of an instance of this shape; None if the weights leave none.
+        """KV memory of an instance of this shape; None if the weights leave none, or less than was asked for.
 
-        Raises ConfigError if the model cannot be split so.
+        Raises ConfigError if the model cannot be split so, or the memory asked for holds no block.
         """
-        limits = self.limits
-        if limits.kv_tokens is not None:
-            self.model.check(parallel)
-            return KvConfig(limits.kv_tokens // limits.block_size, limits.block_size)
-        gpu = self.gpu
+        limits, gpu = self.limits, self.gpu
         if limits.memory_bytes is not None:
             gpu = replace(gpu, memory_bytes=limits.memory_bytes)
-        return kv_config(
+        room = kv_config(
             self.model,
             gpu,
             parallel,
@@ -101,6 +101,23 @@ class Problem:
             memory_utilisation=limits.memory_utilisation,
             max_batch_tokens=max_batch_tokens,
         )
+        asked = self._kv_asked(parallel)
+        if asked is None:
+            if room is None or limits.kv_most is None:
+                return room
+            most = kv_of_bytes(self.model, parallel, limits.kv_most, limits.block_size)
+            return min(room, most, key=lambda kv: kv.num_blocks)
+        # The memory of a slot of CPUs is anybody's guess: who asks for some there is taken to know.
+        is_known = gpu.name != CPU or limits.memory_bytes is not None
+        return None if is_known and (room is None or room.num_blocks < asked.num_blocks) else asked
+
+    def _kv_asked(self, parallel: ParallelConfig) -> KvConfig | None:
+        limits = self.limits
+        if limits.kv_tokens is not None:
+            return KvConfig(limits.kv_tokens // limits.block_size, limits.block_size)
+        if limits.kv_memory is not None:
+            return kv_of_bytes(self.model, parallel, limits.kv_memory, limits.block_size)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

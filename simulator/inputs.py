@@ -11,6 +11,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from distserve.cluster.config import ConfigFile, EngineSection
+from distserve.cluster.seats import CPU
+from distserve.cluster.sizing import default_kv_bytes
 from distserve.cluster.yaml_file import explain, read_yaml
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec
@@ -22,7 +24,9 @@ from simulator.latency.measured import ProfileLatencyModel
 from simulator.latency.shape import ModelShape
 from simulator.sections import ClusterSection, WorkloadSection
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNKNOWN_LENGTH = 2048
+"""Tokens of the longest sequence where a model's configuration does not say."""
 _EXAMPLES = {
     "slo": "such as slo: {ttft: 0.4, tpot: 0.04, attainment: 0.9}",
     "workload": "such as workload: {trace: azure2023_conv.csv}, or prompt, output and arrivals",
@@ -56,8 +60,12 @@ def read_file(path: Path, kind: type[File], *, sections: tuple[str, ...], purpos
         raise ConfigError(explain(error, path, lines, {}, kind)) from error
 
 
-def read_model(name: str | None, engine: EngineSection, base: Path) -> ModelShape:
-    """The model's shape: a directory or config.json as given or relative to ``base``; the demo model if unsaid."""
+def read_model(name: str | None, engine: EngineSection, base: Path, gpu: str) -> ModelShape:
+    """The model's shape: a directory or config.json as given or relative to ``base``; the demo model if unsaid.
+
+    Its data type is the engine's. Where the file names none, that is the engine's default on CPUs, and the model's own
+    on a ``gpu``, for which plans name it.
+    """
     if name is None:
         from distserve.demo import model_dir
 
@@ -65,9 +73,20 @@ def read_model(name: str | None, engine: EngineSection, base: Path) -> ModelShap
     else:
         path = beside(Path(name), base)
     shape = ModelShape.load(path)
-    if "dtype" in engine.model_fields_set:
+    if "dtype" in engine.model_fields_set or gpu == CPU:
         shape = replace(shape, dtype_bytes=_DTYPE_BYTES[engine.dtype])
     return shape
+
+
+def most_kv(cluster: ClusterSection, engine: EngineSection, model: ModelShape) -> int | None:
+    """Bytes of KV memory that an instance has at most if nobody says how much; None: what its GPU has left.
+
+    On CPUs a launch gives no more, since what else the machine is for is not known.
+    """
+    if cluster.spec().gpu != CPU or cluster.gpu_memory is not None:
+        return None
+    lengths = [length for length in (engine.max_model_len, model.max_model_len) if length]
+    return default_kv_bytes(model.kv.bytes_per_token, min(lengths, default=_UNKNOWN_LENGTH))
 
 
 def read_latency(
@@ -98,10 +117,21 @@ def read_latency(
         )
         raise ConfigError(f"step times by {chosen} need --profile FILE: {hint}")
     if chosen == "profile":
-        return ProfileLatencyModel.read(path)
+        return _in_dtype(ProfileLatencyModel.read(path), model)
     if cluster.gpu != "a100-80g-sxm":
         raise ConfigError(f"DistServe's fits are of a100-80g-sxm, the cluster has {cluster.gpu}")
     return DistServeProfile.load(path, model.name)
+
+
+def _in_dtype(latency: ProfileLatencyModel, model: ModelShape) -> ProfileLatencyModel:
+    """``latency``, unless its steps were measured in another data type than ``model`` is to have."""
+    dtype = latency.profile.dtype
+    if _DTYPE_BYTES[dtype] != model.dtype_bytes:
+        raise ConfigError(
+            f"the profile of {latency.profile.model} is in {dtype}, with {_DTYPE_BYTES[dtype]} bytes a value, the "
+            f"instances would have {model.dtype_bytes}: give engine: {{dtype: {dtype}}}, or take a profile with --dtype"
+        )
+    return latency
 
 
 def beside(path: Path, base: Path) -> Path:

@@ -21,7 +21,7 @@ from simulator.inputs import read_file
 from simulator.latency.gpus import GpuSpec, find_gpu
 from simulator.latency.interface import LatencyModel
 from simulator.latency.measured import ProfileLatencyModel
-from simulator.latency.memory import kv_config
+from simulator.latency.memory import kv_config, kv_of_bytes
 from simulator.latency.shape import ModelShape
 from simulator.model import ClusterModel, Delays, InstanceModel
 
@@ -39,12 +39,14 @@ class PlanFile(ConfigFile):
 class Limits:
     """What an instance has if its pool does not say: the section ``engine``, and the GPU whose memory it shares.
 
-    ``token_budget`` is chosen from a profile; None: the section's own.
+    ``token_budget`` is chosen from a profile; None: the section's own. ``kv_most`` is how much KV memory (bytes) an
+    instance has at most if nobody says how much; None: what its GPU has left.
     """
 
     engine: EngineSection
     gpu: GpuSpec
     token_budget: int | None = None
+    kv_most: int | None = None
     memory_utilisation: float = 0.9
 
 
@@ -162,6 +164,8 @@ def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) 
     kv_tokens = said.kv_tokens or engine.kv_tokens
     if kv_tokens is not None:
         kv = KvConfig(kv_tokens // engine.block_size, engine.block_size)
+    elif engine.kv_memory is not None:
+        kv = kv_of_bytes(model, wanted.parallel, int(engine.kv_memory), engine.block_size)
     else:
         kv = _kv_left(name, wanted.parallel, model, limits, scheduler.max_batch_tokens)
     spec = InstanceSpec(name, wanted.role, kv, scheduler, wanted.parallel)
@@ -185,7 +189,10 @@ def _kv_left(name: str, parallel: ParallelConfig, model: ModelShape, limits: Lim
             f"{parallel.pp}) leave no room for KV on a {limits.gpu.name} of {limits.gpu.memory_bytes / 1e9:.0f} GB: "
             "raise tp or pp"
         )
-    return kv
+    if limits.kv_most is None:
+        return kv
+    most = kv_of_bytes(model, parallel, limits.kv_most, limits.engine.block_size)
+    return min(kv, most, key=lambda found: found.num_blocks)
 
 
 def _seat_in_order(wanted: tuple[WantedInstance, ...], cluster: ClusterSpec) -> list[tuple[Gpu, ...]]:

@@ -1,5 +1,6 @@
-"""What an onlooker of a simulated run may see: every step on every pipeline stage, every KV pull."""
+"""What an onlooker of a simulated run may see: steps on every pipeline stage, KV pulls, and what links carry."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from distserve.core.latency import StepShape
@@ -15,3 +16,9 @@ class Recorder(Protocol):
         self, request_id: str, source_id: str, puller_id: str, start: float, end: float, num_bytes: int
     ) -> None:
         """An instance had all of a request's KV cache from another; ``num_bytes`` 0 where no network is modelled."""
+
+    def on_links(self, start: float, end: float, num_bytes: Sequence[float]) -> None:
+        """Each link (:class:`simulator.routes.Links`, by index) carried so many bytes, at one rate all the while.
+
+        Stretches follow one another without gaps from the first flow on, until the last flow has ended.
+        """

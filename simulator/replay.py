@@ -14,7 +14,7 @@ from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
 from distserve.core.router import DEFAULT_SLO
 from distserve.core.topology import ClusterSpec, Placement
-from simulator.inputs import SimulationFile, beside, read_file, read_latency, read_model
+from simulator.inputs import SimulationFile, beside, most_kv, read_file, read_latency, read_model
 from simulator.latency.gpus import find_gpu
 from simulator.latency.interface import LatencyModel
 from simulator.latency.measured import SEVERAL_RANKS, ProfileLatencyModel
@@ -44,6 +44,10 @@ class _All:
     ) -> None:
         for recorder in self._recorders:
             recorder.on_pull(request_id, source_id, puller_id, start, end, num_bytes)
+
+    def on_links(self, start: float, end: float, num_bytes: Sequence[float]) -> None:
+        for recorder in self._recorders:
+            recorder.on_links(start, end, num_bytes)
 
 
 @dataclass
@@ -93,14 +97,15 @@ def prepare(config: Path, options: Mapping[str, Any]) -> Replay:
     base = config.parent
     cluster = file.cluster.spec()
     planned = _planned(file, config, options["placement"], cluster)
-    shape = read_model(file.model, file.engine, base)
+    shape = read_model(file.model, file.engine, base, cluster.gpu)
     latency = read_latency(
         file.cluster, shape, cluster, base, kind=options["latency"], profile=options["profile"], name=file.model
     )
     gpu = find_gpu(cluster.gpu)
     if file.cluster.gpu_memory is not None:
         gpu = replace(gpu, memory_bytes=int(file.cluster.gpu_memory))
-    placement = place(planned.section, cluster, shape, Limits(file.engine, gpu, file.engine.token_budget(base)))
+    limits = Limits(file.engine, gpu, file.engine.token_budget(base), most_kv(file.cluster, file.engine, shape))
+    placement = place(planned.section, cluster, shape, limits)
     spec = _workload_spec(file, base, options)
     rate = options["rate"] or file.workload.arrivals.rate
     if rate is None and isinstance(spec.arrivals, Gamma):

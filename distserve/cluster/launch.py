@@ -6,7 +6,7 @@ Everything below the endpoint is started here, in parallel where it can be, and 
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -20,15 +20,16 @@ from distserve.cluster.gpu_memory import Limits, ProcessMemory, own_card_kv, spl
 from distserve.cluster.gpu_probe import GpuFacts, probe_gpu, visible_as
 from distserve.cluster.network import Mailbox, create_key
 from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan, KvAccess
-from distserve.cluster.ray_cluster import joined_cluster, local_cluster, this_node
+from distserve.cluster.ray_cluster import RayCluster, joined_cluster, local_cluster, this_node
 from distserve.cluster.seats import FoundNode, are_on_gpus, check_engine, group_by_node, match_nodes
 from distserve.cluster.session import Session
-from distserve.cluster.sizing import KvRequest, check_processes, free_memory, size_kv
+from distserve.cluster.sizing import KvRequest, Room, check_processes, free_memory, least_kv
 from distserve.cluster.supervise import Supervisor
 from distserve.core.config import InstanceSpec, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
 from distserve.core.router import RouterConfig
 from distserve.core.shards import check_shards
+from distserve.core.topology import PlacedInstance, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
         key = create_key()
         mailbox = Mailbox(OWNER, key, cluster.host)
         stack.callback(mailbox.close)
-        blueprint = _blueprint(config, facts, num_threads, key, gpu)
+        rooms = () if cluster.is_local else _rooms(config, cluster, nodes)
+        blueprint = _blueprint(config, facts, num_threads, key, gpu, rooms)
         deployment = Deployment(
             cluster,
             blueprint,
@@ -139,17 +141,42 @@ def _start_parts(deployment: Deployment, show: Callable[[str], None]) -> None:
     deployment.adopt_instances(loaded, all_must_meet=True)
 
 
+def _rooms(config: ServeConfig, cluster: RayCluster, nodes: Mapping[int, FoundNode]) -> tuple[Room, ...]:
+    """What the instances find on each of their nodes; what was planned for none may come onto any that has the CPUs."""
+    rooms = []
+    for group in group_by_node(config.instances):
+        num_ranks = len(group.seats)
+        if group.node is not None and group.node in nodes:
+            there = [nodes[group.node]]
+        else:
+            found = cluster.nodes()
+            there = [node for node in found if node.num_cpus >= num_ranks] or found
+        for node in there:
+            # Ray looked at a node when it joined; at this one, one can look now.
+            is_here = node.node_id == cluster.here() or not node.memory
+            free = free_memory() if is_here else node.memory
+            name = "" if is_here else f"on node {node.node_id[:8]} of the Ray cluster"
+            rooms.append(Room(len({slot for slot, _ in group.seats}), num_ranks, free, name))
+    return tuple(rooms)
+
+
 def _blueprint(
-    config: ServeConfig, facts: ModelFacts, num_threads: int, key: ClusterKey, gpu: GpuFacts | None
+    config: ServeConfig,
+    facts: ModelFacts,
+    num_threads: int,
+    key: ClusterKey,
+    gpu: GpuFacts | None,
+    rooms: Sequence[Room] = (),
 ) -> Blueprint:
+    """What to deploy; without ``rooms`` all instances are on this machine."""
     engine = config.engine
     max_model_len = min(engine.max_model_len or facts.max_model_len, facts.max_model_len)
     if engine.max_model_len is not None and engine.max_model_len > facts.max_model_len:
         raise ConfigError(
             f"--max-model-len {engine.max_model_len} is more than the model can take: at most {facts.max_model_len}"
         )
-    fullest = max(group_by_node(config.instances), key=lambda group: len(group.seats))
-    free = free_memory()
+    seats = max((group.seats for group in group_by_node(config.instances)), key=len)
+    rooms = rooms or (Room(len({slot for slot, _ in seats}), len(seats), free_memory()),)
     specs: list[InstanceSpec] = []
     numbers: Counter[Role] = Counter()
     on_card = _split(config, gpu, max_model_len) if gpu is not None else None
@@ -166,14 +193,12 @@ def _blueprint(
         elif has_own_gpu:
             kv = own_card_kv(asked, token_bytes)
         else:
-            kv = size_kv(
+            kv = least_kv(
+                rooms,
                 asked,
                 weight_bytes=facts.weight_bytes,
                 token_bytes=token_bytes,
                 max_model_len=max_model_len,
-                num_instances=len({slot for slot, _ in fullest.seats}),
-                num_ranks=len(fullest.seats),
-                free=free,
             )
         runs_ahead = is_on_gpu and instance.parallel.pp == 1
         scheduler = SchedulerConfig(
@@ -210,8 +235,16 @@ def _blueprint(
         log_dir=config.event_log,
         kv_access=_kv_access(config),
         gpus_per_rank=1 if has_own_gpu else 0,
-        router=RouterConfig(slo=config.slo),
+        router=RouterConfig(near=_near(config, specs), slo=config.slo),
     )
+
+
+def _near(config: ServeConfig, specs: Sequence[InstanceSpec]) -> dict[str, tuple[str, ...]]:
+    """Who is near whom where it was planned: the router prefers those, as it did when the plan was simulated."""
+    if config.cluster is None or not all(instance.gpus for instance in config.instances):
+        return {}
+    placed = (PlacedInstance(spec, instance.gpus) for spec, instance in zip(specs, config.instances, strict=True))
+    return Placement(config.cluster, tuple(placed)).near()
 
 
 def _split(config: ServeConfig, gpu: GpuFacts, max_model_len: int) -> tuple[ProcessMemory, ...]:

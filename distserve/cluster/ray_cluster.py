@@ -51,10 +51,18 @@ class RayCluster:
                 types = {name.removeprefix(_GPU_TYPE) for name in resources if name.startswith(_GPU_TYPE)}
                 found.append(
                     FoundNode(
-                        node["NodeID"], int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), frozenset(types)
+                        node["NodeID"],
+                        int(resources.get("CPU", 0)),
+                        int(resources.get("GPU", 0)),
+                        frozenset(types),
+                        int(resources.get("memory", 0)),
                     )
                 )
         return found
+
+    def here(self) -> str:
+        """The node that this process is on, by its Ray id."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def match(
         self, groups: Sequence[NodeGroup], planned: ClusterSpec, patience: float, show: Callable[[str], None]

@@ -45,12 +45,17 @@ class WantedInstance:
 
 @dataclass(frozen=True, slots=True)
 class FoundNode:
-    """A node as it was found. ``gpu_types`` are the names Ray announces (``A100``), empty if it knows none."""
+    """A node as it was found.
+
+    ``gpu_types`` are the names Ray announces (``A100``), empty if it knows none; ``memory`` is what it lets its workers
+    take, in bytes, 0 if it does not say.
+    """
 
     node_id: str
     num_cpus: int
     num_gpus: int = 0
     gpu_types: frozenset[str] = frozenset()
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)

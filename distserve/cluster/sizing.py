@@ -1,5 +1,6 @@
 """How much KV memory each instance gets, and whether the machine can hold what was asked for."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,19 @@ class KvRequest:
     block_size: int = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What instances find on a node: ``num_instances`` with ``num_ranks`` ranks may take ``free`` bytes together.
+
+    ``name`` says which node it is, for messages; empty: this machine.
+    """
+
+    num_instances: int
+    num_ranks: int
+    free: int
+    name: str = ""
+
+
 def free_memory() -> int:
     """Bytes this process and its children may still take: what the machine has, or what a control group leaves."""
     free = int(psutil.virtual_memory().available)
@@ -59,6 +73,15 @@ def check_processes(num_instances: int, num_ranks: int, free: int) -> None:
 
 def _process_bytes(num_instances: int, num_ranks: int) -> int:
     return num_instances * PROCESS_BYTES + (num_ranks - num_instances) * RANK_BYTES
+
+
+def default_kv_bytes(token_bytes: int, max_model_len: int) -> int:
+    """KV memory that an instance on CPUs is given unless asked otherwise, where there is room for it.
+
+    ``token_bytes`` is the KV memory of one token, ``max_model_len`` the tokens of the longest sequence.
+    """
+    sequence = max_model_len * token_bytes
+    return max(min(_DEFAULT_SEQUENCES * sequence, _DEFAULT_KV_BYTES), sequence)
 
 
 def size_kv(
@@ -93,9 +116,7 @@ def size_kv(
         kv_bytes = request.num_bytes
     else:
         left = free - processes - num_instances * weight_bytes
-        wanted = max(
-            min(_DEFAULT_SEQUENCES * max_model_len * token_bytes, _DEFAULT_KV_BYTES), max_model_len * token_bytes
-        )
+        wanted = default_kv_bytes(token_bytes, max_model_len)
         kv_bytes = min(wanted, max(int(left * _KV_SHARE) // num_instances, max_model_len * token_bytes))
     num_blocks = kv_bytes // block_bytes
     if num_blocks < 1:
@@ -114,6 +135,31 @@ def size_kv(
             f"{_mib(processes // num_instances)} for {process}. {_advice(fit)}"
         )
     return KvConfig(num_blocks=num_blocks, block_size=request.block_size)
+
+
+def least_kv(
+    rooms: Iterable[Room], request: KvRequest, *, weight_bytes: int, token_bytes: int, max_model_len: int
+) -> KvConfig:
+    """KV memory of each of equal instances on several nodes: what the node with the least for each of them allows.
+
+    Arguments as of :func:`size_kv`. Raises ConfigError where instances do not fit; says on which node.
+    """
+    found = []
+    for room in rooms:
+        try:
+            kv = size_kv(
+                request,
+                weight_bytes=weight_bytes,
+                token_bytes=token_bytes,
+                max_model_len=max_model_len,
+                num_instances=room.num_instances,
+                num_ranks=room.num_ranks,
+                free=room.free,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{room.name}: {error}" if room.name else str(error)) from error
+        found.append(kv)
+    return min(found, key=lambda kv: kv.num_blocks)
 
 
 def _advice(fit: int) -> str:

@@ -1,6 +1,7 @@
 """How many KV blocks an instance has once its weights and its steps' workspace are in GPU memory."""
 
 from distserve.core.config import KvConfig, ParallelConfig
+from distserve.core.errors import ConfigError
 from simulator.latency.gpus import GpuSpec
 from simulator.latency.shape import ModelShape
 
@@ -55,3 +56,18 @@ def kv_config(
     free -= workspace_bytes(shape, parallel, max_batch_tokens)
     num_blocks = int(free // (shape.kv_bytes_per_token(parallel) * block_size))
     return KvConfig(num_blocks, block_size) if num_blocks > 0 else None
+
+
+def kv_of_bytes(shape: ModelShape, parallel: ParallelConfig, num_bytes: int, block_size: int = 16) -> KvConfig:
+    """KV memory of ``num_bytes`` over all ranks of an instance, counted as a launch counts ``engine.kv_memory``.
+
+    Raises ConfigError if it holds no block.
+    """
+    # Where there are more shards than KV heads, several have the same one.
+    block_bytes = shape.kv.bytes_per_token * max(1, parallel.tp // shape.num_kv_heads) * block_size
+    if num_bytes < block_bytes:
+        raise ConfigError(
+            f"engine.kv_memory of {num_bytes:,} bytes holds not a single block of {block_size} tokens of {shape.name}: "
+            f"give {block_bytes:,} at least, or kv_tokens"
+        )
+    return KvConfig(num_bytes // block_bytes, block_size)

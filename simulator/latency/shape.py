@@ -46,7 +46,8 @@ class ModelShape:
     ``num_experts`` 0 is a dense model; else ``num_moe_layers`` of the layers route each token to ``experts_per_token``
     experts of ``expert_intermediate`` columns, beside shared ones of ``shared_intermediate`` columns in all, and only
     the other layers have the dense MLP of ``intermediate`` columns. ``num_positions`` counts rows of a learned position
-    table. Biases and norms are neglected (below 0.1% of the weights).
+    table, ``max_model_len`` tokens of its longest sequence by the config (0: unsaid). Biases and norms are neglected
+    (below 0.1% of the weights).
     """
 
     name: str
@@ -66,6 +67,7 @@ class ModelShape:
     shared_intermediate: int = 0
     num_moe_layers: int = 0
     dtype_bytes: int = 2
+    max_model_len: int = 0
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelShape":
@@ -144,6 +146,7 @@ class ModelShape:
             shared_intermediate=shared if experts else 0,
             num_moe_layers=_num_moe_layers(config, num_layers) if experts else 0,
             dtype_bytes=_DTYPE_BYTES[dtype],
+            max_model_len=positions,
         )
 
     @property

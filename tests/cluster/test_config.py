@@ -7,7 +7,7 @@ import pytest
 
 from distserve.cluster.config import ServeConfig, load_config
 from distserve.cluster.seats import PlannedLimits, WantedInstance
-from distserve.cluster.sizing import PROCESS_BYTES, KvRequest, size_kv
+from distserve.cluster.sizing import PROCESS_BYTES, KvRequest, Room, least_kv, size_kv
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
@@ -208,3 +208,14 @@ def test_more_instances_than_memory_holds_is_an_error_with_numbers() -> None:
         size_kv(KvRequest(num_tokens=1024), free=3 * GIB, **{**SIZES, "num_ranks": 4})
     with pytest.raises(ConfigError, match="not a single block"):
         size_kv(KvRequest(num_bytes=100), free=64 * GIB, **SIZES)
+
+
+def test_kv_by_default_is_what_the_node_with_the_least_memory_allows() -> None:
+    model = {name: SIZES[name] for name in ("weight_bytes", "token_bytes", "max_model_len")}
+    large, small = Room(2, 2, 64 * GIB), Room(1, 1, int(1.6 * GIB), "on node b")
+    assert least_kv([large, small], KvRequest(), **model) == least_kv([small], KvRequest(), **model)
+    assert (
+        least_kv([large, small], KvRequest(), **model).num_blocks < least_kv([large], KvRequest(), **model).num_blocks
+    )
+    with pytest.raises(ConfigError, match=r"^on node b: 1 instances need 2\.4 GiB"):
+        least_kv([large, small], KvRequest(num_tokens=2**20), **model)

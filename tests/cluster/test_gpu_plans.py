@@ -51,3 +51,8 @@ def test_kv_memory_in_bytes(tmp_path):
 def test_nccl_is_for_several_gpus():
     with pytest.raises(ConfigError, match=r"nccl is for KV between GPUs, and with engine\.gpu .* leave it"):
         load_config(None, {"engine.gpu": 0, "engine.kv_transport": "nccl"}, model_dir())
+
+
+def test_the_router_knows_who_is_near_whom_as_in_the_simulated_plan(tmp_path):
+    assert blueprint(tmp_path, node=0).router.near == {"prefill-0": ("decode-0",)}
+    assert blueprint(tmp_path, node=1).router.near == {"prefill-0": ()}

@@ -123,6 +123,8 @@ def test_a_report_for_people_and_a_plan_elsewhere(write_config: WriteConfig, tmp
     # What was named relative to the configuration is not there, seen from the plan.
     assert data["model"] == str(tmp_path / "opt-13b.json")
     assert data["workload"]["arrivals"] == {"rate": 1, "cv": 1}
+    # Planned with the model's own data type, which is not what the engine takes by itself.
+    assert data["engine"] == {"dtype": "bfloat16"}
 
 
 def test_a_step_is_explained_without_a_search(write_config: WriteConfig) -> None:

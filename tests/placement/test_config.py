@@ -8,9 +8,13 @@ import pytest
 
 from distserve.bench.arrivals import Gamma, TraceTimes
 from distserve.bench.lengths import Fixed, LengthDistribution, Lognormal, Normal
-from distserve.core.config import SLO, ParallelConfig, Role
+from distserve.cluster.profile_file import write_profile
+from distserve.cluster.sizing import KvRequest, size_kv
+from distserve.core.config import SLO, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
+from distserve.core.profile import FORMAT, Profile, ShapeProfile, StepFit, Surface, Table
 from distserve.core.topology import ClusterSpec
+from distserve.demo import model_dir
 from placement.config import Overrides, given_candidate, load_problem
 from simulator.latency.distserve_profile import DistServeProfile
 from tests.placement.conftest import WriteConfig
@@ -87,6 +91,42 @@ def test_what_the_engine_is_limited_to_limits_the_plan(write_config: WriteConfig
     unsaid = load_problem(write_config(), NONE).limits
     assert unsaid.prefill_batch_tokens is None
     assert unsaid.max_batch_size > 64
+
+
+def test_kv_memory_in_bytes_is_what_every_instance_has(write_config: WriteConfig) -> None:
+    problem = load_problem(write_config(engine={"kv_memory": 2e9}), NONE)
+    expected = KvConfig(int(2e9) // (16 * problem.model.kv.bytes_per_token))
+    assert problem.kv(ParallelConfig(), 2048) == problem.kv(ParallelConfig(2), 2048) == expected
+    too_much, nothing = (load_problem(write_config(engine={"kv_memory": size}), NONE) for size in (2e12, 1e6))
+    assert too_much.kv(ParallelConfig(), 2048) is None
+    with pytest.raises(ConfigError, match=r"not a single block.* give 13,107,200 at least"):
+        nothing.kv(ParallelConfig(), 2048)
+
+
+def test_on_cpus_an_instance_is_planned_as_it_would_be_started(write_config: WriteConfig, tmp_path: Path) -> None:
+    problem = load_problem(write_config(model=str(model_dir()), cluster={"gpu": "cpu"}), NONE)
+    assert problem.model.dtype_bytes == 4, "the engine's default, not the model's bfloat16"
+    started = size_kv(
+        KvRequest(),
+        weight_bytes=problem.model.weight_bytes(),
+        token_bytes=problem.model.kv.bytes_per_token,
+        max_model_len=2048,
+        num_instances=2,
+        num_ranks=2,
+        free=64 * 2**30,
+    )
+    assert problem.kv(ParallelConfig(), 2048) == started
+
+
+def test_a_profile_of_another_data_type_is_refused(write_config: WriteConfig, tmp_path: Path) -> None:
+    fit = StepFit(Surface((1, 8), (10, 100), ((0.01, 0.01), (0.01, 0.01))), Table((1, 64), (0.01, 0.01)), 0, 0, 0, 0, 0)
+    shapes = (ShapeProfile(ParallelConfig(), fit),)
+    profile = Profile(FORMAT, "", {"cores": 2}, "model", "", "float32", 1, 16, 2048, {}, shapes)
+    write_profile(profile, tmp_path / "p.json")
+    cluster = {"gpu": "cpu", "profile": "p.json"}
+    assert "float32" in load_problem(write_config(cluster=cluster), NONE).latency.source
+    with pytest.raises(ConfigError, match=r"profile of model is in float32.*engine: \{dtype: float32\}"):
+        load_problem(write_config(cluster=cluster, engine={"dtype": "bfloat16"}), NONE)
 
 
 def test_the_engine_s_dtype_sets_the_weights_size(write_config: WriteConfig) -> None:
