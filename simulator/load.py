@@ -1,12 +1,12 @@
 """How a run's load went over time: batches as they were computed, requests and KV memory from the timelines."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distserve.core.config import Role
 from distserve.core.latency import StepShape
 from simulator.model import InstanceModel
 from simulator.results import Floats, Simulation, Timelines
@@ -46,6 +46,9 @@ class BatchRecorder:
     def on_pull(
         self, request_id: str, source_id: str, puller_id: str, start: float, end: float, num_bytes: int
     ) -> None:
+        """See :class:`simulator.recorder.Recorder`; not of interest here."""
+
+    def on_links(self, start: float, end: float, num_bytes: Sequence[float]) -> None:
         """See :class:`simulator.recorder.Recorder`; not of interest here."""
 
     @property
@@ -94,26 +97,23 @@ def _or_end(times: Floats, end: float) -> Floats:
 def kv_use(simulation: Simulation, model: InstanceModel, index: int, times: Floats) -> Floats:
     """Share of instance ``index``'s KV memory that requests held at ``times``, from the timelines.
 
-    A prefill instance holds a prompt from the start of its prefill to the end of its pull; another one from the start
-    of prefill or pull to the last token, a token more with every step, evenly. Blocks are counted as if filled.
+    A prompt that another instance pulls is held from the start of its prefill to the end of the pull, whatever role the
+    instance had then; others from the start of prefill or pull to the last token, a token more with every step, evenly.
+    Blocks are counted as if filled. Of requests that failed nobody knows when they left; they are not counted.
     """
     timelines = simulation.timelines
-    role = model.spec.role
     end = simulation.duration
-    came_by_pull = timelines.decode_id == index
-    mine = (timelines.prefill_id == index) | came_by_pull
+    kept = (timelines.status == 200) | (timelines.status == 0)
+    mine = kept & ((timelines.prefill_id == index) | (timelines.decode_id == index))
+    came_by_pull = timelines.decode_id[mine] == index
+    goes_by_pull = ~came_by_pull & (timelines.decode_id[mine] >= 0)
     prompts = timelines.prompt_tokens[mine].astype(np.float64)
-    outputs = timelines.output_tokens[mine].astype(np.float64)
+    outputs = np.where(goes_by_pull, 0.0, timelines.output_tokens[mine].astype(np.float64))
     first = _or_end(np.fmax(timelines.first_token[mine], timelines.decode_start[mine]), end)
     finish = np.maximum(_or_end(timelines.finish[mine], end), first)
-    start = np.where(came_by_pull[mine], timelines.migration_start[mine], timelines.prefill_start[mine])
-    start = _or_end(start, end)
-    if role is Role.PREFILL:
-        pulled = timelines.migration_end[mine]
-        until, growth = np.where(np.isnan(pulled), finish, pulled), np.zeros_like(prompts)
-    else:
-        until = finish
-        growth = np.divide(outputs, finish - first, out=np.zeros_like(outputs), where=finish > first)
+    start = _or_end(np.where(came_by_pull, timelines.migration_start[mine], timelines.prefill_start[mine]), end)
+    until = np.where(goes_by_pull, _or_end(timelines.migration_end[mine], end), finish)
+    growth = np.divide(outputs, finish - first, out=np.zeros_like(outputs), where=finish > first)
     # tokens held at t = sum over live requests of (prompt - growth x first) + t x (growth), growing once decoded.
     held = _running(times, start, until, prompts)
     grown = _running(times, first, until, -growth * first) + times * _running(times, first, until, growth)

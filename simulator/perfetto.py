@@ -1,21 +1,19 @@
 """A run as a Chrome trace, which https://ui.perfetto.dev and chrome://tracing open.
 
 A process per instance with a track per pipeline stage, whose slices are the steps with their batch; a process
-"network" with a track per KV pull and a counter per link, the bytes/s of the pulls that cross it. Format: "Trace Event
-Format" of Google (JSON array form). Times are in microseconds there.
+"network" with a track per KV pull and a counter per link, the bytes/s that it carries. Format: "Trace Event Format" of
+Google (JSON array form). Times are in microseconds there.
 
-Slices go to the file as they happen; only the pulls' effect on links is kept until the end.
+Everything goes to the file as it happens.
 """
 
 import json
-from collections import defaultdict
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from distserve.core.latency import StepShape
 from simulator.model import ClusterModel
-from simulator.routes import Links, PullRoutes
+from simulator.routes import Links
 
 _NETWORK = 1
 _FIRST_INSTANCE = 2
@@ -28,10 +26,9 @@ class PerfettoRecorder:
         self._file = file
         self._instances = {instance.spec.instance_id: instance for instance in model.instances}
         self._processes = {name: _FIRST_INSTANCE + number for number, name in enumerate(self._instances)}
-        links = Links(model.cluster) if model.cluster is not None else None
-        self._names = links.names if links is not None else ()
-        self._routes = PullRoutes(links, model.kv) if links is not None and model.kv is not None else None
-        self._changes: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)  # link: (time, bytes/s more)
+        self._names = Links(model.cluster).names if model.cluster is not None else ()
+        self._levels: dict[int, float] = {}  # what each link's counter stands at, GB/s
+        self._links_until = 0.0
         self._num_pulls = 0
         file.write("[\n")
         self._write(_named("process_name", _NETWORK, 0, "network"), first=True)
@@ -77,30 +74,25 @@ class PerfettoRecorder:
         args = {"request": request_id, "bytes": num_bytes}
         self._write(event | {"ph": "b", "ts": _microseconds(start), "args": args})
         self._write(event | {"ph": "e", "ts": _microseconds(end)})
-        if self._routes is None or end <= start or not num_bytes:
+
+    def on_links(self, start: float, end: float, num_bytes: Sequence[float]) -> None:
+        """See :class:`simulator.recorder.Recorder`."""
+        for link, moved in enumerate(num_bytes):
+            self._count(link, start, round(moved / (end - start) / 1e9, 6))
+        self._links_until = end
+
+    def _count(self, link: int, time: float, level: float) -> None:
+        """From ``time`` on a link carries ``level`` GB/s; links that never carry anything have no counter."""
+        if level == self._levels.get(link, 0.0):
             return
-        per_token = self._routes.per_token(self._instances[source_id], self._instances[puller_id])
-        whole = sum(part for _, part in per_token)
-        for route, part in per_token:
-            rate = num_bytes * part / whole / (end - start)
-            for link in route:
-                self._changes[link] += [(start, rate), (end, -rate)]
+        self._levels[link] = level
+        counter = {"name": self._names[link], "ph": "C", "pid": _NETWORK, "ts": _microseconds(time)}
+        self._write(counter | {"args": {"GB/s": level}})
 
     def close(self) -> None:
-        """Write the links' counters, and the end."""
-        for link in sorted(self._changes):
-            level = 0.0
-            for time, changes in groupby(sorted(self._changes[link]), key=itemgetter(0)):
-                level += sum(change for _, change in changes)
-                self._write(
-                    {
-                        "name": self._names[link],
-                        "ph": "C",
-                        "pid": _NETWORK,
-                        "ts": _microseconds(time),
-                        "args": {"GB/s": round(max(level, 0.0) / 1e9, 6)},
-                    }
-                )
+        """Bring the links' counters down, and write the end."""
+        for link in list(self._levels):
+            self._count(link, self._links_until, 0.0)
         self._file.write("\n]\n")
 
     def _write(self, event: dict[str, Any], *, first: bool = False) -> None:

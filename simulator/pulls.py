@@ -95,6 +95,10 @@ class Pulls:
         self._timers: list[tuple[float, int, PullKey]] = []
         """When a pull without flows goes on, or ends."""
         self._num_timers = 0
+        self._shown_until = 0.0
+        """The recorder knows what the links carried until then."""
+        self._carried: list[float] = []
+        """And this is how much, of each link."""
 
     @property
     def next_time(self) -> float:
@@ -149,6 +153,8 @@ class Pulls:
         if pull is None:
             return False
         self._lines[pull.pair].pop(pull.key, None)
+        if pull.flows:
+            self._show_links(now)
         for flow_id in pull.flows:
             assert self._network is not None
             del self._of_flow[flow_id]
@@ -181,6 +187,7 @@ class Pulls:
             completion = network.flows.next_completion()
             assert completion is not None
             flow_id = completion[1]
+            self._show_links(completion[0])
             network.flows.finish(completion[0], flow_id)
             pull = self._of_flow.pop(flow_id)
             pull.flows.remove(flow_id)
@@ -215,10 +222,24 @@ class Pulls:
         while ready.groups and ready.groups[0][0] <= now:
             num_tokens += ready.groups.pop(0)[1]
         assert self._network is not None
+        self._show_links(now)
         for route, bytes_per_token in ready.per_token:
             flow_id = self._network.flows.start(now, route, num_tokens * bytes_per_token)
             self._of_flow[flow_id] = ready
             ready.flows.add(flow_id)
+
+    def _show_links(self, now: float) -> None:
+        """Before flows change: let the recorder know what the links have carried since flows changed last."""
+        if self._recorder is None or now <= self._shown_until:
+            return
+        assert self._network is not None
+        # Nothing is solved for that would not be anyway: time has passed since the last change.
+        carried = self._network.flows.link_bytes(now)
+        if self._carried:
+            moved = [after - before for before, after in zip(self._carried, carried, strict=True)]
+            self._recorder.on_links(self._shown_until, now, moved)
+        self._carried = carried
+        self._shown_until = now
 
     def _wake(self, time: float, key: PullKey) -> None:
         self._num_timers += 1

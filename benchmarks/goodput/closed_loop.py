@@ -6,6 +6,7 @@ the records of ``distserve bench``, so that its figures, DeepSpeed-FastGen's amo
 """
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +45,9 @@ class StepLog:
         self, request_id: str, source_id: str, puller_id: str, start: float, end: float, num_bytes: int
     ) -> None:
         """See :class:`simulator.recorder.Recorder`; a mixed instance pulls nothing."""
+
+    def on_links(self, start: float, end: float, num_bytes: Sequence[float]) -> None:
+        """See :class:`simulator.recorder.Recorder`; there are no links."""
 
 
 def closed_loop(

@@ -5,6 +5,7 @@ consecutive requests (nearly independent: a batch is hundreds of requests, far l
 test also bounds the standard error itself, so that a loose comparison cannot pass for a tight one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -55,6 +56,9 @@ class Steps:
     def on_pull(
         self, request_id: str, source_id: str, puller_id: str, start: float, end: float, num_bytes: int
     ) -> None:
+        pass
+
+    def on_links(self, start: float, end: float, num_bytes: Sequence[float]) -> None:
         pass
 
     def of(self, instance_id: str) -> list[tuple[int, float, float, StepShape]]:

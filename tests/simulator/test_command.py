@@ -181,6 +181,24 @@ def test_the_chrome_trace_has_every_stage_pull_and_link(write: Callable[..., Pat
         assert carried == pytest.approx(link["num_bytes"], rel=0.02)
 
 
+def test_no_link_is_shown_to_carry_more_than_it_can(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Pulls that wait for their turn, or share a card, are under way for longer than their bytes flow."""
+    placement = {
+        "prefill": {"instances": 2, "gpus": [[[0, 0]], [[0, 1]]]},
+        "decode": {"instances": 2, "gpus": [[[1, 0]], [[1, 1]]]},
+    }
+    config = write(placement=placement, cluster=CONFIG["cluster"] | {"inter_node_bandwidth": 1e9})
+    summary = figures(config, "--rate", "8", "--perfetto", str(tmp_path / "trace.json"))["summary"]
+    counters = [e for e in json.loads((tmp_path / "trace.json").read_text()) if e["ph"] == "C"]
+    loads = {
+        name: [e["args"]["GB/s"] for e in counters if e["name"] == name] for name in ("node0/nic0 out", "node1/nic0 in")
+    }
+    for link in summary["links"]:
+        assert max(loads[link["name"]]) == pytest.approx(link["capacity"] / 1e9, rel=1e-3)
+        assert loads[link["name"]][-1] == 0
+    assert summary["migration"]["max"] > 2 * summary["migration"]["p50"], "some wait"
+
+
 def test_plots_are_written(write: Callable[..., Path], tmp_path: Path) -> None:
     run(write(), "--requests", "60", "--plot", str(tmp_path / "plots"), "--fault", "3:loss:decode-0")
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"latency.png", "load.png"}

@@ -13,7 +13,7 @@ from distserve.core.latency import LinearStepTime, StepShape
 from simulator.load import BatchRecorder, kv_use, stages
 from simulator.model import ClusterModel, InstanceModel
 from simulator.results import Simulation
-from simulator.simulation import simulate
+from simulator.simulation import Fault, FaultKind, simulate
 
 SCHEDULER = SchedulerConfig(max_batch_tokens=2048, max_batch_size=64, max_model_len=4096)
 
@@ -76,3 +76,28 @@ def test_kv_memory_is_what_the_requests_hold() -> None:
                 tokens += timelines.output_tokens[i] * max(time - begin, 0.0) / (end - begin)
         assert share * 2000 * 16 == pytest.approx(tokens, abs=1e-3)
     assert 0 < held.max() <= math.nextafter(1.0, 2.0)
+
+
+def test_kv_memory_is_held_by_what_an_instance_did_and_not_by_the_role_it_began_with() -> None:
+    """A decode instance that becomes a prefill one holds prompts until they are pulled, and what failed is not held."""
+    step_time = LinearStepTime(base=0.01, per_token=1e-5, per_pair=0.0, per_context=1e-7)
+    model = ClusterModel(
+        tuple(
+            InstanceModel(InstanceSpec(f"{role}-{number}", role, KvConfig(4000), SCHEDULER), step_time)
+            for role, number in ((Role.PREFILL, 0), (Role.DECODE, 0), (Role.DECODE, 1))
+        )
+    )
+    spec = WorkloadSpec(Gamma(), Lognormal(300, 0.8, 2000), Lognormal(100, 0.6, 300), num_requests=200, seed=3)
+    changed = simulate(model, spec.at(10.0), faults=[Fault(5.0, FaultKind.PREFILL, "decode-1")])
+    lines = changed.timelines
+    times = np.linspace(0, changed.duration, 301) + 1e-7
+    late = times[times > lines.finish[lines.decode_id == 2].max()]
+    mine = lines.prefill_id == 2
+    assert (lines.decode_id[mine] == 1).sum() > 20
+    until = np.where(lines.decode_id[mine] == 1, lines.migration_end[mine], lines.finish[mine])
+    is_held = (lines.prefill_start[mine] <= late[:, None]) & (late[:, None] < until)
+    held = kv_use(changed, model.instances[2], 2, late)
+    assert held * 4000 * 16 == pytest.approx((is_held * lines.prompt_tokens[mine]).sum(axis=1), abs=1e-3)
+    lost = simulate(model, spec.at(10.0), faults=[Fault(5.0, FaultKind.LOSS, f"decode-{i}") for i in range(2)])
+    assert (lost.timelines.status == 503).any()
+    assert kv_use(lost, model.instances[0], 0, np.array([lost.duration])) == 0
