@@ -1,14 +1,15 @@
 """From measurements to what a plan says of a placement: the use of its parts, and what binds it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+import numpy as np
 
 from distserve.core.config import Role
 from distserve.core.topology import Placement
 from placement.candidates import Candidate
 from placement.goodput import Goodput
 from placement.measure import Measurement
-from placement.plan import Evaluation, InstanceUse, LinkUse
+from placement.plan import Evaluation, InstanceUse, Interval, LinkUse
 from placement.problem import Problem
 from simulator.results import Simulation
 
@@ -30,8 +31,10 @@ def evaluate(
     points = {measurement.point.rate: measurement.point for measurement in goodput.measured}
     points[shown.point.rate] = shown.point
     interval = goodput.interval
-    if shown.point.surely_holds(problem.slo.attainment) and interval.low < shown.point.rate <= interval.estimate:
-        interval = replace(interval, low=shown.point.rate)
+    if shown.point.surely_holds(problem.slo.attainment):
+        # Whatever a search with shorter runs made of it: this rate is held.
+        rate = shown.point.rate
+        interval = Interval(max(interval.estimate, rate), max(interval.low, rate), max(interval.high, rate))
     return Evaluation(
         label=label,
         placement=placement,
@@ -50,6 +53,7 @@ def instance_uses(problem: Problem, placement: Placement, simulation: Simulation
     """What every instance did in a run, in the placement's order."""
     duration = max(float(simulation.timelines.arrival[-1]), 1e-9) if len(simulation.timelines) else 1.0
     usages = {usage.instance_id: usage for usage in simulation.instances}
+    sent, received = _kv_moved(problem, simulation)
     uses = []
     for instance in placement.instances:
         spec = instance.spec
@@ -67,9 +71,23 @@ def instance_uses(problem: Problem, placement: Placement, simulation: Simulation
                 num_kv_blocks=usage.num_kv_blocks,
                 kv_bytes=spec.kv.num_tokens * ranks_bytes,
                 num_preempted=usage.num_preempted,
+                kv_sent=sent[spec.instance_id],
+                kv_received=received[spec.instance_id],
             )
         )
     return tuple(uses)
+
+
+def _kv_moved(problem: Problem, simulation: Simulation) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes/s of KV that each instance sent and received in a run, by the requests that were handed over."""
+    lines, names = simulation.timelines, [usage.instance_id for usage in simulation.instances]
+    moved = np.isfinite(lines.migration_end) & (lines.prefill_id >= 0) & (lines.decode_id >= 0)
+    rates = lines.prompt_tokens[moved] * (problem.model.kv.bytes_per_token / max(simulation.duration, 1e-9))
+    sent, received = (
+        dict(zip(names, np.bincount(ends[moved], rates, len(names)).tolist(), strict=True))
+        for ends in (lines.prefill_id, lines.decode_id)
+    )
+    return sent, received
 
 
 def link_uses(simulation: Simulation) -> tuple[LinkUse, ...]:

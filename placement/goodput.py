@@ -20,6 +20,10 @@ _BELOW_SERVED = 0.93
 _OVERLOADED = 0.9
 """A run that served less than this share of what was offered shows its capacity."""
 _MAX_PROBES = 16
+_DOWN = (1.0, 0.97, 0.94, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
+_UP = (1.0, 1.03, 1.06, 1.1, 1.2)
+"""Where an interval is looked for, beside the bracket: far down where attainment hardly falls with the rate. Upwards
+the ceiling, which no rate exceeds, ends it."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,12 @@ def find_goodput(
         rate = _next(measured, low, high, slo.attainment)
     estimate = _crossing(measured, low, high, slo.attainment)
     if with_interval and low > 0:
-        for factor in (1.0, 0.97, 0.94, 0.9, 0.8):
+        for factor in _DOWN:
             if factor * low not in measured:
                 probe(factor * low)
             if measured[factor * low].point.surely_holds(slo.attainment):
                 break
-        for factor in (1.0, 1.03, 1.06, 1.1, 1.2):
+        for factor in _UP:
             if factor * high >= ceiling:
                 break
             if factor * high not in measured:

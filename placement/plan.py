@@ -32,7 +32,8 @@ class Percentiles:
 class InstanceUse:
     """One instance over the measured runs: ``busy`` share of the time its first stage worked, KV blocks at their peak.
 
-    ``kv_bytes`` is the instance's whole KV memory over all its ranks.
+    ``kv_bytes`` is the instance's whole KV memory over all its ranks. ``kv_sent`` and ``kv_received`` are bytes/s of KV
+    that other instances pulled from it, and it from others.
     """
 
     instance_id: str
@@ -45,6 +46,8 @@ class InstanceUse:
     num_kv_blocks: int
     kv_bytes: int
     num_preempted: int
+    kv_sent: float = 0.0
+    kv_received: float = 0.0
 
     @property
     def kv_share(self) -> float:

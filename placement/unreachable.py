@@ -1,13 +1,18 @@
 """Why no placement reaches an objective: which constraint, the best value there is, and what would help."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from distserve.core.config import Role
+from distserve.core.topology import Placement
+from placement.candidates import Candidate
 from placement.fewest import Holding
 from placement.plan import UnreachableError
 from placement.race import Bounds
 from placement.shapes import Refusal, Shape
-from placement.tasks import Setting
+from placement.tasks import JointPoint, Setting
+
+_NEARLY_IDLE = 0.02
+"""Of its capacity: the rate at which a placement shows what it does for requests that hardly ever meet."""
 
 
 def explain_unreachable(
@@ -61,17 +66,66 @@ def explain_unreachable(
             "more GPUs, a lower rate or looser limits would help",
         )
     if problem.rate is not None:
-        least = min(
-            -(-problem.rate // bound.capacity) * shape.num_gpus for shape, bound in known if shape.role is Role.PREFILL
+        prompts, decodes = (
+            min(-(-problem.rate // bound.capacity) * shape.num_gpus for shape, bound in known if shape.role is role)
+            for role in (Role.PREFILL, Role.DECODE)
         )
         return UnreachableError(
             "rate",
-            f"{problem.rate:g} requests/s exceed what {cluster.num_gpus} GPUs can compute: prompts alone take "
-            f"{least:.0f} GPUs",
+            f"{problem.rate:g} requests/s exceed what {cluster.num_gpus} GPUs can compute, about "
+            f"{_most(setting, bounds, shapes):.3g}: prompts alone take {prompts:.0f} GPUs, decoding {decodes:.0f}",
             "more GPUs or a lower rate would help",
         )
     return UnreachableError(
         "both limits",
-        f"TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s hold for {target} of requests at no rate",
-        "looser limits or faster GPUs would help",
+        _nearly_idle(setting, bounds, shapes),
+        "looser limits, shorter requests or faster GPUs would help",
     )
+
+
+def _most(setting: Setting, bounds: Bounds, shapes: Sequence[Shape]) -> float:
+    """Requests/s that the cluster's GPUs cannot exceed: all of them mixed, or divided between the phases as is best."""
+
+    def per_gpu(role: Role) -> float:
+        return max((bounds.of_shape(s).capacity / s.num_gpus for s in shapes if s.role is role), default=0.0)
+
+    prefill, decode, mixed = (per_gpu(role) for role in (Role.PREFILL, Role.DECODE, Role.MIXED))
+    apart = prefill * decode / (prefill + decode) if prefill and decode else 0.0
+    return setting.problem.cluster.num_gpus * max(apart, mixed)
+
+
+def _nearly_idle(setting: Setting, bounds: Bounds, shapes: Sequence[Shape]) -> str:
+    """What the fastest placements attain when requests hardly ever meet: the best that any rate allows."""
+    slo = setting.problem.slo
+    tried = []
+    for candidate, placement in _fastest(setting, bounds, shapes):
+        rate = _NEARLY_IDLE * min(bounds.of_shape(shape).capacity for shape, _ in candidate.pools)
+        tried.append((JointPoint(placement, rate)(setting).point, candidate))
+    limits = f"TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s hold for {slo.attainment:.0%} of requests at no rate"
+    if not tried:
+        return limits
+    point, candidate = max(tried, key=lambda item: item[0].attainment.estimate)
+    return (
+        f"{limits}: even at {point.rate:.2g} requests/s {candidate}, the best, serves {point.attainment.estimate:.1%} "
+        f"within both (TTFT {point.ttft_attainment:.1%}, TPOT {point.tpot_attainment:.1%}; at their 90% quantiles "
+        f"{point.ttft.p90:.3g} s and {point.tpot.p90:.3g} s)"
+    )
+
+
+def _fastest(setting: Setting, bounds: Bounds, shapes: Sequence[Shape]) -> Iterator[tuple[Candidate, Placement]]:
+    """A mixed instance and a pair that has room, each of the shapes that are best for lone requests."""
+
+    def lone(shape: Shape) -> tuple[float, float, int]:
+        bound = bounds.of_shape(shape)
+        return -bound.attainment, bound.ttft + bound.tpot, shape.num_gpus
+
+    ranked = sorted(shapes, key=lone)
+    by_role = {role: [shape for shape in ranked if shape.role is role] for role in Role}
+    alone = (Candidate(((shape, 1),)) for shape in by_role[Role.MIXED])
+    apart = (Candidate(((p, 1), (d, 1))) for p in by_role[Role.PREFILL] for d in by_role[Role.DECODE])
+    for candidates in (alone, apart):
+        for candidate in candidates:
+            placement = candidate.placement(setting.problem)
+            if placement is not None:
+                yield candidate, placement
+                break

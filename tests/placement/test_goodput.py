@@ -146,3 +146,16 @@ def test_the_window_leaves_out_filling_and_draining():
     assert window.met.all()
     assert 9.5 <= window.begin < 15
     assert 85 <= window.end < 97
+
+
+def test_an_interval_reaches_down_to_a_rate_that_surely_holds_however_slowly_attainment_falls():
+    found = find_goodput(
+        coin(10.0, softness=6.0),
+        SLO_1S,
+        1.0,
+        12.0,
+        lambda rate: Effort(400, 1600, min_runs=2, half_width=0.005),
+        tolerance=0.03,
+        with_interval=True,
+    )
+    assert 1.0 < found.interval.low < 0.75 * found.low

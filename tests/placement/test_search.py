@@ -1,9 +1,11 @@
 """The planner's answers against exhaustive search, and its promises."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from distserve.bench.lengths import Fixed
 from distserve.core.config import SLO, Role
 from placement.bounds import bound_shape, network_capacity
 from placement.candidates import colocated, pairs, replications
@@ -148,3 +150,28 @@ def test_a_model_that_fits_no_shape_says_so():
     limits = replace(problem.limits, kv_tokens=None, memory_bytes=300_000_000)
     with pytest.raises(UnreachableError, match="fits no shape"):
         find_plan(replace(problem, limits=limits))
+
+
+def test_limits_that_no_rate_meets_are_said_with_what_an_idle_deployment_reaches():
+    problem = toy_problem()
+    offered = Offered(problem.workload)
+    shapes, _ = find_shapes(problem, offered)
+    fastest = min(bound_shape(problem, offered, shape).ttft for shape in shapes if shape.role is not Role.DECODE)
+    # Messages take longer than the steps of a lone prompt leave.
+    with pytest.raises(UnreachableError, match=r"at no rate: even at .* serves \d\d\.\d% within both") as caught:
+        find_plan(replace(problem, slo=SLO(1.0003 * fastest, 0.02)))
+    assert caught.value.constraint == "both limits"
+
+
+def test_a_rate_that_decoding_alone_exceeds_is_said_so():
+    problem = toy_problem(400.0, prompt=Fixed(4), output=Fixed(400), gpus_per_node=2, max_pp=1)
+    with pytest.raises(UnreachableError, match=r"400 requests/s exceed what 2 GPUs can compute, about") as caught:
+        find_plan(problem)
+    prompts, decoding = (int(found) for found in re.findall(r"(\d+) GPUs, decoding (\d+)", str(caught.value))[0])
+    assert prompts <= 2 < decoding
+
+
+def test_ties_go_to_fewer_nodes():
+    plan = find_plan(toy_problem(60.0, num_nodes=2, gpus_per_node=4, max_pp=1))
+    assert 1 < plan.chosen.num_gpus <= 4
+    assert plan.chosen.placement.num_nodes == 1
