@@ -11,6 +11,9 @@ from distserve.core.errors import TransferError
 
 _logger = logging.getLogger(__name__)
 
+Serve = Callable[[socket.socket], None]
+"""What is done with a connection, until it ends."""
+
 _ACCEPT_PAUSE = 0.1
 """Seconds after which accepting is tried again."""
 _MAX_CONNECTIONS = 1024
@@ -24,14 +27,14 @@ class Acceptor:
     after it. It must notice when its connection is shut down.
     """
 
-    def __init__(self, server: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+    def __init__(self, server: socket.socket, serve: Serve) -> None:
         self._server = server
-        self._serve = serve
         # Guards the two below. A connection in the set is open: it is closed under the lock, once removed.
         self._lock = threading.Lock()
         self._closed = False
         self._connections: set[socket.socket] = set()
-        self._thread = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
+        # Handed on and not kept: it is mostly a method of whoever has this, whose memory is to go with its last user.
+        self._thread = threading.Thread(target=self._accept, args=(serve,), name="kv-accept", daemon=True)
         self._thread.start()
 
     @property
@@ -47,7 +50,7 @@ class Acceptor:
                 hang_up(connection)
         self._thread.join()
 
-    def _accept(self) -> None:
+    def _accept(self, serve: Serve) -> None:
         with self._server:
             while True:
                 try:
@@ -59,19 +62,19 @@ class Acceptor:
                     _logger.warning("cannot accept KV peers: %s", error)
                     time.sleep(_ACCEPT_PAUSE)
                     continue
-                self._admit(connection)
+                self._admit(connection, serve)
 
-    def _admit(self, connection: socket.socket) -> None:
+    def _admit(self, connection: socket.socket, serve: Serve) -> None:
         with self._lock:
             if self._closed or len(self._connections) >= _MAX_CONNECTIONS:
                 connection.close()
                 return
             self._connections.add(connection)
-        threading.Thread(target=self._hold, args=(connection,), name="kv-serve", daemon=True).start()
+        threading.Thread(target=self._hold, args=(connection, serve), name="kv-serve", daemon=True).start()
 
-    def _hold(self, connection: socket.socket) -> None:
+    def _hold(self, connection: socket.socket, serve: Serve) -> None:
         try:
-            self._serve(connection)
+            serve(connection)
         except (TransferError, OSError) as error:
             if not self._closed:
                 _logger.warning("KV peer not served: %s", error)

@@ -117,7 +117,7 @@ class HostTransport(SourceSide, PairwiseTransport):
                 self._shm.close()
             pool.close()
             raise
-        super().__init__([each for each in (self._shm, self._tcp) if each is not None], self._choice)
+        super().__init__([each for each in (self._shm, self._tcp) if each is not None])
         self._where = Whereabouts(
             this_machine() if machine is None else machine,
             self._shm.address if self._shm else "",
@@ -125,7 +125,7 @@ class HostTransport(SourceSide, PairwiseTransport):
         )
         self._address = self._where.encode()
 
-    def _choice(self, address: str) -> tuple[PartTransport, str]:
+    def _choose(self, address: str) -> tuple[PartTransport, str]:
         theirs = Whereabouts.decode(address)
         chosen = choose(self._kind, self._where, theirs)
         transport = self._shm if chosen is TransportKind.SHM else self._tcp

@@ -61,7 +61,7 @@ class GpuTransport(PairwiseTransport):
         except BaseException:
             self._near.close()
             raise
-        super().__init__([self._near, *([self._far] if self._far is not None else [])], self._choice)
+        super().__init__([self._near, *([self._far] if self._far is not None else [])])
         self._where = Whereabouts(
             this_machine() if machine is None else machine,
             self._near.address,
@@ -103,7 +103,7 @@ class GpuTransport(PairwiseTransport):
         for transport in self._transports:
             transport.end_step(step_id)
 
-    def _choice(self, address: str) -> tuple[PartTransport, str]:
+    def _choose(self, address: str) -> tuple[PartTransport, str]:
         theirs = Whereabouts.decode(address)
         if is_near(self._where, theirs, self._near.reaches):
             return self._near, theirs.near

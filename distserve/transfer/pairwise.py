@@ -1,6 +1,7 @@
 """Several transports over one pool, and for each peer the one that suits it."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from distserve.core.commands import Migrate
@@ -10,20 +11,22 @@ from distserve.transfer.plan import Part
 from distserve.transfer.transport import PartTransport
 
 
-class PairwiseTransport:
+class PairwiseTransport(ABC):
     """The pulls of :class:`~distserve.transfer.transport.PartTransport`, each by the transport that has its peer.
 
-    There is at least one of ``transports``, which are closed with this one. ``choose`` names the one for a peer's
-    address, and the peer's address on it; it raises TransferError if there is no way.
+    There is at least one of ``transports``, which are closed with this one.
     """
 
-    def __init__(self, transports: Sequence[PartTransport], choose: Callable[[str], tuple[PartTransport, str]]) -> None:
+    def __init__(self, transports: Sequence[PartTransport]) -> None:
         assert transports
         self._transports = tuple(transports)
-        self._choose = choose
         # Which transport has a peer.
         self._lock = threading.Lock()
         self._chosen: dict[str, PartTransport] = {}
+
+    @abstractmethod
+    def _choose(self, address: str) -> tuple[PartTransport, str]:
+        """The transport for a peer, and the peer's address on it; raises TransferError if there is no way."""
 
     def connect(self, instance_id: str, address: str, part: Part | None = None) -> None:
         """Connect by the transport that suits the peer."""
