@@ -101,7 +101,11 @@ def find_shapes(problem: Problem, offered: Offered) -> tuple[list[Shape], list[R
             kv = problem.kv(parallel, max(tokens, problem.limits.max_batch_size))
             if kv is None:
                 gigabytes = problem.model.weight_bytes(parallel) / 1e9
-                reason = f"TP{parallel.tp} PP{parallel.pp}: {gigabytes:.0f} GB of weights per GPU leave no room for KV"
+                asked = problem.limits.kv_tokens or problem.limits.kv_memory
+                room = "the KV memory asked for" if asked else "KV"
+                reason = (
+                    f"TP{parallel.tp} PP{parallel.pp}: {gigabytes:.0f} GB of weights per GPU leave no room for {room}"
+                )
                 refused.append(Refusal(parallel, "memory", reason))
                 break
             shapes.append(Shape(role, parallel, policy, kv, tokens, nodes))

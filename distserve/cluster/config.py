@@ -199,6 +199,11 @@ def load_config(
         checked = ConfigFile.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, path, lines, flags, ConfigFile)) from error
+    for key in sorted(checked.cluster or ()):
+        if key not in ClusterSection.model_fields:
+            line = f", line {lines['cluster', key]}" if ("cluster", key) in lines else ""
+            known = ", ".join(sorted(ClusterSection.model_fields))
+            raise ConfigError(f"{path}{line}: cluster.{key} is unknown; known here: {known}")
     serving, engine = checked.serving, checked.engine
     model_dir = Path(checked.model) if checked.model is not None else default_model
     if not model_dir.is_dir():

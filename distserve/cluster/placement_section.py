@@ -88,9 +88,9 @@ class PlacementSection(BaseModel):
 
 
 class ClusterSection(BaseModel):
-    """``cluster``, as far as starting a placement depends on it; its other keys are the planner's."""
+    """``cluster``, as far as starting a placement depends on it; the last keys are the planner's, which checks them."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     gpu: str
     nodes: Annotated[int, Field(ge=1)]
@@ -98,6 +98,9 @@ class ClusterSection(BaseModel):
     intra_node_bandwidth: Bandwidth | None = None
     inter_node_bandwidth: Bandwidth | None = None
     nics_per_node: Degree = 1
+    gpu_memory: Any = None
+    latency: Any = None
+    profile: Any = None
 
     def spec(self) -> ClusterSpec:
         """The cluster; bandwidths that are not given are zero, as starting does not depend on them."""

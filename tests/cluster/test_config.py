@@ -77,6 +77,7 @@ def test_mixed_instances_need_no_others() -> None:
         ("engine: {kv_transport: rdma}", ["engine.kv_transport", "'rdma'", "'auto', 'shm', 'tcp' or 'nccl'"]),
         ("engine: {kv_transport: shm, kv_interface: eth1}", ["engine.kv_interface", "shm", "drop one"]),
         ("engine: {kv_transport: nccl}", ["kv_transport nccl", "compute on CPUs", "auto, shm or tcp"]),
+        ("cluster:\n  gpu: cpu\n  gpuz: 4", ["line 3: cluster.gpuz is unknown", "gpus_per_node", "latency"]),
         ("engine: {threads: 0}\nserving: {drain_timeout: -1}", ["engine.threads", "serving.drain_timeout"]),
     ],
 )

@@ -53,6 +53,10 @@ def refused(config: Path, *arguments: str) -> str:
             {"cluster": {"gpu": "l4", "gpus_per_node": 1}},
             ["(memory)", "opt-13b fits no shape on 1 x 1 l4", "GB of weights per GPU", "GPUs with more memory"],
         ),
+        (
+            {"cluster": {"gpu": "l4", "gpus_per_node": 2}, "engine": {"kv_tokens": 400_000}},
+            ["(memory)", "13 GB of weights per GPU leave no room for the KV memory asked for"],
+        ),
         # A shape that cannot be.
         (
             {"placement": {"prefill": {"tp": 3}, "decode": {"tp": 1}}, "cluster": {"gpus_per_node": 4}},
