@@ -214,6 +214,8 @@ def _number_points(axis: Axes, points: Sequence[tuple[float, int]]) -> None:
             ha="center",
             va="top",
             fontsize=8.5,
+            zorder=5,  # a point of one GPU less may be where the number is
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
         )
 
 

@@ -99,8 +99,11 @@ def plot_load(
 ) -> Figure:
     """Over time: requests by stage, batch sizes, and KV memory in use, by instance; faults as lines.
 
-    A request that was resubmitted waits until its last attempt is prefilled.
+    Timelines have a request's last attempt alone: one that was resubmitted waits until then, and holds no memory. Where
+    there are such requests the plot says so.
     """
+    num_again = int((simulation.timelines.num_attempts > 1).sum())
+    again = f"\n({num_again:,} came again, and wait\nuntil their last attempt)" if num_again else ""
     end = max(simulation.duration, 1e-9)
     figure = Figure(figsize=(12, 9), layout="constrained")
     requests, sizes, memory = figure.subplots(3, 1, sharex=True)
@@ -111,7 +114,7 @@ def plot_load(
         found.prefill,
         found.moving,
         found.decode,
-        labels=("waiting for prefill", "prefill", "first token out, waiting for decode", "decode"),
+        labels=("waiting for prefill" + again, "prefill", "first token out, waiting for decode", "decode"),
         colors=("tab:red", "tab:blue", "tab:gray", "tab:orange"),
         alpha=0.75,
         linewidth=0,
@@ -127,7 +130,7 @@ def plot_load(
         shares = np.array([kv_use(simulation, model.instances[i], i, grid) for i in indices])
         _draw(memory, role, names, grid, shares)
     sizes.set_ylabel(f"sequences in the step under way\n(mean over {batches.width:.3g} s, idle: 0)")
-    memory.set_ylabel("KV memory held by requests")
+    memory.set_ylabel("KV memory held by requests" + "\n(in their last attempts)" * bool(num_again))
     memory.yaxis.set_major_formatter(PercentFormatter(1.0))
     memory.set_xlabel("time since the run's start, s")
     for fault in faults:

@@ -15,10 +15,19 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from distserve.bench.arrivals import Gamma
+from distserve.bench.lengths import Fixed
+from distserve.bench.workload import WorkloadSpec
 from distserve.cluster.profile_file import write_profile
-from distserve.core.config import ParallelConfig
+from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role, SchedulerConfig
+from distserve.core.latency import LinearStepTime
 from distserve.core.profile import FORMAT, ClusterCosts, Profile, ShapeProfile, StepFit, Surface, Table
 from simulator.command import simulate
+from simulator.load import BatchRecorder
+from simulator.model import ClusterModel, InstanceModel
+from simulator.plots import plot_load
+from simulator.simulation import Fault, FaultKind
+from simulator.simulation import simulate as simulate_run
 from simulator.summary import SCHEMA
 from simulator.timeline_file import COLUMNS
 
@@ -202,6 +211,23 @@ def test_no_link_is_shown_to_carry_more_than_it_can(write: Callable[..., Path], 
 def test_plots_are_written(write: Callable[..., Path], tmp_path: Path) -> None:
     run(write(), "--requests", "60", "--plot", str(tmp_path / "plots"), "--fault", "3:loss:decode-0")
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"latency.png", "load.png"}
+
+
+def test_a_plot_of_a_run_with_resubmitted_requests_says_what_it_leaves_out() -> None:
+    requests = WorkloadSpec(Gamma(), Fixed(100), Fixed(40), num_requests=60, seed=3).at(10.0)
+    model = ClusterModel(
+        tuple(
+            InstanceModel(
+                InstanceSpec(name, Role.MIXED, KvConfig(500), SchedulerConfig()), LinearStepTime(0.01, 1e-4, 0, 0)
+            )
+            for name in ("mixed-0", "mixed-1")
+        )
+    )
+    for faults in ((), (Fault(2.0, FaultKind.LOSS, "mixed-1"),)):
+        figure = plot_load(simulate_run(model, requests, faults=faults), model, BatchRecorder(), "a run", faults)
+        texts = [figure.axes[2].get_ylabel(), *(t.get_text() for t in figure.axes[0].get_legend().get_texts())]
+        assert any("came again, and wait" in text for text in texts) == bool(faults)
+        assert ("in their last attempts" in texts[0]) == bool(faults)
 
 
 def test_a_placement_of_another_file_and_of_a_plan_the_file_names(write: Callable[..., Path]) -> None:
