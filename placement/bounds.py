@@ -3,7 +3,8 @@
 - **Latency without a queue.** A lone prompt takes its chunks one after the other through every stage; a lone sequence
   takes a step of one per token. The share of requests within the objective on such a machine bounds attainment.
 - **Capacity.** Prompts cost no less per token than in the largest batch a step may have; decodes no less per sequence
-  than in the largest batch that memory and limits allow. In a steady state no rate exceeds what this serves.
+  than in the largest batch that memory and limits allow. In a steady state no rate exceeds what this serves. Beside
+  prefill instances a mixed one is spared at most what those can compute of the prompts they are best at.
 
 Both rest on what holds for every source of step times here: a step with more work takes no less time, and a larger
 batch of prompts no more time per token.
@@ -30,11 +31,13 @@ _GRID = 48
 class ShapeBound:
     """``capacity`` in requests/s of one instance, and what requests meet on it that are alone there.
 
+    ``decode_capacity`` is what it could serve if it had nothing to do but decode; infinite if it does not decode.
     ``attainment`` is the share within both limits, ``memory`` the share whose KV fits at all; ``ttft`` and ``tpot``
     are the lone values (seconds) at the target's quantile.
     """
 
     capacity: float
+    decode_capacity: float
     attainment: float
     ttft: float
     tpot: float
@@ -56,8 +59,10 @@ def bound_shape(problem: Problem, offered: Offered, shape: Shape) -> ShapeBound:
         tpot = np.where(outputs > 1, lone, 0.0)
     fits = prompts + outputs <= shape.kv.num_tokens
     within = (ttft <= problem.slo.ttft) & (tpot <= problem.slo.tpot) & fits
+    whole, decoding = capacities(problem, offered, shape, step_time)
     return ShapeBound(
-        capacity=capacity(problem, offered, shape, step_time),
+        capacity=whole,
+        decode_capacity=decoding,
         attainment=float(within.mean()),
         ttft=float(np.quantile(ttft, target)),
         tpot=float(np.quantile(tpot, target)),
@@ -84,23 +89,43 @@ def lone_decode(step_time: StepTime, pp: int, context: int) -> float:
     return pp * step_time.seconds(step) + (pp - 1) * step_time.handover(step)
 
 
-def capacity(problem: Problem, offered: Offered, shape: Shape, step_time: StepTime) -> float:
-    """Requests/s that no arrival pattern lets one instance exceed in a steady state.
+def capacities(problem: Problem, offered: Offered, shape: Shape, step_time: StepTime) -> tuple[float, float]:
+    """Requests/s that no arrival pattern lets one instance exceed in a steady state: in all, and of decoding alone.
 
     The busiest stage works ``seconds`` per request: its prompt's share of a full batch, and of each of its decode steps
     its share of the largest batch.
     """
     prompts, outputs = offered.sample
-    seconds = 0.0
+    prefilling = decoding = beside = 0.0
     if shape.role is not Role.DECODE:
-        seconds += _prefill_seconds(shape, step_time, prompts)
+        prefilling = _prefill_seconds(shape, step_time, prompts)
     if shape.role is not Role.PREFILL:
-        per_token = _decode_seconds(problem, shape, step_time, prompts, outputs)
+        num_steps = float((outputs - 1).mean())
+        decoding = beside = _decode_seconds(problem, shape, step_time, prompts, outputs) * num_steps
         if shape.role is Role.MIXED and shape.policy is PrefillPolicy.SPLITFUSE:
             # Decodes ride along with prompts: only what they add to a step counts.
-            per_token = min(per_token, _riding_seconds(shape, step_time, prompts, outputs))
-        seconds += per_token * float((outputs - 1).mean())
+            beside = min(decoding, _riding_seconds(shape, step_time, prompts, outputs) * num_steps)
+    return _per_second(prefilling + beside), _per_second(decoding)
+
+
+def _per_second(seconds: float) -> float:
     return 1.0 / seconds if seconds > 0 else float("inf")
+
+
+def relief(problem: Problem, offered: Offered, prefill: Shape, mixed: Shape) -> float:
+    """Seconds of its own that a second of a prefill instance spares a mixed one, at most.
+
+    That is for the lengths which the prefill instance is best at: nobody says that it gets average prompts.
+    """
+    prompts, _ = offered.sample
+    lengths = np.unique(np.quantile(prompts, np.linspace(0, 1, _GRID)).astype(np.int64))
+    ours, theirs = (
+        problem.latency.step_time(shape.parallel, stages_share_node=shape.nodes == 1) for shape in (mixed, prefill)
+    )
+    return max(
+        _prefill_seconds(mixed, ours, length) / _prefill_seconds(prefill, theirs, length)
+        for length in np.split(lengths, len(lengths))
+    )
 
 
 def _prefill_seconds(shape: Shape, step_time: StepTime, prompts: Lengths) -> float:
@@ -145,13 +170,14 @@ def _riding_seconds(shape: Shape, step_time: StepTime, prompts: Lengths, outputs
 
 
 def network_capacity(problem: Problem, offered: Offered, placement: Placement) -> float:
-    """Requests/s whose KV the network cards can move; infinite if some decode instance needs none of them.
+    """Requests/s whose KV the network cards can move; infinite if requests may need none of them.
 
-    Every pull moves at least the share of layers that is apart in the best pair of instances. What all cards of the
-    nodes with prefill instances send, and those with decode instances receive, bounds the rate.
+    Mixed instances can compute prompts where they decode. Else every pull moves at least the share of layers that is
+    apart in the best pair of instances. What all cards of the nodes with prefill instances send, and those with decode
+    instances receive, bounds the rate.
     """
     sources, targets = placement.of(Role.PREFILL), placement.of(Role.DECODE)
-    if not sources:
+    if placement.of(Role.MIXED):
         return float("inf")
     apart = min(_apart(source, target, problem.model.num_layers) for source in sources for target in targets)
     prompts, outputs = offered.sample

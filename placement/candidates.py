@@ -2,11 +2,12 @@
 
 Disaggregated candidates are a prefill pool and a decode pool: the products of DistServe's Algorithm 1 (phases shaped
 apart) and Algorithm 2 (both phases cut into the same stages, seated stage by stage on the same nodes). Colocated
-candidates are one pool of mixed instances.
+candidates are one pool of mixed instances, hybrid ones a prefill pool and a mixed pool.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 
 from distserve.core.config import Role
 from distserve.core.topology import ClusterSpec, PlacedInstance, Placement
@@ -15,11 +16,27 @@ from placement.problem import Problem
 from placement.shapes import Shape
 
 
+class Kind(StrEnum):
+    """How a placement divides the two phases among its instances."""
+
+    DISAGGREGATED = "disaggregated"
+    COLOCATED = "colocated"
+    HYBRID = "hybrid"
+
+    @staticmethod
+    def of(roles: Iterable[Role]) -> "Kind":
+        """Mixed instances alone are colocated, beside others a hybrid."""
+        present = set(roles)
+        if Role.MIXED not in present:
+            return Kind.DISAGGREGATED
+        return Kind.COLOCATED if present == {Role.MIXED} else Kind.HYBRID
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """``pools`` are (shape, number of instances): a prefill and a decode pool, or a mixed one.
+    """``pools`` are (shape, number of instances): a prefill and a decode pool, a mixed one, or prefill beside mixed.
 
-    ``span`` above 1: instances of both phases have their stages side by side over that many nodes; 1: every instance is
+    ``span`` above 1: instances of both pools have their stages side by side over that many nodes; 1: every instance is
     over as few nodes as it can.
     """
 
@@ -32,9 +49,9 @@ class Candidate:
         return sum(shape.num_gpus * count for shape, count in self.pools)
 
     @property
-    def is_colocated(self) -> bool:
-        """One pool of mixed instances."""
-        return self.pools[0][0].role is Role.MIXED
+    def kind(self) -> Kind:
+        """Which of the kinds it is."""
+        return Kind.of(shape.role for shape, _ in self.pools)
 
     def with_counts(self, *counts: int) -> "Candidate":
         """The same shapes, other numbers of them."""
@@ -62,15 +79,15 @@ class Candidate:
         return text if self.span == 1 else f"{text}, stages side by side over {self.span} nodes"
 
 
-def spans(cluster: ClusterSpec, prefill: Shape, decode: Shape) -> list[int]:
+def spans(cluster: ClusterSpec, prefill: Shape, partner: Shape) -> list[int]:
     """How a pair can be seated: 1, and every larger number of nodes over which its stages fit side by side.
 
     Only where a whole pair does not fit one node: there side by side would gain nothing.
     """
     found = [1]
     pp = prefill.parallel.pp
-    both = prefill.parallel.tp + decode.parallel.tp
-    if pp == decode.parallel.pp and pp * both > cluster.gpus_per_node:
+    both = prefill.parallel.tp + partner.parallel.tp
+    if pp == partner.parallel.pp and pp * both > cluster.gpus_per_node:
         found += [
             nodes
             for nodes in range(2, min(pp, cluster.num_nodes) + 1)
@@ -79,13 +96,13 @@ def spans(cluster: ClusterSpec, prefill: Shape, decode: Shape) -> list[int]:
     return found
 
 
-def pairs(problem: Problem, shapes: Iterable[Shape]) -> Iterator[Candidate]:
-    """One prefill and one decode instance of every two shapes, in every way to seat them."""
+def pairs(problem: Problem, shapes: Iterable[Shape], partner: Role = Role.DECODE) -> Iterator[Candidate]:
+    """A prefill instance and one of role ``partner``, of every two shapes, in every way to seat them."""
     shapes = list(shapes)
     for prefill in (shape for shape in shapes if shape.role is Role.PREFILL):
-        for decode in (shape for shape in shapes if shape.role is Role.DECODE):
-            for span in spans(problem.cluster, prefill, decode):
-                yield Candidate(((prefill, 1), (decode, 1)), span)
+        for other in (shape for shape in shapes if shape.role is partner):
+            for span in spans(problem.cluster, prefill, other):
+                yield Candidate(((prefill, 1), (other, 1)), span)
 
 
 def colocated(shapes: Iterable[Shape]) -> Iterator[Candidate]:

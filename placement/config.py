@@ -1,11 +1,14 @@
 """From a configuration file and command-line flags to the planner's problem; every mistake is said with its place.
 
-The file is the one that ``distserve serve`` and ``launch`` take. The planner reads model, slo, workload and cluster, of
-``engine`` what limits an instance, and of ``placement`` the pools, if it names any, as a rival to its own choice.
+The file is the one that ``distserve serve`` and ``launch`` take. The planner reads model, slo, workload, cluster and
+search, of ``engine`` what limits an instance, and of ``placement`` the pools, if it names any, as a rival to its own
+choice.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
 
 from distserve.cluster.placement_section import PlacementSection
 from distserve.core.config import SLO, ParallelConfig, Role
@@ -20,6 +23,23 @@ from simulator.latency.shape import ModelShape
 from simulator.model import Delays
 
 _QUICK = SearchLimits(num_finalists=2, tolerance=0.06, num_requests=150, max_requests=1500)
+
+
+class SearchSection(BaseModel):
+    """``search``: what else the planner looks at.
+
+    ``hybrid``: prefill instances beside mixed ones, made of the shapes that lead in the search for the other kinds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hybrid: bool = True
+
+
+class PlanningFile(SimulationFile):
+    """The whole file, with the planner's own section checked."""
+
+    search: SearchSection = SearchSection()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +73,10 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
         name=file.model,
     )
     search = replace(
-        _QUICK if overrides.quick else SearchLimits(), seed=overrides.seed, num_workers=overrides.num_workers
+        _QUICK if overrides.quick else SearchLimits(),
+        hybrid=file.search.hybrid,
+        seed=overrides.seed,
+        num_workers=overrides.num_workers,
     )
     problem = Problem(
         model=model,
@@ -96,8 +119,8 @@ def given_candidate(path: Path, problem: Problem) -> Candidate | None:
     return Candidate(tuple(found), span)
 
 
-def _read(path: Path) -> SimulationFile:
-    return read_file(path, SimulationFile, sections=("slo", "workload", "cluster"), purpose="planning")
+def _read(path: Path) -> PlanningFile:
+    return read_file(path, PlanningFile, sections=("slo", "workload", "cluster"), purpose="planning")
 
 
 def _limits(file: SimulationFile, model: ModelShape) -> EngineLimits:

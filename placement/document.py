@@ -9,7 +9,7 @@ figures null::
     cluster          gpu, num_nodes, gpus_per_node, intra_node_bandwidth, inter_node_bandwidth, nics_per_node
     latency_source   where the times of steps come from
     holds            the whole interval of the chosen placement's attainment is at the target
-    chosen, runner_up, disaggregated, colocated, paper     an evaluation, or null
+    chosen, runner_up, disaggregated, colocated, hybrid, paper     an evaluation, or null
     finalists[]      evaluations
       evaluation:    label, num_gpus, num_nodes, policy, goodput (estimate, low, high), goodput_per_gpu, binding,
                      placement[] (instance_id, role, tp, pp, gpus as [node, index] in rank order),
@@ -44,6 +44,7 @@ def to_document(plan: Plan, outlook: Outlook | None) -> dict[str, Any]:
             ("runner_up", plan.runner_up),
             ("disaggregated", plan.disaggregated),
             ("colocated", plan.colocated),
+            ("hybrid", plan.hybrid),
             ("paper", plan.paper),
         )
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from distserve.core.topology import Placement
 from placement.bounds import network_capacity
-from placement.candidates import Candidate
+from placement.candidates import Candidate, Kind
 from placement.measure import Measurement
 from placement.race import Bounds, Note
 from placement.shapes import Shape
@@ -80,7 +80,7 @@ def fewest_gpus(
 
     def widen(candidate: Candidate, failed: Measurement | None = None) -> None:
         counts = [count for _, count in candidate.pools]
-        if candidate.is_colocated and failed is not None:
+        if candidate.kind is Kind.COLOCATED and failed is not None:
             add(candidate.with_counts(_beyond(counts[0], failed)))
             return
         for index in range(len(counts)):
@@ -98,7 +98,7 @@ def fewest_gpus(
         phases: dict[tuple[Shape, int], PhasePoint] = {}
         joint: dict[Candidate, JointPoint] = {}
         for candidate in ranked:
-            unknown = [pool for pool in candidate.pools if pool not in alone and not candidate.is_colocated]
+            unknown = [pool for pool in candidate.pools if pool not in alone and candidate.kind is Kind.DISAGGREGATED]
             if unknown:
                 phases.setdefault(unknown[0], PhasePoint(*unknown[0], rate))
             else:
@@ -123,8 +123,13 @@ def fewest_gpus(
             if any(_enough(alone, pool, target) > pool[1] for pool in candidate.pools):
                 del open_[candidate]
                 add(candidate)
-    holding.sort(key=lambda h: (h.candidate.num_gpus, h.placement.num_nodes, -h.measurement.point.attainment.estimate))
+    holding.sort(key=in_order)
     return Fewest(holding, best, len(seen), num_simulated, num_requests)
+
+
+def in_order(holding: Holding) -> tuple[int, int, float]:
+    """Fewest GPUs first, then fewest nodes, then most attained."""
+    return holding.candidate.num_gpus, holding.placement.num_nodes, -holding.measurement.point.attainment.estimate
 
 
 def _enough(alone: dict[tuple[Shape, int], Measurement], pool: tuple[Shape, int], target: float) -> int:

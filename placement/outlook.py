@@ -116,6 +116,7 @@ def rivals(plan: Plan) -> list[tuple[str, Evaluation]]:
         ("runner-up", plan.runner_up),
         ("best disaggregated", plan.disaggregated),
         ("best colocated", plan.colocated),
+        ("best hybrid", plan.hybrid),
         ("as given", plan.paper),
         *(("finalist", found) for found in plan.finalists),
     ]

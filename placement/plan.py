@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from distserve.core.config import ParallelConfig, PrefillPolicy, Role
 from distserve.core.errors import ConfigError
 from distserve.core.topology import Gpu, Placement
-from placement.candidates import Candidate
+from placement.candidates import Candidate, Kind
 from placement.problem import Problem
 
 
@@ -138,9 +138,9 @@ class Evaluation:
         return self.goodput.estimate / self.num_gpus
 
     @property
-    def is_colocated(self) -> bool:
-        """Mixed instances only."""
-        return all(instance.spec.role is Role.MIXED for instance in self.placement.instances)
+    def kind(self) -> Kind:
+        """How it divides the phases."""
+        return Kind.of(instance.spec.role for instance in self.placement.instances)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +161,9 @@ class SearchStats:
 class Plan:
     """The chosen placement and its rivals.
 
-    ``finalists`` are the leading candidates with intervals, best first, the chosen one included. ``disaggregated`` and
-    ``colocated`` are the best of their kind (None: none is feasible). ``paper`` is a placement asked for by hand.
+    ``finalists`` are the leading candidates with intervals, best first, the chosen one included. ``disaggregated``,
+    ``colocated`` and ``hybrid`` are the best of their kind (None: none is feasible; of hybrids, which have to do better
+    than both, none was found that does). ``paper`` is a placement asked for by hand.
     ``holds`` says whether the chosen placement's attainment at the planned rate is at the target with its whole
     interval. ``notes`` are remarks a reader must know, in words.
     """
@@ -173,6 +174,7 @@ class Plan:
     finalists: tuple[Evaluation, ...]
     disaggregated: Evaluation | None
     colocated: Evaluation | None
+    hybrid: Evaluation | None
     paper: Evaluation | None
     stats: SearchStats
     notes: tuple[str, ...] = ()

@@ -55,7 +55,7 @@ def plan_text(plan: Plan, config: Path, directory: Path) -> str:
     data["engine"] = {"dtype": dtype_name(plan.problem.model)} | (data.get("engine") or {})
     data["placement"] = placement_section(plan.chosen.placement)
     data["prediction"] = _prediction(plan)
-    order = ("model", "slo", "workload", "cluster", "placement", "engine", "serving", "prediction")
+    order = ("model", "slo", "workload", "cluster", "search", "placement", "engine", "serving", "prediction")
     head = (
         f"# Written by `distserve plan` {distserve.__version__} for {config.name}: {plan.chosen.label}.\n"
         "# Start it with `distserve launch`, replay a workload through it with `distserve simulate`.\n"

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from distserve.bench.report import write_atomically
 from distserve.core.config import SLO
+from placement.candidates import Kind
 from placement.drawing import draw_cluster
 from placement.outlook import Change, Curve, Outlook, Sample, rivals
 from placement.plan import Plan
@@ -21,6 +22,7 @@ from placement.plan import Plan
 _LIMIT = "#c51b3b"
 _BOTH, _TTFT, _TPOT = "#222222", "#4c78a8", "#f58518"
 _COLOURS = ("#222222", "#b279a2", "#54a24b", "#9d755d")
+_KINDS = {Kind.DISAGGREGATED: _TTFT, Kind.COLOCATED: "#54a24b", Kind.HYBRID: "#e45756"}
 
 
 def write_plots(directory: Path, plan: Plan, outlook: Outlook) -> list[Path]:
@@ -154,8 +156,7 @@ def plot_front(plan: Plan, outlook: Outlook) -> Figure:
         )
     shown: set[str] = set()
     for name, found in named:
-        colour, kind = (_COLOURS[2], "colocated") if found.is_colocated else (_TTFT, "disaggregated")
-        kind = f"chosen, {kind}" if name == "chosen" else kind
+        kind = f"chosen, {found.kind}" if name == "chosen" else str(found.kind)
         axis.errorbar(
             found.goodput.estimate,
             found.num_gpus,
@@ -165,7 +166,7 @@ def plot_front(plan: Plan, outlook: Outlook) -> Figure:
             ],
             fmt="*" if name == "chosen" else "s",
             markersize=15 if name == "chosen" else 7,
-            color=colour,
+            color=_KINDS[found.kind],
             capsize=3,
             label=None if kind in shown else f"{kind}, 95% interval",
             zorder=3,

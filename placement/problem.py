@@ -44,7 +44,8 @@ class EngineLimits:
 class SearchLimits:
     """How hard the planner looks.
 
-    ``policies`` of mixed instances are rivals; ``max_pp`` and ``max_instances`` (per phase) bound the space,
+    ``policies`` of mixed instances are rivals, and with ``hybrid`` so are SplitFuse's beside prefill instances.
+    ``max_pp`` and ``max_instances`` (per phase) bound the space,
     ``num_finalists`` placements are measured with intervals, ``tolerance`` is how wide, as a share of itself, a
     finalist's goodput may stay bracketed. ``num_requests`` is the length of the shortest runs, ``max_requests`` of all
     runs at one rate together. ``seed`` decides every random number; ``num_workers`` None takes every core, and the
@@ -52,6 +53,7 @@ class SearchLimits:
     """
 
     policies: tuple[PrefillPolicy, ...] = (PrefillPolicy.SPLITFUSE,)
+    hybrid: bool = True
     max_pp: int = 8
     max_instances: int = 64
     num_finalists: int = 2

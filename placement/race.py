@@ -12,9 +12,10 @@ search (its bracket's upper end) covers the difference.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from distserve.core.config import Role
 from distserve.core.topology import Placement
-from placement.bounds import ShapeBound, bound_shape, network_capacity
-from placement.candidates import Candidate
+from placement.bounds import ShapeBound, bound_shape, network_capacity, relief
+from placement.candidates import Candidate, Kind
 from placement.goodput import Goodput
 from placement.shapes import Shape
 from placement.tasks import JointGoodput, PhaseGoodput, Setting, Workers
@@ -49,6 +50,7 @@ class Bounds:
         self._setting = setting
         self._shapes: dict[Shape, ShapeBound] = {}
         self._phases: dict[tuple[Shape, int], Goodput] = {}
+        self._reliefs: dict[tuple[Shape, Shape], float] = {}
 
     def of_shape(self, shape: Shape) -> ShapeBound:
         """Its bounds, computed once."""
@@ -74,7 +76,32 @@ class Bounds:
 
     def of_candidate(self, candidate: Candidate) -> float:
         """No more requests/s than this are served by the whole placement."""
+        if candidate.kind is Kind.HYBRID:
+            return self._of_hybrid(candidate)
         return min(self.of_pool(shape, count) for shape, count in candidate.pools)
+
+    def _of_hybrid(self, candidate: Candidate) -> float:
+        """Mixed instances do what others do not spare them, and decode no faster than with nothing else to do.
+
+        Lone prompts bound nothing: the router has them computed where they are served best.
+        """
+        mixed, count = next(pool for pool in candidate.pools if pool[0].role is Role.MIXED)
+        alone = self.of_shape(mixed)
+        working, decoding = float(count), alone.decode_capacity * count * _SLACK
+        same = next((s for s, _ in self._phases if (s.role, s.parallel) == (Role.DECODE, mixed.parallel)), None)
+        if same is not None:
+            decoding = min(decoding, self.of_pool(same, count))
+        for shape, number in candidate.pools:
+            if shape.role is Role.PREFILL:
+                working += self._relief_by(shape, mixed) * number
+            elif shape.role is Role.DECODE:
+                working, decoding = float("inf"), decoding + self.of_pool(shape, number)
+        return min(working * alone.capacity * _SLACK, decoding)
+
+    def _relief_by(self, prefill: Shape, mixed: Shape) -> float:
+        if (prefill, mixed) not in self._reliefs:
+            self._reliefs[prefill, mixed] = relief(self._setting.problem, self._setting.offered, prefill, mixed)
+        return self._reliefs[prefill, mixed]
 
     def note(self, shape: Shape, count: int, goodput: Goodput) -> None:
         """A phase alone was simulated."""
@@ -82,7 +109,7 @@ class Bounds:
 
     def next_phase(self, candidate: Candidate) -> PhaseGoodput | None:
         """What to simulate of a disaggregated candidate before it is simulated as a whole: the tighter phase first."""
-        if candidate.is_colocated:
+        if candidate.kind is not Kind.DISAGGREGATED:
             return None
         unknown = [pool for pool in candidate.pools if pool not in self._phases]
         if not unknown:
@@ -103,8 +130,12 @@ def race(
     candidates: Iterable[Candidate],
     num_wanted: int,
     note: Note,
+    beaten: float = 0.0,
 ) -> list[Ranked]:
-    """Candidates by goodput per GPU, best first: the ``num_wanted`` best for sure, others as far as they were seen."""
+    """Candidates by goodput per GPU, best first: the ``num_wanted`` best for sure, others as far as they were seen.
+
+    Who has no more than ``beaten`` (requests/s and GPU) is out of the race.
+    """
     open_: dict[Candidate, Placement] = {}
     networks: dict[Candidate, float] = {}
     for candidate in candidates:
@@ -121,7 +152,7 @@ def race(
 
     while True:
         ranked.sort(key=_order)
-        bar = ranked[num_wanted - 1].per_gpu if len(ranked) >= num_wanted else 0.0
+        bar = max(beaten, ranked[num_wanted - 1].per_gpu if len(ranked) >= num_wanted else 0.0)
         optimism = {candidate: bound(candidate) / candidate.num_gpus for candidate in open_}
         hopeful = [candidate for candidate in open_ if optimism[candidate] > bar]
         open_ = {candidate: open_[candidate] for candidate in hopeful}

@@ -163,6 +163,7 @@ def _rivals(plan: Plan) -> list[RenderableType]:
         ("runner-up", plan.runner_up),
         ("best disaggregated", plan.disaggregated),
         ("best colocated", plan.colocated),
+        ("best hybrid", plan.hybrid),
         ("as given", plan.paper),
     ]
     for name, found in rows:
@@ -177,7 +178,7 @@ def _rivals(plan: Plan) -> list[RenderableType]:
                 _attained(point, plan.problem.slo),
                 f"{point.rate:.3g}/s",
             )
-    words = [_lost_by(plan), _colocated_words(plan)]
+    words = [_lost_by(plan), _colocated_words(plan), _hybrid_words(plan)]
     return [table, *(escape(text) for text in words if text)]
 
 
@@ -235,6 +236,20 @@ def _colocated_words(plan: Plan) -> str:
         f"{better} serves {max(ratio, 1 / ratio):.2f} times the requests per GPU of {worse} "
         f"(colocated: {policy} mixed instances). The colocated placement is limited by: {together.binding}"
     )
+
+
+def _hybrid_words(plan: Plan) -> str:
+    """Hybrids are looked at only where they may do better than both others; so none may have been measured."""
+    others = [found for found in (plan.disaggregated, plan.colocated) if found is not None]
+    if plan.hybrid is None:
+        better = "holds the rate on fewer GPUs" if plan.problem.rate is not None else "serves more per GPU"
+        searched = others and plan.problem.search.hybrid
+        return f"No hybrid of them, prefill beside mixed instances, was found that {better}." if searched else ""
+    best = max(others, key=lambda found: found.goodput_per_gpu, default=None)
+    if best is None or not best.goodput_per_gpu:
+        return ""
+    ratio = plan.hybrid.goodput_per_gpu / best.goodput_per_gpu
+    return f"The hybrid, prefill beside mixed instances, serves {ratio:.2f} times the requests per GPU of {best.label}."
 
 
 def _variants_table(outlook: Outlook, slo: SLO) -> Table:

@@ -1,8 +1,9 @@
 """The planner: from a problem to a plan.
 
 Without a rate the answer is the unit with the best goodput per GPU, to be replicated. With one it is the placement with
-the fewest GPUs that holds the objective at that rate with its whole interval; then the fewest nodes. Both kinds,
-disaggregated and colocated, are searched for themselves, so that a plan can say what the other would have cost.
+the fewest GPUs that holds the objective at that rate with its whole interval; then the fewest nodes. Disaggregated and
+colocated placements are searched for themselves, so that a plan can say what the other would have cost; hybrids of
+their leaders then have to do better than both.
 """
 
 import time
@@ -10,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from distserve.core.config import Role
-from placement.candidates import Candidate, colocated, pairs, replications
+from placement.candidates import Candidate, Kind, colocated, pairs, replications
 from placement.evaluation import evaluate
 from placement.fewest import Fewest, Holding, fewest_gpus
 from placement.goodput import Goodput
+from placement.hybrids import fewer_gpus, find_seeds, hybrid_units
 from placement.offered import Offered
 from placement.plan import Evaluation, Plan, SearchStats
 from placement.problem import Problem
@@ -26,7 +28,7 @@ _SHORT_RUNS_FLATTER = 0.95
 """Where the goodput of long runs is looked for, as a share of what short ones showed."""
 _MAX_ROUNDS = 3
 _TIE = 0.01
-"""Goodputs per GPU closer than this are equal: fewer GPUs and nodes decide."""
+"""Goodputs per GPU closer than this are equal: fewer GPUs and nodes decide, then what is simpler to run."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -70,6 +72,10 @@ def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None
     ordered = sorted(evaluations, key=key)
     chosen = _chosen(problem, ordered)
     others = [evaluation for evaluation in ordered if evaluation.placement != chosen.placement]
+
+    def first_of(kind: Kind) -> Evaluation | None:
+        return next((evaluation for evaluation in [chosen, *others] if evaluation.kind is kind), None)
+
     stats = SearchStats(
         num_candidates=count.candidates,
         num_pruned=count.pruned,
@@ -82,20 +88,26 @@ def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None
         chosen=chosen,
         runner_up=others[0] if others else None,
         finalists=(chosen, *others),
-        disaggregated=next((e for e in [chosen, *others] if not e.is_colocated), None),
-        colocated=next((e for e in [chosen, *others] if e.is_colocated), None),
+        disaggregated=first_of(Kind.DISAGGREGATED),
+        colocated=first_of(Kind.COLOCATED),
+        hybrid=first_of(Kind.HYBRID),
         paper=measured_paper,
         stats=stats,
         notes=(f"step times: {problem.latency.source}",),
     )
 
 
-def _by_goodput(evaluation: Evaluation) -> tuple[float, int, int]:
-    return -evaluation.goodput_per_gpu, evaluation.num_gpus, evaluation.placement.num_nodes
+def _by_goodput(evaluation: Evaluation) -> tuple[float, tuple[int, int, bool]]:
+    return -evaluation.goodput_per_gpu, _size(evaluation)
 
 
-def _by_size(evaluation: Evaluation) -> tuple[int, int, float]:
-    return evaluation.num_gpus, evaluation.placement.num_nodes, -evaluation.goodput.estimate
+def _by_size(evaluation: Evaluation) -> tuple[tuple[int, int, bool], float]:
+    return _size(evaluation), -evaluation.goodput.estimate
+
+
+def _size(evaluation: Evaluation) -> tuple[int, int, bool]:
+    """What decides between equals: GPUs, nodes, and whether there are two ways for a prompt to go."""
+    return evaluation.num_gpus, evaluation.placement.num_nodes, evaluation.kind is Kind.HYBRID
 
 
 def _chosen(problem: Problem, ordered: Sequence[Evaluation]) -> Evaluation:
@@ -103,7 +115,7 @@ def _chosen(problem: Problem, ordered: Sequence[Evaluation]) -> Evaluation:
     if problem.rate is not None:
         return next((e for e in ordered if e.point.surely_holds(problem.slo.attainment)), ordered[0])
     equal = [e for e in ordered if e.goodput_per_gpu >= (1 - _TIE) * ordered[0].goodput_per_gpu]
-    return min(equal, key=lambda e: (e.num_gpus, e.placement.num_nodes, -e.goodput_per_gpu))
+    return min(equal, key=lambda e: (_size(e), -e.goodput_per_gpu))
 
 
 class _Searcher:
@@ -120,25 +132,38 @@ class _Searcher:
     # -- the best goodput per GPU -------------------------------------------------------------------------------------
 
     def best_units(self, shapes: list[Shape], paper: Candidate | None) -> list[Evaluation]:
-        """Finalists of both kinds, measured with intervals."""
+        """Finalists of every kind, measured with intervals."""
         problem = self._setting.problem
         num_wanted = problem.search.num_finalists
         races: list[tuple[list[Ranked], int]] = []
         for kind, wanted in self._kinds(shapes, num_wanted):
             units = [unit for single in kind for unit in replications(problem, single) if unit != paper]
-            self.count.candidates += len(units)
-            found = race(self._setting, self._workers, self._bounds, units, wanted, self._progress)
-            self.count.simulated += len(found)
-            self.count.pruned += len(units) - len(found)
-            self.count.requests += sum(entry.goodput.num_simulated for entry in found)
-            races.append((found, wanted))
+            races.append((self._race(units, wanted), wanted))
         if paper is not None and any(found for found, _ in races):
             self.evaluate_paper = self._begin(paper)
-        return self._refine(races)
+        measured = self._refine(races)
+        if problem.search.hybrid:
+            ordered = sorted(measured, key=_by_goodput)
+            seeds = find_seeds(problem, shapes, [e.candidate for e in ordered if e.candidate is not None])
+            beaten = max((evaluation.goodput_per_gpu for evaluation in measured), default=0.0)
+            units = [unit for unit in hybrid_units(problem, seeds) if unit != paper]
+            measured += self._refine([(self._race(units, 1, beaten), 1)], beaten)
+        return measured
 
-    def _refine(self, races: Sequence[tuple[list[Ranked], int]]) -> list[Evaluation]:
-        """Measure each race's leaders with intervals, until none of the rest looked better than the best of them is."""
-        best = [0.0] * len(races)
+    def _race(self, units: list[Candidate], num_wanted: int, beaten: float = 0.0) -> list[Ranked]:
+        found = race(self._setting, self._workers, self._bounds, units, num_wanted, self._progress, beaten)
+        self.count.candidates += len(units)
+        self.count.simulated += len(found)
+        self.count.pruned += len(units) - len(found)
+        self.count.requests += sum(entry.goodput.num_simulated for entry in found)
+        return found
+
+    def _refine(self, races: Sequence[tuple[list[Ranked], int]], beaten: float = 0.0) -> list[Evaluation]:
+        """Measure each race's leaders with intervals, until none of the rest looked better than the best of them is.
+
+        ``beaten`` requests/s and GPU are known to be served by others.
+        """
+        best = [beaten] * len(races)
         waiting = [list(found) for found, _ in races]
         measured: list[Evaluation] = []
         for _ in range(_MAX_ROUNDS):
@@ -181,15 +206,24 @@ class _Searcher:
     # -- the fewest GPUs at a rate ----------------------------------------------------------------------------------
 
     def fewest(self, shapes: list[Shape], rate: float, paper: Candidate | None) -> list[Evaluation]:
-        """Placements of both kinds that hold at ``rate``, with their goodput."""
+        """Placements of every kind that hold at ``rate``, with their goodput."""
         problem = self._setting.problem
         holding: list[Holding] = []
+        leaders: list[Candidate] = []
         for kind, wanted in self._kinds(shapes, problem.search.num_finalists):
             found = fewest_gpus(self._setting, self._workers, self._bounds, kind, rate, wanted, self._progress)
             self._tally(found)
             holding += found.holding
+            nearest = found.holding or ([found.best_failing] if found.best_failing is not None else [])
+            leaders += [entry.candidate for entry in nearest]
             if self.closest is None or (found.best_failing is not None and not found.holding):
                 self.closest = found.best_failing or self.closest
+        if problem.search.hybrid:
+            seeds = find_seeds(problem, shapes, leaders)
+            num_known = min((entry.candidate.num_gpus for entry in holding), default=problem.cluster.num_gpus + 1)
+            found = fewer_gpus(self._setting, self._workers, self._bounds, seeds, rate, num_known, self._progress)
+            self._tally(found)
+            holding += found.holding
         if paper is not None and holding:
             self.evaluate_paper = self._begin(paper)
         tasks = [

@@ -205,9 +205,9 @@ def _search(chosen: Evaluation, variant: _Planned) -> JointGoodput:
 
 
 def _beside(plan: Plan) -> list[tuple[str, Evaluation]]:
-    """Whose latencies are drawn beside the chosen placement's: the best of the other kind first."""
+    """Whose latencies are drawn beside the chosen placement's: the best of other kinds first."""
     others = [(name, rival) for name, rival in rivals(plan) if rival is not plan.chosen and name != "finalist"]
-    return sorted(others, key=lambda other: other[1].is_colocated == plan.chosen.is_colocated)[: _MAX_SAMPLES - 1]
+    return sorted(others, key=lambda other: other[1].kind is plan.chosen.kind)[: _MAX_SAMPLES - 1]
 
 
 def _fair_rate(plan: Plan, rival: Evaluation) -> float:
@@ -238,7 +238,7 @@ def _without(placement: Placement, role: Role, rate: float) -> _Planned:
     """N+1: the instances of a role are equal, so the loss of the last one stands for any."""
     lost = placement.of(role)[-1]
     left = Placement(placement.cluster, tuple(kept for kept in placement.instances if kept is not lost))
-    if not left.of(role):
+    if not (left.of(Role.MIXED) or (left.of(Role.PREFILL) and left.of(Role.DECODE))):
         reason = f"no {role} instance is left"
         return _Planned(Change.LOSS, f"one {role} lost", left.num_gpus, None, rate, reason=reason)
     return _Planned(Change.LOSS, f"one {role} lost", left.num_gpus, left, rate)

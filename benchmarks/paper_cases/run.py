@@ -22,7 +22,7 @@ from typing import Any
 
 from distserve.core.config import ParallelConfig, PrefillPolicy
 from distserve.core.latency import StepShape, StepTime
-from placement.candidates import Candidate, spans
+from placement.candidates import Candidate, Kind, spans
 from placement.config import Overrides, given_candidate, load_problem
 from placement.plan import Evaluation, Plan, UnreachableError
 from placement.problem import Problem
@@ -106,10 +106,10 @@ def vllm_problem(problem: Problem, fits: Path) -> Problem:
     return replace(problem, latency=latency, search=search)
 
 
-def best(plan: Plan, *, colocated: bool, policy: PrefillPolicy | None = None) -> Evaluation | None:
+def best(plan: Plan, kind: Kind, policy: PrefillPolicy | None = None) -> Evaluation | None:
     """The finalist of a kind with the best goodput per GPU."""
-    kind = [e for e in plan.finalists if e.is_colocated == colocated and (policy is None or e.policy is policy)]
-    return max(kind, key=lambda e: e.goodput_per_gpu, default=None)
+    found = [e for e in plan.finalists if e.kind is kind and (policy is None or e.policy is policy)]
+    return max(found, key=lambda e: e.goodput_per_gpu, default=None)
 
 
 def row(evaluation: Evaluation | None) -> dict[str, Any] | None:
@@ -142,8 +142,8 @@ def run_case(name: str, fits: Path | None, workers: int, *, timed: bool) -> dict
         find_plan(replace(problem, search=replace(problem.search, policies=POLICIES[:1])))
         seconds, cpu_seconds = time.perf_counter() - began, cpu_time() - cpu_began
     wide = find_plan(problem, paper=paper)
-    ours, theirs = best(wide, colocated=False), wide.paper
-    whole = best(wide, colocated=True, policy=PrefillPolicy.WHOLE_PROMPT)
+    ours, theirs = best(wide, Kind.DISAGGREGATED), wide.paper
+    whole = best(wide, Kind.COLOCATED, PrefillPolicy.WHOLE_PROMPT)
     result: dict[str, Any] = {
         "case": name,
         "slo": asdict(problem.slo),
@@ -153,7 +153,7 @@ def run_case(name: str, fits: Path | None, workers: int, *, timed: bool) -> dict
         "chosen": row(wide.chosen),
         "disaggregated": row(ours),
         "paper": row(theirs),
-        "splitfuse": row(best(wide, colocated=True, policy=PrefillPolicy.SPLITFUSE)),
+        "splitfuse": row(best(wide, Kind.COLOCATED, PrefillPolicy.SPLITFUSE)),
         "whole_prompt": row(whole),
         "vllm": None,
     }

@@ -106,13 +106,15 @@ _Placement = Annotated[
 class ConfigFile(_Section):
     """The whole file, which a plan is as well.
 
-    ``workload`` and ``cluster`` are the planner's, which checks them; ``prediction`` is what it said of a plan.
+    ``workload``, ``cluster`` and ``search`` are the planner's, which checks them; ``prediction`` is what it said of a
+    plan.
     """
 
     model: str | None = None
     slo: SloSection | None = None
     workload: dict[str, Any] | None = None
     cluster: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
     placement: _Placement | None = None
     engine: EngineSection = EngineSection()
     serving: ServingSection = ServingSection()

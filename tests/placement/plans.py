@@ -129,6 +129,7 @@ def plan(rate: float | None = 12.0) -> Plan:
         finalists=(chosen, rival),
         disaggregated=chosen,
         colocated=rival,
+        hybrid=None,
         paper=None,
         stats=SearchStats(412, 300, 112, 240_000, 21.3),
         notes=("the trace's requests are used from the start again when it runs out",),

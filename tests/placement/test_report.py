@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from distserve.core.config import Role
+from distserve.core.topology import Placement
 from placement.document import SCHEMA, to_document
 from placement.outlook import Change, Outlook
 from placement.plan import Evaluation, Interval, Plan
@@ -104,6 +106,20 @@ def test_colocated_can_win() -> None:
     winner = with_goodput(plan.colocated, 30.0)
     text = shown(replace(plan, chosen=winner, runner_up=plan.chosen, colocated=winner))
     assert "Colocated serves 1.80 times the requests per GPU of disaggregated" in text
+
+
+def test_hybrids_are_rivals_or_it_says_that_none_was_found() -> None:
+    prefill = plans.instance("prefill-0", Role.PREFILL, 2, [(0, 0), (0, 1)])
+    mixed = plans.instance("mixed-0", Role.MIXED, 2, [(0, 2), (0, 3)])
+    placement = Placement(plans.CLUSTER, (prefill, mixed))
+    hybrid = plans.evaluation("1 prefill TP2 + 1 mixed TP2", placement, 10.0, 10.0)
+    text = shown(replace(plans.plan(None), hybrid=hybrid))
+    assert "best hybrid 1 prefill TP2 + 1 mixed TP2 4 10/s 2.5/s" in text
+    assert "serves 1.20 times the requests per GPU of 2 prefill TP2 + 1 decode TP1 PP2." in text
+    assert "was found that serves more per GPU" in shown(plans.plan(None))
+    assert "was found that holds the rate on fewer GPUs" in shown(plans.plan(12.0))
+    document = to_document(replace(plans.plan(None), hybrid=hybrid), None)
+    assert [instance["role"] for instance in document["hybrid"]["placement"]] == ["prefill", "mixed"]
 
 
 def test_the_document_is_json_and_has_every_instance_and_rate() -> None:

@@ -8,7 +8,7 @@ import pytest
 from distserve.bench.lengths import Fixed
 from distserve.core.config import SLO, Role
 from placement.bounds import bound_shape, network_capacity
-from placement.candidates import colocated, pairs, replications
+from placement.candidates import Kind, colocated, pairs, replications
 from placement.offered import Offered
 from placement.plan import UnreachableError
 from placement.search import find_plan
@@ -23,7 +23,7 @@ def every_candidate(problem):
     offered = Offered(problem.workload, problem.search.seed)
     shapes, _ = find_shapes(problem, offered)
     found = []
-    for single in [*pairs(problem, shapes), *colocated(shapes)]:
+    for single in [*pairs(problem, shapes), *pairs(problem, shapes, Role.MIXED), *colocated(shapes)]:
         for candidate in replications(problem, single):
             placement = candidate.placement(problem)
             if placement is not None:
@@ -112,7 +112,7 @@ def test_lone_requests_take_what_the_bounds_say(role):
 def test_kv_that_must_cross_nodes_is_bounded_by_the_cards():
     problem = toy_problem(gpus_per_node=1, num_nodes=2, bandwidth=2e6)
     setting, candidates = every_candidate(problem)
-    _, placement = next(item for item in candidates if not item[0].is_colocated)
+    _, placement = next(item for item in candidates if item[0].kind is Kind.DISAGGREGATED)
     bound = network_capacity(problem, setting.offered, placement)
     prompts, _ = setting.offered.sample
     assert bound == pytest.approx(2e6 / (prompts.mean() * problem.model.kv.bytes_per_token), rel=0.01)
@@ -124,7 +124,7 @@ def test_ties_go_to_fewer_gpus():
     # So light a load that one GPU does, colocated: nothing with two can be the answer.
     plan = find_plan(toy_problem(0.5))
     assert plan.chosen.num_gpus == 1
-    assert plan.chosen.is_colocated
+    assert plan.chosen.kind is Kind.COLOCATED
     assert plan.disaggregated is not None
     assert plan.disaggregated.num_gpus == 2
 
