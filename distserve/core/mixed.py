@@ -62,15 +62,7 @@ class MixedScheduler(ReceivingScheduler):
             reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
             self._send(request.owner_id, Failed(request.key, reason, status=400))
             return
-        seq = Sequence(
-            seq_id=self._new_seq_id(),
-            request=request,
-            choices=request.choices,
-            num_tokens=request.num_prefill_tokens,
-            num_output=len(request.output_token_ids),
-            output_token_ids=list(request.output_token_ids),
-        )
-        self._expect(seq)
+        seq = self._prompt_of(request)
         self._by_key[request.key] = [seq]
         self._enqueue(seq)
 

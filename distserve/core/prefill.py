@@ -91,15 +91,7 @@ class PrefillScheduler(InstanceScheduler):
             )
             self._send(request.owner_id, Failed(request.key, reason, status=400))
             return
-        seq = Sequence(
-            seq_id=self._new_seq_id(),
-            request=request,
-            choices=request.choices,
-            num_tokens=request.num_prefill_tokens,
-            num_output=len(request.output_token_ids),
-            output_token_ids=list(request.output_token_ids),
-        )
-        self._expect(seq)
+        seq = self._prompt_of(request)
         self._sequences[request.key] = seq
         self._waiting.append(seq)
         self._num_waiting_tokens += seq.num_tokens - seq.num_expected

@@ -35,7 +35,7 @@ from distserve.core.commands import (
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.events import NOT_FINITE, Event, Migrated, Received, StepDone, StepFailed, Timer, UnseenStepDone
 from distserve.core.messages import Abort, Failed, Message, Preempted, Report, RequestKey, Tokens
-from distserve.core.request import TokenLogprobs, TokenOutput
+from distserve.core.request import Request, TokenLogprobs, TokenOutput
 from distserve.core.sequence import Sequence
 from distserve.core.strays import answer_stray
 
@@ -342,12 +342,6 @@ class InstanceScheduler(ABC):
             self.num_queried_tokens += seq.num_tokens
             self.num_hit_tokens += seq.num_computed
 
-    def _expect(self, seq: Sequence) -> None:
-        """Make the keys of a prompt that has come, and note how much of it would not be computed if it started now."""
-        if self._config.prefix_caching:
-            seq.extend_keys(seq.num_tokens // self.spec.kv.block_size, self.spec.kv.block_size)
-            seq.num_expected = len(self._find_prefix(seq)) * self.spec.kv.block_size
-
     def _label(self, seq: Sequence, num_tokens: int, labelled: list[int]) -> None:
         """Let its full blocks be found, as far as ``num_tokens`` go; those that are go into ``labelled``."""
         start, end = seq.num_labelled, num_tokens // self.spec.kv.block_size
@@ -370,6 +364,21 @@ class InstanceScheduler(ABC):
     def _new_seq_id(self) -> int:
         self._next_seq_id += 1
         return self._next_seq_id
+
+    def _prompt_of(self, request: Request) -> Sequence:
+        """A prompt that has come, with its keys made and a note of how much would not be computed if it started now."""
+        seq = Sequence(
+            seq_id=self._new_seq_id(),
+            request=request,
+            choices=request.choices,
+            num_tokens=request.num_prefill_tokens,
+            num_output=len(request.output_token_ids),
+            output_token_ids=list(request.output_token_ids),
+        )
+        if self._config.prefix_caching:
+            seq.extend_keys(seq.num_tokens // self.spec.kv.block_size, self.spec.kv.block_size)
+            seq.num_expected = len(self._find_prefix(seq)) * self.spec.kv.block_size
+        return seq
 
     def _open(self, seq: Sequence, output_token_ids: tuple[int, ...]) -> None:
         """Tell the engine of the sequence; what is computed so far is in its blocks."""
