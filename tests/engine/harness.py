@@ -143,3 +143,17 @@ def generate_while_blocks_move(worker: Worker, prompts: Sequence[Sequence[int]],
     for track in tracks:
         harness.close(track)
     return [track.output for track in tracks]
+
+
+def generate_side_by_side(worker: Worker, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+    """Greedy texts of four prompts, some in chunks, one beside decoding sequences; they decode together in the end."""
+    harness = Harness(worker)
+    first, second, third, fourth = tracks = [harness.open(make_request(prompt)) for prompt in prompts]
+    harness.prefill(first)
+    harness.prefill(second, 5)
+    # A prompt beside decoding sequences, then several rungs of the graphs' ladder, some of them with padding.
+    harness.step((first, 1), (third, third.num_tokens), (second, 1))
+    harness.prefill(fourth, 7)
+    while open_tracks := [track for track in tracks if len(track.output) < num_tokens]:
+        harness.decode(open_tracks, 1)
+    return [track.output for track in tracks]

@@ -11,7 +11,7 @@ from distserve.engine.group.driver import RankGroup
 from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.device.group_backend import MADE
 from tests.engine.device.test_device_runner import play
-from tests.engine.harness import Harness, make_request
+from tests.engine.harness import generate_side_by_side
 
 KV = KvConfig(96, 4)
 REHEARSED = "tests.engine.device.group_backend:rank_backend"
@@ -47,16 +47,7 @@ def test_texts_of_several_ranks(
 ) -> None:
     model = served(name)
     group = start(model.path, tp, pp)
-    harness = Harness(group)
-    tracks = [harness.open(make_request(prompt)) for prompt in model.prompts]
-    harness.prefill(tracks[0])
-    harness.prefill(tracks[1], 5)
-    # Prompts beside decoding sequences, then three rungs, two of them with padding.
-    harness.step((tracks[0], 1), (tracks[2], len(model.prompts[2])), (tracks[1], 1))
-    harness.prefill(tracks[3], 7)
-    while open_tracks := [track for track in tracks if len(track.output) < NUM_TOKENS]:
-        harness.decode(open_tracks, 1)
-    assert [track.output for track in tracks] == model.expected
+    assert generate_side_by_side(group, model.prompts, NUM_TOKENS) == model.expected
     assert MADE[-1].num_replays > NUM_TOKENS
 
 

@@ -16,7 +16,7 @@ from distserve.engine.device.backend import HostBackend
 from distserve.engine.worker import Worker
 from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.device.driving import Driven
-from tests.engine.harness import Harness, generate_while_blocks_move, make_request
+from tests.engine.harness import Harness, generate_side_by_side, generate_while_blocks_move, make_request
 from tests.engine.models import CONFIGS, VOCAB
 
 SAMPLED = {"temperature": 1.0, "seed": 11, "top_p": 0.95, "frequency_penalty": 0.3, "presence_penalty": 0.2}
@@ -42,16 +42,7 @@ def worker(llama: Served, backend: HostBackend) -> Worker:
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "reference"])
 def test_greedy_text_is_that_of_generate(served: Callable[[str], Served], name: str, fused: bool) -> None:
     model = served(name)
-    harness = Harness(rehearsal(model, fused=fused))
-    tracks = [harness.open(make_request(prompt)) for prompt in model.prompts]
-    harness.prefill(tracks[0])
-    harness.prefill(tracks[1], 5)
-    # Prompts beside decoding sequences, then three rungs, two of them with padding.
-    harness.step((tracks[0], 1), (tracks[2], len(model.prompts[2])), (tracks[1], 1))
-    harness.prefill(tracks[3], 7)
-    while open_tracks := [track for track in tracks if len(track.output) < NUM_TOKENS]:
-        harness.decode(open_tracks, 1)
-    assert [track.output for track in tracks] == model.expected
+    assert generate_side_by_side(rehearsal(model, fused=fused), model.prompts, NUM_TOKENS) == model.expected
 
 
 def requests_of(rng: random.Random, count: int) -> list[Request]:

@@ -14,7 +14,7 @@ from distserve.engine.group.driver import RankGroup
 from distserve.engine.sharding.comm import make_group
 from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.device.test_device_runner import play
-from tests.engine.harness import Harness, make_request
+from tests.engine.harness import generate_side_by_side
 
 pytestmark = pytest.mark.gpu
 
@@ -60,15 +60,8 @@ def test_texts_of_two_cards(
     served: Callable[[str], Served], start: Callable[..., RankGroup], name: str, tp: int, pp: int
 ) -> None:
     model = served(name)
-    harness = Harness(start(model.path, tp, pp, max_batch_size=6))
-    tracks = [harness.open(make_request(prompt)) for prompt in model.prompts]
-    harness.prefill(tracks[0])
-    harness.prefill(tracks[1], 5)
-    harness.step((tracks[0], 1), (tracks[2], len(model.prompts[2])), (tracks[1], 1))
-    harness.prefill(tracks[3], 7)
-    while open_tracks := [track for track in tracks if len(track.output) < NUM_TOKENS]:
-        harness.decode(open_tracks, 1)
-    assert [track.output for track in tracks] == model.expected
+    group = start(model.path, tp, pp, max_batch_size=6)
+    assert generate_side_by_side(group, model.prompts, NUM_TOKENS) == model.expected
 
 
 @needs_two

@@ -14,7 +14,7 @@ from distserve.engine.fused import FusedModel
 from distserve.engine.worker import Worker
 from tests.engine.conftest import NUM_TOKENS, Served
 from tests.engine.device.test_device_runner import play
-from tests.engine.harness import Harness, Track, make_request
+from tests.engine.harness import Harness, Track, generate_side_by_side, make_request
 from tests.engine.models import CONFIGS, save
 
 pytestmark = [
@@ -49,15 +49,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def all_texts(served: Served, worker: Worker) -> list[list[int]]:
-    harness = Harness(worker)
-    tracks = [harness.open(make_request(prompt)) for prompt in served.prompts]
-    harness.prefill(tracks[0])
-    harness.prefill(tracks[1], 5)
-    harness.step((tracks[0], 1), (tracks[2], len(served.prompts[2])), (tracks[1], 1))
-    harness.prefill(tracks[3], 7)
-    while open_tracks := [track for track in tracks if len(track.output) < NUM_TOKENS]:
-        harness.decode(open_tracks, 1)
-    return [track.output for track in tracks]
+    return generate_side_by_side(worker, served.prompts, NUM_TOKENS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
