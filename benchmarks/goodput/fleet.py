@@ -28,7 +28,7 @@ from simulator.latency.interface import LatencyModel
 
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TOLERANCE = 0.08
-"""How far apart the rate that held and the one that failed may stay, as a share of the latter."""
+"""Of a goodput, see :class:`Fleet`."""
 
 _SLACK = 1.02
 """On capacities, which are of mean lengths: a run may have seen shorter requests."""
@@ -109,6 +109,7 @@ class Fleet:
     """``num_instances`` equal instances of ``parallel`` that serve ``problem``'s workload within its objective.
 
     ``patience`` (seconds) is at least the TTFT limit: a queue that grows must have the time to become too long.
+    ``tolerance`` is how far apart the rate that held and the one that failed may stay, as a share of the latter.
     """
 
     problem: Problem
@@ -116,6 +117,7 @@ class Fleet:
     num_instances: int
     patience: float
     pace: Pace = Pace()
+    tolerance: float = TOLERANCE
 
     @property
     def num_gpus(self) -> int:
@@ -158,6 +160,13 @@ class Fleet:
         decode = self._decode_rate()
         return max(self.knobs(mode), key=lambda count: min(count * prefill, (self.num_instances - count) * decode))
 
+    def setting(self, mode: Mode, knob: int) -> str:
+        """The instances of a mode at one setting of its knob, in words."""
+        if mode.moves_kv:
+            letters = [role[0].upper() for role in mode.roles]
+            return f"{knob}{letters[0]} + {self.num_instances - knob}{letters[1]}"
+        return f"{self.num_instances}M, {knob} tokens"
+
     def pools(self, mode: Mode, knob: int) -> list[tuple[Shape, int]]:
         """The instances of a mode at one setting of its knob."""
         if mode.moves_kv:
@@ -197,14 +206,14 @@ class Fleet:
         """
         knobs = self.knobs(mode)
         at = knobs.index(self.likely_knob(mode) if first is None else first)
-        tried = {at: self._goodput(mode, knobs[at], floor)}
+        tried = {at: self.goodput(mode, knobs[at], floor)}
         while True:
             direction = 1 if _misses_ttft(tried[at]) else -1
             reached = tried[at].interval.estimate
             for place in (at + direction, at - direction):
                 if place in tried or not 0 <= place < len(knobs):
                     continue
-                tried[place] = self._goodput(mode, knobs[place], max(floor, _BETTER * reached), reached)
+                tried[place] = self.goodput(mode, knobs[place], max(floor, _BETTER * reached), reached)
                 if _rank(tried[place]) > _rank(tried[at]):
                     at = place
                     break
@@ -225,18 +234,14 @@ class Fleet:
         return self.best(found.mode, floor, found.knob)
 
     def _found(self, mode: Mode, knob: int, goodput: Goodput, num_simulated: int) -> Found:
-        if mode.moves_kv:
-            letters = [role[0].upper() for role in mode.roles]
-            setting = f"{knob}{letters[0]} + {self.num_instances - knob}{letters[1]}"
-        else:
-            setting = f"{self.num_instances}M, {knob} tokens"
         if goodput.measured:
             binding = binding_constraint(self.problem, self.placement(mode, knob), goodput)
         else:
             binding = "capacities allow no more" if goodput.high else "an idle instance is too slow"
-        return Found(mode, knob, setting, goodput, binding, num_simulated)
+        return Found(mode, knob, self.setting(mode, knob), goodput, binding, num_simulated)
 
-    def _goodput(self, mode: Mode, knob: int, floor: float, likely: float = 0.0) -> Goodput:
+    def goodput(self, mode: Mode, knob: int, floor: float, likely: float = 0.0) -> Goodput:
+        """Of one setting; one below ``floor`` is of no interest. ``likely`` is where to look first."""
         placement = self.placement(mode, knob)
         ceiling = self._ceiling(mode, knob, placement)
         if ceiling <= floor or ceiling == 0:
@@ -248,7 +253,7 @@ class Fleet:
             self.offered.cv,
             ceiling,
             self._effort,
-            tolerance=TOLERANCE,
+            tolerance=self.tolerance,
             start=likely or _LIKELY * ceiling,
             floor=floor,
         )
