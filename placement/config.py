@@ -29,11 +29,13 @@ class SearchSection(BaseModel):
     """``search``: what else the planner looks at.
 
     ``hybrid``: prefill instances beside mixed ones, made of the shapes that lead in the search for the other kinds.
+    ``across_nodes``: instances whose pipeline stages are on several nodes, which cannot be started yet.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     hybrid: bool = True
+    across_nodes: bool = True
 
 
 class PlanningFile(SimulationFile):
@@ -75,6 +77,7 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
     search = replace(
         _QUICK if overrides.quick else SearchLimits(),
         hybrid=file.search.hybrid,
+        across_nodes=file.search.across_nodes,
         seed=overrides.seed,
         num_workers=overrides.num_workers,
     )

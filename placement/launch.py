@@ -233,8 +233,9 @@ def _plan(file: Path, problem: "Problem", messages: "Console", report: "Console 
     from placement.report import print_report
     from placement.search import find_plan
 
-    # Whole-prompt scheduling is there for comparison: what is launched schedules by SplitFuse.
-    problem = replace(problem, search=replace(problem.search, policies=(PrefillPolicy.SPLITFUSE,)))
+    # Whole-prompt scheduling is there for comparison: what is launched schedules by SplitFuse, within a node each.
+    search = replace(problem.search, policies=(PrefillPolicy.SPLITFUSE,), across_nodes=False)
+    problem = replace(problem, search=search)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
         task = bar.add_task(f"planning for {file.name}", total=None)

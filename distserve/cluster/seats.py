@@ -137,7 +137,8 @@ def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | Non
         if len({gpu.node for gpu in instance.gpus}) > 1:
             raise ConfigError(
                 f"the ranks of a {instance.role} instance are planned on several nodes, and they speak to each other "
-                "within one so far: launch a placement that has each instance on one node"
+                "within one so far: launch a placement that has each instance on one node (to plan one: search: "
+                "{across_nodes: false})"
             )
         if are_on_gpus(cluster) and not (instance.limits.kv_tokens or kv.num_tokens or kv.num_bytes):
             raise ConfigError(

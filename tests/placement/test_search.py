@@ -175,3 +175,13 @@ def test_ties_go_to_fewer_nodes():
     plan = find_plan(toy_problem(60.0, num_nodes=2, gpus_per_node=4, max_pp=1))
     assert 1 < plan.chosen.num_gpus <= 4
     assert plan.chosen.placement.num_nodes == 1
+
+
+def test_what_is_to_be_started_has_no_instance_on_several_nodes():
+    problem = toy_problem(num_nodes=2, gpus_per_node=1)
+    offered = Offered(problem.workload)
+    within = replace(problem, search=replace(problem.search, across_nodes=False))
+    assert {shape.nodes for shape in find_shapes(problem, offered)[0]} == {1, 2}
+    shapes, refused = find_shapes(within, offered)
+    assert {shape.nodes for shape in shapes} == {1}
+    assert any("takes 2 nodes" in refusal.reason for refusal in refused)
