@@ -145,7 +145,8 @@ class _Searcher:
         if problem.search.hybrid:
             ordered = sorted(measured, key=_by_goodput)
             seeds = find_seeds(problem, shapes, [e.candidate for e in ordered if e.candidate is not None])
-            beaten = max((evaluation.goodput_per_gpu for evaluation in measured), default=0.0)
+            # More than a tie ahead, else it is not worth an interval.
+            beaten = (1 + 2 * _TIE) * max((evaluation.goodput_per_gpu for evaluation in measured), default=0.0)
             units = [unit for unit in hybrid_units(problem, seeds) if unit != paper]
             measured += self._refine([(self._race(units, 1, beaten), 1)], beaten)
         return measured
