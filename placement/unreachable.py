@@ -101,12 +101,13 @@ def _nearly_idle(setting: Setting, bounds: Bounds, shapes: Sequence[Shape]) -> s
     for candidate, placement in _fastest(setting, bounds, shapes):
         rate = _NEARLY_IDLE * min(bounds.of_shape(shape).capacity for shape, _ in candidate.pools)
         tried.append((JointPoint(placement, rate)(setting).point, candidate))
-    limits = f"TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s hold for {slo.attainment:.0%} of requests at no rate"
+    limits = f"TTFT {slo.ttft:g} s and TPOT {slo.tpot:g} s hold for {slo.attainment:.0%} of requests at"
     if not tried:
-        return limits
+        return f"{limits} no rate"
     point, candidate = max(tried, key=lambda item: item[0].attainment.estimate)
+    rates = "rates next to none alone: at" if point.holds(slo.attainment) else "no rate: even at"
     return (
-        f"{limits}: even at {point.rate:.2g} requests/s {candidate}, the best, serves {point.attainment.estimate:.1%} "
+        f"{limits} {rates} {point.rate:.2g} requests/s {candidate}, the best, serves {point.attainment.estimate:.1%} "
         f"within both (TTFT {point.ttft_attainment:.1%}, TPOT {point.tpot_attainment:.1%}; at their 90% quantiles "
         f"{point.ttft.p90:.3g} s and {point.tpot.p90:.3g} s)"
     )
