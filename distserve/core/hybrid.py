@@ -4,8 +4,8 @@ A prompt can be computed on a prefill instance, whose KV then moves to a mixed o
 instance at once (*locally*), which lengthens the steps that others decode in there. Both are predicted in the units of
 the objective, ``SLO.ttft`` and ``SLO.tpot`` (seconds), from what instances report and what was sent to them since:
 
-- ``T``, when the prompt's first token comes: (prompt tokens ahead of it + its own uncached ones) / prompt tokens per
-  second;
+- ``T``, when the prompt's first token comes: (prompt tokens ahead of it, those of a step under way too, + its own
+  uncached ones) / prompt tokens per second;
 - ``I``, the interval between tokens on the mixed instance: a step without prompts takes ``s`` seconds and every prompt
   token adds ``e``, so with ``U`` prompt tokens in the last ``W`` seconds ``I = s / (1 - U e / W)``. ``W`` is a hundred
   tokens at the objective's TPOT, about as long as what a TPOT is averaged over.

@@ -57,7 +57,7 @@ class InstanceView:
         for key in report.seen:
             self.assigned.pop(key, None)
         if self.prompt_rate > 0:
-            self.done_at = now + self.num_tokens_ahead / self.prompt_rate
+            self.done_at = now + (self.num_tokens_ahead + report.num_launched_tokens) / self.prompt_rate
 
     def give(self, key: RequestKey, num_tokens: int, through: str, now: float, default_rate: float) -> None:
         """A prompt with ``num_tokens`` to compute is sent to it."""

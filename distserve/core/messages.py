@@ -263,7 +263,8 @@ class Report:
     """An instance's load, sent at intervals and after changes.
 
     ``seen`` names the attempts received (Prefill, Offer) since the report before: these figures include them.
-    ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_free_blocks`` KV blocks free now,
+    ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_launched_tokens`` those that steps under
+    way compute (to within one for each prompt), ``num_free_blocks`` KV blocks free now,
     ``prefill_rate`` tokens computed per second of late in steps with prompts (0: none yet). The last step without
     prompts took ``step_seconds``; those with prompts took ``prompt_step_seconds`` of late, with ``prompt_step_tokens``
     of prompts in each (0: none yet). What follows are totals since the instance started: preemptions; KV pulls, their
@@ -291,6 +292,7 @@ class Report:
     num_role_changes: int = 0
     role: Role | None = None
     becoming: Role | None = None
+    num_launched_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

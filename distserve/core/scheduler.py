@@ -60,6 +60,11 @@ class Batch:
     labelled: list[int] = field(default_factory=list)
     start: float = 0.0
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that are not sequences' last ones: a prompt's, to within one."""
+        return self.num_tokens - len(self.entries)
+
 
 class InstanceScheduler(ABC):
     """Base of the role's schedulers: a machine in the sense of :class:`distserve.core.events.Machine`."""
@@ -303,7 +308,7 @@ class InstanceScheduler(ABC):
         takes without prompts is the last one's time, as that is of the batch that runs now.
         """
         elapsed = self._now - batch.start
-        num_prompt_tokens = batch.num_tokens - len(batch.entries)
+        num_prompt_tokens = batch.num_prompt_tokens
         if elapsed > 0 and num_prompt_tokens > 0:
             rate = batch.num_tokens / elapsed
             self._prefill_rate = rate if self._prefill_rate == 0 else 0.8 * self._prefill_rate + 0.2 * rate
@@ -514,6 +519,7 @@ class InstanceScheduler(ABC):
                 num_role_changes=self.num_role_changes,
                 role=self.spec.role,
                 becoming=self.becoming,
+                num_launched_tokens=sum([batch.num_prompt_tokens for batch in self._steps.values()]),
             )
             self._seen.clear()
             self._commands.append(Send(ROUTER, report))

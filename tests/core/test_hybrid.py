@@ -103,7 +103,14 @@ class Switchboard:
         return [item for item in sent if not isinstance(item[1], Status)]
 
     def report(
-        self, name: str, *, waiting: int = 0, free: int = 1000, step: float = 0.01, seen: tuple[RequestKey, ...] = ()
+        self,
+        name: str,
+        *,
+        waiting: int = 0,
+        launched: int = 0,
+        free: int = 1000,
+        step: float = 0.01,
+        seen: tuple[RequestKey, ...] = (),
     ) -> list[tuple[str, Message]]:
         report = Report(
             name,
@@ -116,6 +123,7 @@ class Switchboard:
             step_seconds=step,
             prompt_step_seconds=step + 0.05,
             prompt_step_tokens=1000 * (step + 0.05),
+            num_launched_tokens=launched,
         )
         return self.feed(Received(name, report))
 
@@ -133,6 +141,24 @@ def test_prompts_stay_when_the_prefill_pool_is_the_bottleneck() -> None:
     board = Switchboard("prefill-0", "mixed-0")
     board.report("prefill-0", waiting=900)
     assert board.submit("a", 100) == "mixed-0"
+
+
+def test_a_step_under_way_has_to_end_first() -> None:
+    board = Switchboard("prefill-0", "mixed-0")
+    board.report("prefill-0", launched=900)
+    assert board.submit("a", 100) == "mixed-0"
+    board.now = 0.9
+    assert board.submit("b", 100) == "prefill-0"
+
+
+def test_what_waits_and_what_a_step_under_way_computes_is_reported() -> None:
+    node = bench(budget=24)
+    node.submit(make_request("a", 1000))
+    for _ in range(30):
+        node.finish_step()
+    loads = [(report.num_waiting_tokens, report.num_launched_tokens) for report in node.messages(Report)]
+    assert len([waiting for waiting, _ in loads if waiting]) > 1
+    assert all((1000 - waiting) % 24 == 0 and launched == 23 for waiting, launched in loads if waiting)
 
 
 def test_decoding_that_has_nothing_to_spare_takes_no_prompts() -> None:
