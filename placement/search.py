@@ -148,7 +148,7 @@ class _Searcher:
             # More than a tie ahead, else it is not worth an interval.
             beaten = (1 + 2 * _TIE) * max((evaluation.goodput_per_gpu for evaluation in measured), default=0.0)
             units = [unit for unit in hybrid_units(problem, seeds) if unit != paper]
-            measured += self._refine([(self._race(units, 1, beaten), 1)], beaten)
+            measured += self._refine([(self._race(units, 1, beaten), num_wanted)], beaten)
         return measured
 
     def _race(self, units: list[Candidate], num_wanted: int, beaten: float = 0.0) -> list[Ranked]:

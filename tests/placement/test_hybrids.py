@@ -18,17 +18,17 @@ from distserve.core.errors import ConfigError
 from distserve.demo import model_dir
 from placement.candidates import Candidate, Kind, pairs
 from placement.config import Overrides, load_problem
-from placement.hybrids import find_seeds, hybrid_units
+from placement.hybrids import fewer_gpus, find_seeds, hybrid_units
 from placement.offered import Offered
 from placement.outlook import Change
 from placement.plan import Plan
 from placement.planfile import write_plan
 from placement.problem import Problem
 from placement.race import Bounds
-from placement.search import find_plan
+from placement.search import find_plan, silent
 from placement.sensitivity import look_around
 from placement.shapes import Shape, find_shapes
-from placement.tasks import JointPoint, Setting
+from placement.tasks import JointPoint, Setting, Workers
 from simulator.command import simulate
 from simulator.replay import prepare
 from tests.placement import plans
@@ -99,13 +99,13 @@ def test_hybrids_are_made_of_the_leaders() -> None:
 # -- the search --------------------------------------------------------------------------------------------------------
 
 
-def toy_chat(rate: float | None = None, *, tpot: float = 0.012, **changes: Any) -> Problem:
+def toy_chat(rate: float | None = None, **changes: Any) -> Problem:
     """Two prompts in one step are too many for those that decode, and one prefill instance is a little too few."""
     return toy_problem(
         rate,
-        slo=SLO(0.1, tpot),
+        slo=SLO(0.3, 0.012),
         prompt=Lognormal(100, 0.8, 1000),
-        output=Lognormal(15, 0.3, 100),
+        output=Lognormal(10, 0.3, 100),
         latency=ToyLatency(efficiency=0.3),
         max_pp=1,
         **{"gpus_per_node": 2} | changes,
@@ -134,22 +134,24 @@ def test_hybrids_change_nothing_else_in_the_answer_and_can_be_left_out(plan: Pla
 
 
 def test_where_a_hybrid_does_no_better_it_is_not_proposed() -> None:
-    tight = find_plan(toy_chat(tpot=0.009))
-    assert tight.chosen.kind is Kind.DISAGGREGATED
-    # And a load so light that one GPU does.
+    # A load so light that one GPU does.
     light = find_plan(toy_problem(0.5))
     assert light.chosen.kind is Kind.COLOCATED
     assert light.hybrid is None
 
 
-def test_at_a_rate_a_hybrid_takes_fewer_gpus_than_both_others(plan: Plan) -> None:
-    # More than the pure ones serve with two GPUs.
-    rate = max(found.goodput.estimate for found in plan.finalists if found.kind is not Kind.HYBRID)
-    found = find_plan(toy_chat(rate, gpus_per_node=3, max_requests=4000))
-    assert found.holds
-    assert found.chosen.kind is Kind.HYBRID
-    assert found.chosen.num_gpus == 2
-    assert all(other.num_gpus > 2 for other in found.finalists[1:])
+def test_at_a_rate_the_smallest_hybrid_below_what_is_known_is_found() -> None:
+    problem = toy_chat(60.0, gpus_per_node=4)
+    setting = Setting(problem, Offered(problem.workload))
+    leader = next(pairs(problem, shapes_of(problem)))
+    seeds = find_seeds(problem, shapes_of(problem), [leader])
+    with Workers(setting, 1) as workers:
+        found = fewer_gpus(setting, workers, Bounds(setting), seeds, 60.0, 5, silent)
+        (holding,) = found.holding
+        assert holding.candidate.num_gpus == 2
+        assert holding.measurement.point.surely_holds(problem.slo.attainment)
+        # It has to take fewer than that.
+        assert fewer_gpus(setting, workers, Bounds(setting), seeds, 60.0, 2, silent).holding == []
 
 
 def test_without_its_prefill_instance_a_hybrid_serves_on(plan: Plan) -> None:
