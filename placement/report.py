@@ -62,7 +62,7 @@ def _instances_table(chosen: Evaluation) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for heading in ("instance", "shape", "node: GPUs"):
         table.add_column(heading, no_wrap=heading != "node: GPUs")
-    for heading in ("busy", "batch", "KV memory", "peak", "preempted"):
+    for heading in ("busy", "batch", "KV memory", "peak", "KV sent", "received", "preempted"):
         table.add_column(heading, justify="right")
     for use in chosen.instances:
         nodes: dict[int, list[int]] = {}
@@ -77,6 +77,8 @@ def _instances_table(chosen: Evaluation) -> Table:
             f"{use.mean_batch:.1f}",
             size(use.kv_bytes),
             share(use.kv_share),
+            gigabytes(use.kv_sent) if use.kv_sent else "-",
+            gigabytes(use.kv_received) if use.kv_received else "-",
             str(use.num_preempted),
         )
     return table
@@ -142,7 +144,7 @@ def _links_table(chosen: Evaluation) -> Table:
     table.add_column("link")
     for heading in ("capacity", "mean load", "share", "in use"):
         table.add_column(heading, justify="right")
-    ordered = sorted(chosen.links, key=lambda link: -link.share)
+    ordered = sorted((link for link in chosen.links if link.load), key=lambda link: -link.share)
     for link in ordered[:_MAX_LINKS]:
         table.add_row(
             escape(link.name), gigabytes(link.capacity), gigabytes(link.load), share(link.share), share(link.busy)
@@ -229,12 +231,19 @@ def _colocated_words(plan: Plan) -> str:
         return f"No {missing} placement reaches the objective on this cluster."
     if not together.goodput_per_gpu or not apart.goodput_per_gpu:
         return ""
+    limited = f"The colocated placement is limited by: {together.binding}"
+    if plan.problem.rate is not None:
+        kinds = ((apart.num_gpus, "disaggregated"), (together.num_gpus, f"colocated ({together.policy.value})"))
+        (fewer, better), (more, worse) = sorted(kinds, key=lambda kind: kind[0])
+        if fewer == more:
+            return f"Disaggregated and colocated placements both take {more} GPUs for the rate. {limited}"
+        return f"At the rate asked for {worse} takes {more} GPUs where {better} takes {fewer}. {limited}"
     ratio = apart.goodput_per_gpu / together.goodput_per_gpu
     better, worse = ("Disaggregated", "colocated") if ratio >= 1 else ("Colocated", "disaggregated")
     policy = together.policy.value
     return (
         f"{better} serves {max(ratio, 1 / ratio):.2f} times the requests per GPU of {worse} "
-        f"(colocated: {policy} mixed instances). The colocated placement is limited by: {together.binding}"
+        f"(colocated: {policy} mixed instances). {limited}"
     )
 
 
