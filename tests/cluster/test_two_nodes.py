@@ -26,7 +26,7 @@ placement:
   prefill: {{instances: 1, tp: {prefill_tp}, gpus: {prefill}}}
   decode: {{instances: {num_decodes}, tp: {decode_tp}, gpus: {decode}}}
 cluster: {{gpu: cpu, nodes: 2, gpus_per_node: 4}}
-engine: {{dtype: float32, kv_tokens: 2048, kv_transport: {transport}, threads: 1}}
+engine: {{dtype: float32, kv_tokens: 1024, kv_transport: {transport}, threads: 1}}
 """
 
 
@@ -110,7 +110,10 @@ def stream_all(server: Server, count: int, when_begun: threading.Barrier | None 
 
 
 def test_kv_crosses_nodes_and_a_node_that_dies_costs_no_tokens(tmp_path: Path) -> None:
-    """Two shards prefill on the first node; one decode instance is there, the other on the second node."""
+    """Two shards prefill on the first node; one decode instance is there, the other on the second node.
+
+    The near one is preferred until several requests fill a good part of its memory.
+    """
     expected = generated()
     text = config("tcp", [[[0, 0], [0, 1]]], [[[0, 2]], [[1, 0]]])
     with RayNodes(4, 2) as nodes, serving(tmp_path, nodes, text) as server:
