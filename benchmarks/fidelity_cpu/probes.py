@@ -22,7 +22,12 @@ class Probe:
 
 
 class Prober:
-    """Probes a running deployment; ``latest`` is the last probe, of which there is one from the start."""
+    """Probes a running deployment; ``latest`` is the last probe, of which there is one from the start.
+
+    ``server`` serves ``pools`` (instances by role), ``model`` are its times by the profile. Probes' requests go to
+    ``directory``, in files named for ``stem``, in place of those of an earlier deployment; the client's tables to
+    ``log``.
+    """
 
     def __init__(
         self,

@@ -19,7 +19,6 @@ import argparse
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -31,6 +30,7 @@ import numpy as np
 
 from benchmarks.common.load import LoadError, bench
 from benchmarks.common.machine import OtherLoad, describe_run
+from benchmarks.common.progress import say
 from benchmarks.common.servers import ServerError, free_port, running, unwind_on_sigterm
 from benchmarks.fidelity_cpu import timelines
 from benchmarks.fidelity_cpu.predict import (
@@ -302,11 +302,6 @@ def progress_line(run: dict[str, Any]) -> str:
         f"{measured.ttft * 1e3:.1f} / {predicted.ttft * 1e3:.1f} ms, TPOT {measured.tpot * 1e3:.2f} / "
         f"{predicted.tpot * 1e3:.2f} ms"
     )
-
-
-def say(text: str) -> None:
-    """Show progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 if __name__ == "__main__":
