@@ -24,8 +24,9 @@ if ZIG is not None and ZIG.origin is not None and not has_compiler():
     os.environ["CC"] = f"{Path(ZIG.origin).with_name('zig')} cc"
 
 # What travels between processes stays interpreted: its classes are taken apart and put together by other libraries.
-SCHEDULING = ("block_manager", "decode", "decoding", "handoff", "intake", "latency")
-SCHEDULING += ("mixed", "prefill", "prompt_choice", "receiving", "router", "scheduler", "sequence")
+SCHEDULING = ("block_manager", "budget", "decode", "decoding", "handoff", "hybrid", "instance_view", "intake")
+SCHEDULING += ("latency", "mixed", "prefill", "prefix", "prompt_choice", "receiving", "role_changes")
+SCHEDULING += ("routed_prefixes", "router", "scheduler", "sequence")
 SIMULATION = ("client", "engine", "host", "host_loop", "loop", "network", "passage", "pulls", "routes", "worker")
 COMPILED = [f"distserve/core/{name}.py" for name in SCHEDULING] + [f"simulator/{name}.py" for name in SIMULATION]
 

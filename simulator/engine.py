@@ -13,6 +13,7 @@ from itertools import accumulate, islice
 from distserve.core.commands import RunStep
 from distserve.core.events import Event
 from distserve.core.latency import StepShape, StepTime
+from distserve.core.records import record
 from distserve.core.scheduler import InstanceScheduler
 from simulator.latency.interface import DecodeRunTime
 from simulator.recorder import Recorder
@@ -37,7 +38,7 @@ class Stretch:
     number: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@record(frozen=True, slots=True)
 class StretchPoint:
     """The last computed end of a stretch is reached."""
 

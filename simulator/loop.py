@@ -5,9 +5,9 @@ commands the way a cluster does, with delays in place of work. An engine runs it
 :mod:`simulator.engine`); a message takes ``Delays.message``; how long a pull takes, :mod:`simulator.pulls` says.
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Protocol, cast
 
 from distserve.core.commands import (
@@ -95,7 +95,7 @@ class Loop:
 
     def _push(self, time: float, part: Part | None, event: Event | StretchPoint | PullPoint) -> None:
         self._count += 1
-        heapq.heappush(self._heap, (time, self._count, part, event))
+        heappush(self._heap, (time, self._count, part, event))
 
     def lose(self, name: str) -> None:
         """The instance dies now.
@@ -121,7 +121,7 @@ class Loop:
         """Handle events in order up to and including time ``until``."""
         heap = self._heap
         while heap and not self.is_stopped and heap[0][0] <= until:
-            self.now, _, part, event = heapq.heappop(heap)
+            self.now, _, part, event = heappop(heap)
             if part is None:
                 self._on_pull_point()
             elif part.is_alive and self._still_holds(part, event):

@@ -102,7 +102,7 @@ class BlockManager:
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference from each block of a table, the last block first; the last reference frees it."""
         keys, known, free, shares, holds = self._keys, self._known, self._free, self._shares, self._holds
-        if not (shares or holds) and keys.keys().isdisjoint(blocks):
+        if not (shares or holds) and (not keys or keys.keys().isdisjoint(blocks)):
             free += blocks
         else:
             for block in reversed(blocks):

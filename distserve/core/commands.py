@@ -3,13 +3,12 @@
 Commands carry everything a driver needs; a driver decides nothing.
 """
 
-from dataclasses import dataclass
-
 from distserve.core.messages import Message, RequestKey
+from distserve.core.records import record
 from distserve.core.request import FinishReason, Request, TokenOutput
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Send:
     """Deliver ``message`` to the part named ``to``; never blocks, never waits for an answer."""
 
@@ -17,14 +16,14 @@ class Send:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class WakeAt:
     """Feed a Timer event at ``time`` (seconds). Several may be pending; a machine bears spurious ones."""
 
     time: float
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class OpenSequence:
     """Introduce a sequence to the engine before its first chunk.
 
@@ -42,14 +41,14 @@ class OpenSequence:
     num_computed_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CloseSequence:
     """The engine forgets the sequence; no later step names it. Its blocks are the scheduler's business."""
 
     seq_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Chunk:
     """``num_tokens`` further tokens of a sequence.
 
@@ -61,7 +60,7 @@ class Chunk:
     samples: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TableUpdate:
     """Entries of a sequence's block table from position ``start`` on become ``blocks``."""
 
@@ -70,7 +69,7 @@ class TableUpdate:
     blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RunStep:
     """Run one batch.
 
@@ -84,7 +83,7 @@ class RunStep:
     copies: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Migrate:
     """Pull KV: ``src_blocks[i]`` of instance ``source_id`` into local ``dst_blocks[i]``, all layers.
 
@@ -102,14 +101,14 @@ class Migrate:
     deadline: float
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CancelMigrate:
     """Give up a pull; its Migrated event (ok or not) still comes, and only then may its blocks be freed."""
 
     pull_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Deliver:
     """Owner side: tokens for the client of ``request_id``, in order, without gaps or repeats."""
 
@@ -117,7 +116,7 @@ class Deliver:
     outputs: tuple[TokenOutput, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Conclude:
     """Owner side: nothing more will be delivered. ``status`` is 200, or an HTTP error code with ``reason``."""
 

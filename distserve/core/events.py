@@ -5,16 +5,16 @@ its own).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from distserve.core.commands import Command
 from distserve.core.config import InstanceSpec
 from distserve.core.messages import Message
+from distserve.core.records import record
 from distserve.core.request import Request, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Received:
     """A message arrived from the part named ``sender``."""
 
@@ -26,7 +26,7 @@ NOT_FINITE = -1
 """Stands in :class:`StepDone` for a token that could not be drawn because its logits were not finite."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class StepDone:
     """A step ended. ``tokens`` holds, for each sampling chunk in order, one token per choice of its sequence, flat.
 
@@ -40,7 +40,7 @@ class StepDone:
     prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class UnseenStepDone:
     """A simulator's StepDone: the step ended, and nobody looks at its tokens, none of which is an end token.
 
@@ -50,7 +50,7 @@ class UnseenStepDone:
     step_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class StepFailed:
     """A step raised: the engine's state is suspect, its sequences must be failed."""
 
@@ -58,7 +58,7 @@ class StepFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Migrated:
     """A pull ended; not ``ok`` means its destination blocks hold nothing of use."""
 
@@ -68,40 +68,40 @@ class Migrated:
     num_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Timer:
     """A WakeAt came due. A driver also feeds one when it starts, before anything else."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class InstanceUp:
     """Router: an instance is ready to serve."""
 
     spec: InstanceSpec
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class InstanceLost:
     """Router: an instance died or was declared dead by supervision."""
 
     instance_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class InstanceDraining:
     """Router: send the instance nothing new."""
 
     instance_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ClientRequest:
     """Owner: a client's validated, tokenised request (attempt 0)."""
 
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ClientStop:
     """Owner: a stop string was found; the choice ends after ``num_tokens`` output tokens."""
 
@@ -110,7 +110,7 @@ class ClientStop:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ClientGone:
     """Owner: the client disconnected or no longer wants the request."""
 

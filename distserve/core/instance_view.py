@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.hybrid import RecentTokens, interval
 from distserve.core.messages import Report, RequestKey
+from distserve.core.records import record
 from distserve.core.routed_prefixes import RoutedPrefixes
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Work:
     """What an attempt will take on an instance: prompt ``tokens`` to compute, or ``blocks`` for KV that moves there.
 

@@ -4,11 +4,12 @@ The simulator times steps with it. How a profile is measured or fitted is no
 concern of this module.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
+from distserve.core.records import record
 
-@dataclass(frozen=True, slots=True)
+
+@record(frozen=True, slots=True)
 class StepShape:
     """What a step computes, as far as its time depends on it.
 
@@ -46,7 +47,7 @@ class StepTime(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class LinearStepTime:
     """Affine in a step's work, the form of DistServe's fits.
 

@@ -27,28 +27,28 @@ alone resubmits, starts the next attempt.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from distserve.core.config import InstanceSpec, Role
+from distserve.core.records import record
 from distserve.core.request import Request, TokenOutput
 
 RequestKey = tuple[str, int]
 """(request_id, attempt)"""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Hello:
     """An owner is there and wants Status messages."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Submit:
     """An owner asks for one attempt at a request."""
 
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Routed:
     """The router sent the attempt to this instance, which holds it until it says otherwise."""
 
@@ -56,7 +56,7 @@ class Routed:
     instance_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class HandedOver:
     """A prefill instance has released the attempt: ``decode_id`` holds it now."""
 
@@ -64,7 +64,7 @@ class HandedOver:
     decode_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Rejected:
     """The attempt is not admitted. ``status`` is 400, 429 or 503; ``retry_after`` in seconds goes with 429."""
 
@@ -74,14 +74,14 @@ class Rejected:
     retry_after: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Prefill:
     """An instance is to serve this attempt: a prefill instance its prompt, a mixed one all of it."""
 
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class DecodeWanted:
     """A prompt's last chunk starts, or has ended: its KV needs a decode instance.
 
@@ -96,7 +96,7 @@ class DecodeWanted:
     refused_by: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class DecodeAssigned:
     """The decode instance that the router named."""
 
@@ -104,7 +104,7 @@ class DecodeAssigned:
     decode_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class DecodeDropped:
     """The prefill instance needs no decode instance after all (aborted, or finished with its first token)."""
 
@@ -112,7 +112,7 @@ class DecodeDropped:
     decode_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Offer:
     """Prefill offers KV. Memory on the decode side is reserved on receipt or not at all.
 
@@ -127,21 +127,21 @@ class Offer:
     ready_step: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Accepted:
     """Blocks are reserved; the decode side asks for a lease, whose term it counts from the sending of this."""
 
     key: RequestKey
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Refused:
     """No room now; nothing is reserved."""
 
     key: RequestKey
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Leased:
     """The offered blocks stay untouched for ``term`` seconds from the receipt of Accepted or Renew."""
 
@@ -149,14 +149,14 @@ class Leased:
     term: float
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Renew:
     """The pull goes on: extend the lease."""
 
     key: RequestKey
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Prefilled:
     """The prompt is done: ``first_tokens[i]`` was sampled for ``request.choices[i]``.
 
@@ -168,7 +168,7 @@ class Prefilled:
     finished: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Withdrawn:
     """The offer is void (abort, finished with the first token, lease run out).
 
@@ -178,21 +178,21 @@ class Withdrawn:
     key: RequestKey
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Pulled:
     """The decode side has all KV, or wants none of it any more: the prefill side may free its blocks."""
 
     key: RequestKey
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Tokens:
     """All tokens that one step produced for one owner."""
 
     outputs: tuple[TokenOutput, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Preempted:
     """The choice lost its KV to older ones; its owner resubmits it with the tokens it has."""
 
@@ -200,7 +200,7 @@ class Preempted:
     choice: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Failed:
     """The attempt cannot go on here.
 
@@ -212,7 +212,7 @@ class Failed:
     status: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Abort:
     """Free everything held for this attempt; ``choice`` None means all its choices."""
 
@@ -220,7 +220,7 @@ class Abort:
     choice: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class InstanceGone:
     """An instance is lost: no message will come from it, and no memory of it may be read.
 
@@ -231,7 +231,7 @@ class InstanceGone:
     instance_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ChangeRole:
     """An instance is to have another role; what it has not ended after ``patience`` seconds goes on elsewhere."""
 
@@ -240,7 +240,7 @@ class ChangeRole:
     patience: float
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RoleAnswer:
     """Whether an instance will change to ``role``: ``status`` is 202, or 404 or 409 and the ``reason`` why not."""
 
@@ -250,7 +250,7 @@ class RoleAnswer:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Become:
     """Take ``role`` once nothing is left here; hand back what is left after ``patience`` seconds."""
 
@@ -258,7 +258,7 @@ class Become:
     patience: float
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Report:
     """An instance's load, sent at intervals and after changes.
 
@@ -295,7 +295,7 @@ class Report:
     num_launched_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Status:
     """The cluster as the router sees it: specification and last report of every live instance.
 

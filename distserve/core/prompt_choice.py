@@ -9,11 +9,11 @@ this way, and the rule of :mod:`distserve.core.hybrid` decides between the two.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from distserve.core.config import SLO, Role
 from distserve.core.hybrid import is_far, is_short, strain
 from distserve.core.instance_view import InstanceView
+from distserve.core.records import record
 from distserve.core.request import Request
 from distserve.core.routed_prefixes import PromptKeys
 
@@ -21,7 +21,7 @@ _SHARE, _FEW = 1.5, 4
 """A mixed instance preferred for a hit has at most so many times the other's requests, and so many more."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PromptChoice:
     """Who computes a prompt, how many of its tokens are there, and the shortest wait (seconds) of its kind.
 

@@ -6,8 +6,9 @@ if nothing had happened.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+
+from distserve.core.records import record
 
 
 class FinishReason(StrEnum):
@@ -19,7 +20,7 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn; names and semantics as in vLLM's API.
 
@@ -54,7 +55,7 @@ class SamplingParams:
         return self.stop_token_ids if self.ignore_eos else self.eos_token_ids + self.stop_token_ids
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Request:
     """One prompt and the choices wanted for it, as submitted in one attempt.
 
@@ -94,7 +95,7 @@ class Request:
         return len(self.prompt_token_ids) + self.sampling.max_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probability of a token and of the best alternatives, best first, from the raw (untempered) distribution."""
 
@@ -103,7 +104,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TokenOutput:
     """One generated token on its way to the owner.
 

@@ -280,10 +280,11 @@ class Router:
         for name, pool in (("prefill", prefill), ("decode", decode)):
             if not pool:
                 return 503, f"no {name} instance is up"
+        num_total = request.max_total_tokens
         for view in prefill + decode:
             limit = view.spec.scheduler.max_model_len
-            if request.max_total_tokens > limit:
-                return 400, f"{request.max_total_tokens} tokens (prompt and max_tokens) exceed the context of {limit}"
+            if num_total > limit:
+                return 400, f"{num_total} tokens (prompt and max_tokens) exceed the context of {limit}"
         if not any(self._can_ever_prefill(view, request) for view in prefill):
             largest = max(view.spec.kv.num_tokens for view in prefill)
             return 400, f"a prompt of {request.num_prefill_tokens} tokens exceeds the KV memory of {largest} tokens"
@@ -292,7 +293,7 @@ class Router:
             largest = max(view.spec.kv.num_tokens for view in decode)
             count = len(request.choices)
             return 400, (
-                f"{request.max_total_tokens} tokens (prompt and max_tokens) for {count} choices exceed the KV memory "
+                f"{num_total} tokens (prompt and max_tokens) for {count} choices exceed the KV memory "
                 f"of {largest} tokens or the largest batch"
             )
         return None
@@ -308,7 +309,7 @@ class Router:
 
     @staticmethod
     def _can_ever_prefill(view: InstanceView, request: Request) -> bool:
-        return view.spec.kv.blocks_for(request.num_prefill_tokens) <= view.spec.kv.num_blocks
+        return request.num_prefill_tokens <= view.spec.kv.num_tokens
 
     @staticmethod
     def _can_ever_decode(view: InstanceView, request: Request) -> bool:
