@@ -39,6 +39,8 @@ from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import WorkloadSpec
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
+PARTS = {1: 4, 2: 3}
+"""In how many parts a round's load of so many clients is given."""
 RATE = 3.0
 """Requests/s of the open loop."""
 PROMPT_LEN, OUTPUT_LEN = "normal:mean=256,std=77,max=1500", "normal:mean=64,std=19,max=256"
@@ -61,13 +63,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def loads(directory: Path, seed: int, *, quick: bool) -> Iterator[tuple[str, Load]]:
-    """Each load by its name, its trace written to ``directory``."""
+    """Each load by its name, its trace written to ``directory``; those of few clients in several short parts.
+
+    A lone sequence feels it most that the machine's speed changes from one ten seconds to the next.
+    """
     prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
     for clients in (1, 8) if quick else CLIENTS:
-        num = 2 * clients if quick else max(24, 12 * clients)
-        trace = directory / f"{clients}-{seed}.jsonl"
-        write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=seed).at(None))
-        yield f"{clients} client{'s' if clients > 1 else ''}", Load(trace, num, clients)
+        num = 2 * clients if quick else max(8, 12 * clients // PARTS.get(clients, 1))
+        for part in range(1 if quick else PARTS.get(clients, 1)):
+            trace = directory / f"{clients}-{seed}-{part}.jsonl"
+            write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=10 * seed + part).at(None))
+            yield f"{clients} client{'s' if clients > 1 else ''}", Load(trace, num, clients)
     num = 6 if quick else round(30 * RATE)
     trace = directory / f"open-{seed}.jsonl"
     write_trace(trace, WorkloadSpec(Gamma(), prompt, output, num_requests=num, seed=seed).at(RATE))
@@ -92,9 +98,11 @@ def measure(options: argparse.Namespace, logs: Path) -> tuple[dict[str, dict[str
         warm_up.mkdir()
         for _, load in loads(warm_up, 99, quick=True):
             distserve_bench(target, load, log)
+        turn = 0
         for number in range(1 if options.quick else options.rounds):
             for name, load in loads(Path(directory), 1 + number, quick=options.quick):
-                order = list(clients)[number % len(clients) :] + list(clients)[: number % len(clients)]
+                order = list(clients)[turn % len(clients) :] + list(clients)[: turn % len(clients)]
+                turn += 1
                 for client in order:
                     if client == "closed_loop.py" and load.clients is None:
                         continue

@@ -1,6 +1,7 @@
 """Reading published traces: Azure CSV, Mooncake JSON lines, ShareGPT JSON.
 
-A malformed file raises WorkloadError with the file and the line (for ShareGPT, one JSON array, the entry). Nothing is
+A malformed file raises WorkloadError with the file and the line (for ShareGPT, one JSON array, the entry). All are read
+as a stream, of which lengths, times and the identities of blocks are kept. Nothing is
 skipped silently, apart from ShareGPT conversations without a human turn followed by an answer, which are counted.
 """
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from distserve.bench.arrivals import Times
 from distserve.bench.errors import WorkloadError
+from distserve.bench.json_array import read_entries
 from distserve.bench.lengths import Lengths
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -200,15 +202,10 @@ def _json_object(where: str, line: str) -> dict[str, Any]:
 
 
 def _read_sharegpt(path: Path, file: TextIO, count_tokens: Callable[[str], int] | None) -> Trace:
-    try:
-        entries = json.load(file)
-    except json.JSONDecodeError as error:
-        raise WorkloadError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(entries, list):
-        raise WorkloadError(f"{path}:1: a ShareGPT file is a JSON array of conversations")
     count = count_tokens or (lambda text: math.ceil(len(text) / CHARS_PER_TOKEN))
-    prompts, outputs, skipped = [], [], 0
-    for number, entry in enumerate(entries):
+    _, prompts, outputs = _columns()
+    skipped = 0
+    for number, entry in enumerate(read_entries(path, file)):
         pair = _first_exchange(f"{path}: entry {number}", entry)
         if pair is None:
             skipped += 1
@@ -217,7 +214,7 @@ def _read_sharegpt(path: Path, file: TextIO, count_tokens: Callable[[str], int] 
         outputs.append(max(count(pair[1]), 1))
     notes = [] if count_tokens else [f"lengths are characters / {CHARS_PER_TOKEN:g}: no tokenizer was given"]
     if skipped:
-        notes.append(f"{skipped} of {len(entries)} conversations have no question followed by an answer")
+        notes.append(f"{skipped} of {skipped + len(prompts)} conversations have no question followed by an answer")
     return Trace(np.array(prompts, np.int64), np.array(outputs, np.int64), note="; ".join(notes))
 
 
