@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from distserve.cluster.config import ConfigFile
 from distserve.cluster.placement_section import PlacementSection
 from distserve.core.config import SLO, ParallelConfig, Role
 from distserve.core.errors import ConfigError
@@ -21,6 +22,7 @@ from simulator.inputs import SimulationFile, most_kv, read_file, read_latency, r
 from simulator.latency.measured import ProfileLatencyModel
 from simulator.latency.shape import ModelShape
 from simulator.model import Delays
+from simulator.sections import WorkloadSection
 
 _QUICK = SearchLimits(num_finalists=2, tolerance=0.06, num_requests=150, max_requests=1500)
 
@@ -41,6 +43,13 @@ class SearchSection(BaseModel):
 class PlanningFile(SimulationFile):
     """The whole file, with the planner's own section checked."""
 
+    search: SearchSection = SearchSection()  # type: ignore[assignment]
+
+
+class _UnplannedFile(ConfigFile):
+    """A file that nothing is planned from; what it says to the planner is checked all the same."""
+
+    workload: WorkloadSection | None = None  # type: ignore[assignment]
     search: SearchSection = SearchSection()  # type: ignore[assignment]
 
 
@@ -76,6 +85,7 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
     )
     search = replace(
         _QUICK if overrides.quick else SearchLimits(),
+        policies=(file.engine.mixed_policy,),
         hybrid=file.search.hybrid,
         across_nodes=file.search.across_nodes,
         seed=overrides.seed,
@@ -92,6 +102,11 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
         search=search,
     )
     return replace(problem, delays=_delays(problem))
+
+
+def check_unplanned(path: Path) -> None:
+    """Raise ConfigError if a section of the file at ``path`` has mistakes, though nothing is planned from it."""
+    read_file(path, _UnplannedFile, sections=(), purpose="launching")
 
 
 def given_candidate(path: Path, problem: Problem) -> Candidate | None:

@@ -184,7 +184,7 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
     from distserve.cluster.config import load_config
     from distserve.cluster.yaml_file import read_yaml
     from distserve.demo import model_dir
-    from placement.config import Overrides, load_problem
+    from placement.config import Overrides, check_unplanned, load_problem
     from placement.offered import Offered
     from placement.planfile import dtype_name
 
@@ -194,6 +194,8 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
         problem = load_problem(
             file, Overrides(rate=options["rate"], profile=options["profile"], quick=options["quick"])
         )
+    else:
+        check_unplanned(file)
     planned: list[_Planned] = []
 
     def planner(config: Path, model: Path) -> Placement:  # noqa: ARG001 -- the hook's
@@ -229,13 +231,11 @@ def _plan(file: Path, problem: "Problem", messages: "Console", report: "Console 
     """Search, with progress, and show the plan."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from distserve.core.config import PrefillPolicy
     from placement.report import print_report
     from placement.search import find_plan
 
-    # Whole-prompt scheduling is there for comparison: what is launched schedules by SplitFuse, within a node each.
-    search = replace(problem.search, policies=(PrefillPolicy.SPLITFUSE,), across_nodes=False)
-    problem = replace(problem, search=search)
+    # What is launched has every instance within a node.
+    problem = replace(problem, search=replace(problem.search, across_nodes=False))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
         task = bar.add_task(f"planning for {file.name}", total=None)

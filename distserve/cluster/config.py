@@ -223,7 +223,9 @@ def load_config(
     if engine.gpu is not None:
         _check_gpu(planned, engine, serving)
     check_kv_transport(planned.instances, planned.cluster, engine.kv_transport)
-    if "mixed_policy" in engine.model_fields_set and not any(i.role is Role.MIXED for i in planned.instances):
+    is_plan = checked.placement == "auto" or checked.prediction is not None
+    has_mixed = any(instance.role is Role.MIXED for instance in planned.instances)
+    if "mixed_policy" in engine.model_fields_set and not (has_mixed or is_plan):
         raise ConfigError("mixed_policy is for mixed instances, and there are none: give --mixed 1 or more, or drop it")
     settings = EngineSettings(
         dtype=engine.dtype,

@@ -8,7 +8,7 @@ import pytest
 from distserve.cluster.config import ServeConfig, load_config
 from distserve.cluster.profile_file import read_profile
 from distserve.core.budget import SATURATED, prompt_rate
-from distserve.core.config import PrefillPolicy
+from distserve.core.config import PrefillPolicy, Role
 from distserve.core.errors import ConfigError
 from distserve.demo import model_dir
 
@@ -61,6 +61,16 @@ def test_a_step_too_small_is_refused_before_anything_starts(flags: dict[str, Any
 def test_a_policy_of_mixed_instances_needs_some() -> None:
     with pytest.raises(ConfigError, match="for mixed instances, and there are none: give --mixed 1"):
         load_config(None, {"engine.mixed_policy": "whole"}, model_dir())
+
+
+def test_a_plan_that_has_no_mixed_instances_may_have_had_a_policy_for_them(tmp_path: Path) -> None:
+    """It was one of those that the planner chose among."""
+    (tmp_path / "plan.yaml").write_text(
+        "placement: {prefill: {instances: 1}, decode: {instances: 1}}\n"
+        "engine: {mixed_policy: whole}\nprediction: {rate: 1.0}\n"
+    )
+    config = load_config(tmp_path / "plan.yaml", {}, model_dir())
+    assert {instance.role for instance in config.instances} == {Role.PREFILL, Role.DECODE}
 
 
 def test_the_budget_is_where_the_profiles_throughput_saturates(tmp_path: Path) -> None:

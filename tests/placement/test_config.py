@@ -10,12 +10,14 @@ from distserve.bench.arrivals import Gamma, TraceTimes
 from distserve.bench.lengths import Fixed, LengthDistribution, Lognormal, Normal
 from distserve.cluster.profile_file import write_profile
 from distserve.cluster.sizing import KvRequest, size_kv
-from distserve.core.config import SLO, KvConfig, ParallelConfig, Role
+from distserve.core.config import SLO, KvConfig, ParallelConfig, PrefillPolicy, Role
 from distserve.core.errors import ConfigError
 from distserve.core.profile import FORMAT, Profile, ShapeProfile, StepFit, Surface, Table
 from distserve.core.topology import ClusterSpec
 from distserve.demo import model_dir
 from placement.config import Overrides, given_candidate, load_problem
+from placement.offered import Offered
+from placement.shapes import find_shapes
 from simulator.latency.distserve_profile import DistServeProfile
 from tests.placement.conftest import WriteConfig
 
@@ -36,6 +38,14 @@ def test_every_section_arrives(write_config: WriteConfig) -> None:
     assert problem.rate == 2
     assert problem.cluster == ClusterSpec("a100-80g-sxm", 1, 2, 300e9, 3e9, 2)
     assert "a100-80g-sxm" in problem.latency.source
+
+
+def test_mixed_instances_are_planned_with_the_policy_they_would_have(write_config: WriteConfig) -> None:
+    assert load_problem(write_config(), NONE).search.policies == (PrefillPolicy.SPLITFUSE,)
+    whole = load_problem(write_config(engine={"mixed_policy": "whole"}), NONE)
+    assert whole.search.policies == (PrefillPolicy.WHOLE_PROMPT,)
+    shapes, _ = find_shapes(whole, Offered(whole.workload))
+    assert {shape.policy for shape in shapes if shape.role is Role.MIXED} == {PrefillPolicy.WHOLE_PROMPT}
 
 
 def test_flags_win(write_config: WriteConfig) -> None:

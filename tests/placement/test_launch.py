@@ -175,6 +175,11 @@ cluster: {{gpu: a100-80g-sxm, nodes: 4, gpus_per_node: 8, intra_node_bandwidth: 
         ("placement: gone.yaml", [], r"cannot read the plan .*gone\.yaml"),
         ("placement: broken.yaml", [], r"broken\.yaml is no plan"),
         ("modle: x\nplacement: {mixed: {}}", [], "modle is unknown"),
+        (
+            "placement: {mixed: {}}\nworkload: {prompt: 20, output: 5, arivals: {rate: 1}}",
+            [],
+            r"line 2: workload\.arivals is unknown",
+        ),
         (DEMO.read_text(), ["--profile", "gone.json"], r"cannot read gone\.json"),
         (DEMO.read_text().replace("gpu: cpu", "gpu: h100"), [], "h100-"),
         (ELSEWHERE, [], r"the plan needs 4 nodes of 8 a100-80g-sxm GPUs, the cluster has 1 node of \d+ CPU"),
