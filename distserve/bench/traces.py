@@ -1,8 +1,8 @@
 """Reading published traces: Azure CSV, Mooncake JSON lines, ShareGPT JSON.
 
-A malformed file raises WorkloadError with the file and the line (for ShareGPT, one JSON array, the entry). All are read
-as a stream, of which lengths, times and the identities of blocks are kept. Nothing is
-skipped silently, apart from ShareGPT conversations without a human turn followed by an answer, which are counted.
+All are read as a stream, of which lengths, times and the identities of blocks are kept. A malformed file raises
+WorkloadError with the file and the line (for ShareGPT, one JSON array, the entry). Nothing is skipped silently, apart
+from ShareGPT conversations without a human turn followed by an answer, which are counted.
 """
 
 import csv
