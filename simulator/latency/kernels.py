@@ -31,14 +31,27 @@ class Cost:
     bytes: Array
 
 
-def gemm(gpu: GpuSpec, eff: Efficiency, m: Array, n: Number, k: Number, item: int, groups: Number = 1.0) -> Cost:
+def gemm(
+    gpu: GpuSpec,
+    eff: Efficiency,
+    m: Array,
+    n: Number,
+    k: Number,
+    item: int,
+    groups: Number = 1.0,
+    *,
+    weight_item: float | None = None,
+) -> Cost:
     """``groups`` products [m, k] x [k, n] of ``item``-byte numbers in one launch.
+
+    ``weight_item``: bytes of a number of the second matrix, if it is quantised. Such are read faster and multiplied at
+    the rate of 16 bits, as by kernels that widen them first; a card's faster 8-bit arithmetic is not counted.
 
     Output tiles run in waves over the SMs, and a started wave takes as long as a full one: that makes odd shapes slow.
     With fewer tiles than SMs the inner dimension is split over some of the idle ones. The fastest tile counts.
     """
     flops = 2.0 * groups * m * n * k
-    traffic = groups * (m * k + k * n + m * n) * item
+    traffic = groups * ((m * k + m * n) * item + k * n * (item if weight_item is None else weight_item))
     compute = np.full(np.broadcast_shapes(np.shape(m), np.shape(n)), np.inf)
     tiles = ((256, 128, 1.0), (128, 128, eff.gemm_medium), (128, 64, eff.gemm_narrow), (64, 64, eff.gemm_small))
     for tile_m, tile_n, share in tiles:
@@ -63,6 +76,7 @@ def experts(
     per_token: Number,
     item: int,
     gates: int = 2,
+    weight_item: float | None = None,
 ) -> Cost:
     """A layer of experts: ``tokens`` go to ``per_token`` of ``num_experts`` MLPs of ``inner`` columns each.
 
@@ -77,8 +91,8 @@ def experts(
     )
     touched = -num_experts * np.expm1(tokens * np.log1p(-np.minimum(per_token / num_experts, 1 - 1e-12)))
     each = tokens * per_token / touched
-    up = gemm(gpu, grouped, each, gates * inner, hidden, item, touched)
-    down = gemm(gpu, grouped, each, hidden, inner, item, touched)
+    up = gemm(gpu, grouped, each, gates * inner, hidden, item, touched, weight_item=weight_item)
+    down = gemm(gpu, grouped, each, hidden, inner, item, touched, weight_item=weight_item)
     inside = stream(gpu, eff, (gates + 1) * inner * item * tokens * per_token)
     return Cost(
         up.seconds + inside.seconds + down.seconds + eff.expert_launch,
@@ -114,7 +128,9 @@ def decode_attention(
     traffic = 2.0 * kv_heads * dim * item * context
     slowdown = 1 + eff.decode_ramp / (batch * kv_heads)
     bandwidth = gpu.memory_bandwidth * eff.decode_memory
-    seconds = traffic / bandwidth * slowdown + eff.decode_sequence * batch * heads / bandwidth + eff.decode_launch
+    # Where many query heads share what is read, arithmetic may take longer than reading.
+    work = np.maximum(traffic / bandwidth * slowdown, flops / (gpu.flops * eff.attention_compute))
+    seconds = work + eff.decode_sequence * batch * heads / bandwidth + eff.decode_launch
     return Cost(seconds, flops, traffic)
 
 

@@ -23,9 +23,10 @@ def workspace_bytes(shape: ModelShape, parallel: ParallelConfig, max_batch_token
     The residual stream, its copy and its norm, queries, keys and values, and both halves of the MLP's inner columns are
     alive at once; then the logits of the sampled rows, whole on every rank, with what sampling makes of them.
     """
-    columns = (
-        3 * shape.hidden + (shape.num_heads // parallel.tp + 2 * shape.kv_heads_per_rank(parallel)) * shape.head_dim
-    )
+    heads = shape.num_heads // parallel.tp
+    # Latent attention computes prompts with keys and values of every head.
+    kv_heads = heads if shape.latent is not None else shape.kv_heads_per_rank(parallel)
+    columns = 3 * shape.hidden + (heads + 2 * kv_heads) * shape.head_dim
     inner = shape.intermediate
     if shape.num_experts:
         inner = max(shape.expert_intermediate * shape.experts_per_token + shape.shared_intermediate, shape.hidden)

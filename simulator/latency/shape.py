@@ -35,8 +35,31 @@ _UNGATED = frozenset(
 _TIED = frozenset(
     {"bloom", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "starcoder2"}
 )
+# Bits of a weight where the method itself says so; four bits and the share of a scale of eight for 32 of them in MXFP4.
+_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25}
 # Rows of the learned position table beyond the config's number of positions.
 _LEARNED_POSITIONS = {"opt": 2, "gpt2": 0, "gpt_bigcode": 0, "gpt_neo": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Of a token a layer caches ``kv_rank`` columns, from which the keys and values of all heads are made, and ``rope``
+    columns of one rotated key that they share. A head's queries and keys have ``nope + rope`` columns, its values
+    ``value``. Queries are made from ``query_rank`` columns, 0: from the hidden state itself.
+    """
+
+    query_rank: int
+    kv_rank: int
+    nope: int
+    rope: int
+    value: int
+
+    @property
+    def cached(self) -> int:
+        """Columns cached of a token, the same on every shard."""
+        return self.kv_rank + self.rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +69,10 @@ class ModelShape:
     ``num_experts`` 0 is a dense model; else ``num_moe_layers`` of the layers route each token to ``experts_per_token``
     experts of ``expert_intermediate`` columns, beside shared ones of ``shared_intermediate`` columns in all, and only
     the other layers have the dense MLP of ``intermediate`` columns. ``num_positions`` counts rows of a learned position
-    table, ``max_model_len`` tokens of its longest sequence by the config (0: unsaid). Biases and norms are neglected
-    (below 0.1% of the weights).
+    table, ``max_model_len`` tokens of its longest sequence by the config (0: unsaid). With ``latent`` attention
+    ``num_kv_heads`` is 1, for what is cached, and ``head_dim`` that of queries and keys. ``weight_bits`` are those of a
+    quantised weight of the layers, in the mean (0: weights are as wide as activations); tables are not quantised.
+    Biases, norms and scales are neglected (below 0.1% of the weights; a scale for 128 weights of 4 bits adds 3%).
     """
 
     name: str
@@ -68,6 +93,8 @@ class ModelShape:
     num_moe_layers: int = 0
     dtype_bytes: int = 2
     max_model_len: int = 0
+    latent: LatentAttention | None = None
+    weight_bits: float = 0.0
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelShape":
@@ -96,12 +123,6 @@ class ModelShape:
         """From the content of a ``config.json``. Raises as :meth:`load` does."""
         config = config.get("text_config") or config
         kind = config.get("model_type", "")
-        for key, what in (
-            ("kv_lora_rank", "multi-head latent attention"),
-            ("quantization_config", "quantised weights"),
-        ):
-            if config.get(key):
-                raise UnsupportedModelError(f"{name}: {what} ({key} in its config) is not modelled")
         if config.get("is_encoder_decoder"):
             raise UnsupportedModelError(f"{name}: only decoder-only models are modelled")
 
@@ -118,6 +139,17 @@ class ModelShape:
             raise ConfigError(f"{name}: its config has no layers, heads or columns")
         multi_query = bool(config.get("multi_query")) and kind in {"falcon", "gpt_bigcode"}
         num_kv_heads = number("num_key_value_heads", "num_kv_heads", default=1 if multi_query else num_heads)
+        head_dim = number("head_dim", default=hidden // num_heads)
+        latent = None
+        if config.get("kv_lora_rank"):
+            latent = LatentAttention(
+                number("q_lora_rank", default=0),
+                number("kv_lora_rank"),
+                number("qk_nope_head_dim"),
+                number("qk_rope_head_dim"),
+                number("v_head_dim"),
+            )
+            num_kv_heads, head_dim = 1, latent.nope + latent.rope
         experts = number("num_local_experts", "num_experts", "n_routed_experts", default=0)
         positions = number("max_position_embeddings", "n_positions", default=0)
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
@@ -134,7 +166,7 @@ class ModelShape:
             hidden=hidden,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=number("head_dim", default=hidden // num_heads),
+            head_dim=head_dim,
             intermediate=intermediate,
             vocab=number("vocab_size"),
             gated_mlp=kind not in _UNGATED,
@@ -147,12 +179,20 @@ class ModelShape:
             num_moe_layers=_num_moe_layers(config, num_layers) if experts else 0,
             dtype_bytes=_DTYPE_BYTES[dtype],
             max_model_len=positions,
+            latent=latent,
+            weight_bits=weight_bits(config.get("quantization_config"), name),
         )
 
     @property
     def kv(self) -> KvGeometry:
         """What decides the bytes of its KV cache."""
-        return KvGeometry(self.num_layers, self.num_kv_heads, 2 * self.head_dim * self.dtype_bytes)
+        columns = 2 * self.head_dim if self.latent is None else self.latent.cached
+        return KvGeometry(self.num_layers, self.num_kv_heads, columns * self.dtype_bytes)
+
+    @property
+    def weight_item(self) -> float:
+        """Bytes of a weight of the layers' matrices."""
+        return self.weight_bits / 8 or self.dtype_bytes
 
     @property
     def mlp_matrices(self) -> int:
@@ -187,7 +227,7 @@ class ModelShape:
         positions = self.num_positions * self.hidden
         num_tables = 2 if parallel.pp == 1 and not self.tied_embeddings else 1
         tables = num_tables * table + positions
-        return (stage + tables) * self.dtype_bytes
+        return int(stage * self.weight_item) + tables * self.dtype_bytes
 
     def kv_bytes_per_token(self, parallel: ParallelConfig = ONE_RANK) -> int:
         """KV bytes one token takes on the fullest rank."""
@@ -214,14 +254,48 @@ class ModelShape:
 
     def _layer_parameters(self, tp: int) -> tuple[int, int]:
         """Weights of all layers on one shard: (attention and dense MLPs, routers and experts)."""
-        kv_heads = max(self.num_kv_heads // tp, 1)
-        attention = self.hidden * self.head_dim * (2 * self.num_heads // tp + 2 * kv_heads)
+        attention = self._attention_parameters(tp)
         dense = self.mlp_matrices * self.hidden * self.intermediate // tp
         experts = self.mlp_matrices * self.hidden * self.expert_intermediate // tp * self.num_experts
         shared = self.mlp_matrices * self.hidden * self.shared_intermediate // tp
         router = self.hidden * self.num_experts
         moe = (experts + shared + router) * self.num_moe_layers
         return attention * self.num_layers + dense * (self.num_layers - self.num_moe_layers), moe
+
+    def _attention_parameters(self, tp: int) -> int:
+        heads, latent = self.num_heads // tp, self.latent
+        if latent is None:
+            return self.hidden * self.head_dim * (2 * heads + 2 * max(self.num_kv_heads // tp, 1))
+        narrow = self.hidden * (latent.query_rank + latent.cached)
+        queries = (latent.query_rank or self.hidden) * heads * self.head_dim
+        keys_and_values = latent.kv_rank * heads * (latent.nope + latent.value)
+        return narrow + queries + keys_and_values + heads * latent.value * self.hidden
+
+
+def weight_bits(quantisation: Any, name: str) -> float:
+    """Bits of a weight by ``quantization_config``, as transformers knows them; 0 without one.
+
+    Raises UnsupportedModelError for a method whose config does not say.
+    """
+    if not quantisation:
+        return 0.0
+    found: Any = None
+    if isinstance(quantisation, dict):
+        method = quantisation.get("quant_method")
+        groups = quantisation.get("config_groups")
+        if isinstance(groups, dict):  # compressed-tensors
+            sizes = [((group or {}).get("weights") or {}).get("num_bits") for group in groups.values()]
+            found = max((bits for bits in sizes if isinstance(bits, int)), default=None)
+        elif quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit"):  # bitsandbytes
+            found = 4 if quantisation.get("load_in_4bit") else 8
+        else:
+            found = quantisation.get("bits") or quantisation.get("w_bit") or _BITS.get(str(method))
+    if not isinstance(found, int | float) or not 1 <= found <= 16:
+        raise UnsupportedModelError(
+            f"{name}: its quantization_config does not say how many bits a weight has: give a config with 'bits', or "
+            f"with a quant_method among {', '.join(_BITS)}"
+        )
+    return float(found)
 
 
 def _num_moe_layers(config: dict[str, Any], num_layers: int) -> int:

@@ -48,13 +48,9 @@ class StepKernels:
         """What depends on the number of tokens alone: everything but attention and output matrix."""
         shape, tp, layers = self.shape, self.parallel.tp, self.layers
         item, hidden = shape.dtype_bytes, shape.hidden
-        heads, kv_heads, head_dim = self._heads
-        width, kv_width = heads * head_dim, kv_heads * head_dim
         yield Launches("embedding", 1, self._stream(2 * hidden * item * tokens))
         yield Launches("norm and residual", 2 * layers, self._stream(4 * hidden * item * tokens))
-        yield Launches("qkv projection", layers, self._gemm(tokens, width + 2 * kv_width, hidden))
-        yield Launches("rotary and KV write", layers, self._stream((2 * width + 4 * kv_width) * item * tokens))
-        yield Launches("output projection", layers, self._gemm(tokens, hidden, width))
+        yield from self._projections(tokens)
         dense = layers * (shape.num_layers - shape.num_moe_layers) // shape.num_layers
         moe = layers - dense
         gates = 2 if shape.gated_mlp else 1
@@ -76,6 +72,7 @@ class StepKernels:
                 shape.experts_per_token,
                 item,
                 gates,
+                shape.weight_item,
             )
             yield Launches("experts", moe, cost)
             if shape.shared_intermediate:
@@ -87,22 +84,54 @@ class StepKernels:
             cost = kernels.all_reduce(self.cluster.intra_node_bandwidth, self.efficiency, size, tp)
             yield Launches("all-reduce", 2 * layers, cost)
 
+    def _projections(self, tokens: Array) -> Iterator[Launches]:
+        shape, layers = self.shape, self.layers
+        item, hidden, latent = shape.dtype_bytes, shape.hidden, shape.latent
+        heads, kv_heads, head_dim = self._heads
+        if latent is None:
+            width, kv_width = heads * head_dim, kv_heads * head_dim
+            yield Launches("qkv projection", layers, self._gemm(tokens, width + 2 * kv_width, hidden))
+            yield Launches("rotary and KV write", layers, self._stream((2 * width + 4 * kv_width) * item * tokens))
+            yield Launches("output projection", layers, self._gemm(tokens, hidden, width))
+            return
+        yield Launches("latent projection", layers, self._gemm(tokens, latent.query_rank + latent.cached, hidden))
+        yield Launches("query projection", layers, self._gemm(tokens, heads * head_dim, latent.query_rank or hidden))
+        moved = 2 * heads * latent.rope + 2 * latent.cached
+        yield Launches("rotary and KV write", layers, self._stream(moved * item * tokens))
+        # Of prompts: keys and values are made of what is cached. Of decodes the same products are taken with the
+        # queries and the outcome instead (DeepSeek-V2's absorption), which is as much work.
+        columns = heads * (latent.nope + latent.value)
+        yield Launches("key and value projection", layers, self._gemm(tokens, columns, latent.kv_rank))
+        yield Launches("output projection", layers, self._gemm(tokens, hidden, heads * latent.value))
+
     def of_rows(self, rows: Array) -> Iterator[Launches]:
         """What depends on the number of sequences that get a token: logits, and sampling in 32 bits."""
         columns = -(-self.shape.vocab // self.parallel.tp)
-        yield Launches("output matrix", 1, self._gemm(rows, columns, self.shape.hidden))
+        item = self.shape.dtype_bytes
+        cost = kernels.gemm(self.gpu, self.efficiency, rows, columns, self.shape.hidden, item)
+        yield Launches("output matrix", 1, cost)
         yield Launches("sampling", 1, self._stream(3 * 4 * self.shape.vocab * rows))
 
     def prefill(self, tokens: Array, pairs: Array) -> Launches:
         """Attention of prompts, affine in ``pairs``."""
-        item = self.shape.dtype_bytes
-        cost = kernels.prefill_attention(self.gpu, self.efficiency, tokens, pairs, *self._heads, item)
+        item, latent = self.shape.dtype_bytes, self.shape.latent
+        heads, kv_heads, dim = self._heads
+        if latent is not None:
+            # Every head has keys and values of its own; values are narrower.
+            kv_heads, dim = heads, (dim + latent.value) // 2
+        cost = kernels.prefill_attention(self.gpu, self.efficiency, tokens, pairs, heads, kv_heads, dim, item)
         return Launches("prefill attention", self.layers, cost)
 
     def decode(self, sequences: Array, context: Array) -> Launches:
         """Attention of decodes, affine in ``context``."""
-        item = self.shape.dtype_bytes
-        cost = kernels.decode_attention(self.gpu, self.efficiency, sequences, context, *self._heads, item)
+        item, latent = self.shape.dtype_bytes, self.shape.latent
+        heads: float
+        heads, kv_heads, dim = self._heads
+        if latent is not None:
+            # All heads read the same columns, once: keys are all of them, values those that are not rotated.
+            heads *= (latent.cached + latent.kv_rank) / latent.cached
+            dim = latent.cached // 2
+        cost = kernels.decode_attention(self.gpu, self.efficiency, sequences, context, heads, kv_heads, dim, item)
         return Launches("decode attention", self.layers, cost)
 
     def send(self, tokens: Array, *, stages_share_node: bool) -> Cost:
@@ -123,7 +152,8 @@ class StepKernels:
         )
 
     def _gemm(self, m: Array, n: int, k: int) -> Cost:
-        return kernels.gemm(self.gpu, self.efficiency, m, n, k, self.shape.dtype_bytes)
+        shape = self.shape
+        return kernels.gemm(self.gpu, self.efficiency, m, n, k, shape.dtype_bytes, weight_item=shape.weight_item)
 
     def _stream(self, traffic: Array) -> Cost:
         return kernels.stream(self.gpu, self.efficiency, traffic)

@@ -1,5 +1,6 @@
 """The analytic model's steps: three ways to ask give one answer; hardware and splits have the effect they must have."""
 
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from simulator.latency.analytic import AnalyticModel
 from simulator.latency.efficiency import Engine
 from simulator.latency.explain import explain
 from simulator.latency.gpus import GPUS, find_gpu
-from simulator.latency.shape import ModelShape
+from simulator.latency.shape import LatentAttention, ModelShape
 
 LLAMA_70B = ModelShape("llama-70b", 80, 8192, 64, 8, 128, 28672, 128256)
 MIXTRAL = ModelShape(
@@ -178,3 +179,48 @@ def test_an_engine_may_lose_bandwidth_in_huge_all_reduces_only():
     assert huge.seconds(parallel, [below])[0] == plain.seconds(parallel, [below])[0]
     lost = huge.seconds(parallel, [above])[0] - plain.seconds(parallel, [above])[0]
     assert lost == pytest.approx(160 * 1.5 * (8192 * 2 * 8192 - 64e6) / 450e9 * 2)
+
+
+LATENT = ModelShape(
+    "latent", 27, 2048, 16, 1, 192, 10944, 102400, num_experts=64, experts_per_token=6, expert_intermediate=1408,
+    shared_intermediate=2816, num_moe_layers=26, latent=LatentAttention(0, 512, 128, 64, 128),
+)  # fmt: skip
+
+
+@given(steps, st.sampled_from([ParallelConfig(), ParallelConfig(tp=4, pp=2)]))
+def test_latent_attention_is_the_sum_of_its_operations(step, parallel):
+    model = AnalyticModel(LATENT, cluster())
+    operations = model.operations(parallel, step)
+    assert sum(one.total_seconds for one in operations) == pytest.approx(model.step_time(parallel).seconds(step))
+    assert {"latent projection", "query projection", "key and value projection"} <= {one.name for one in operations}
+
+
+def test_latent_attention_reads_what_is_cached_once():
+    """A longer context costs its cached bytes, at most at full bandwidth, and no shard is spared them."""
+    model = AnalyticModel(LATENT, cluster())
+    for parallel in (ParallelConfig(), ParallelConfig(tp=4)):
+        time = model.step_time(parallel)
+        more = time.seconds(decode(64, 8000)) - time.seconds(decode(64, 4000))
+        least = 64 * 4000 * LATENT.kv_bytes_per_token() / find_gpu("h100-sxm").memory_bandwidth
+        assert least < more < 2 * least
+
+
+def test_many_heads_of_latent_attention_are_bound_by_arithmetic():
+    """128 heads on what one token caches are 240 operations a byte: more than an A100 does while it reads one."""
+    heads = replace(LATENT, num_heads=128)
+    gpu = find_gpu("a100-80g-sxm")
+    time = AnalyticModel(heads, cluster("a100-80g-sxm")).step_time(ParallelConfig())
+    more = time.seconds(decode(64, 8000)) - time.seconds(decode(64, 4000))
+    operations = 2 * 128 * (576 + 512) * 27 * 64 * 4000
+    assert operations / gpu.flops < more < 2.5 * operations / gpu.flops
+
+
+def test_quantised_weights_are_read_faster():
+    """A lone decode is all reading: at 4 bits it takes little more than a quarter of the time for the layers."""
+    parallel = ParallelConfig(tp=4)
+    plain = MODEL.step_time(parallel).seconds(decode(1, 100))
+    quarter = AnalyticModel(replace(LLAMA_70B, weight_bits=4), cluster()).step_time(parallel).seconds(decode(1, 100))
+    assert 0.25 * plain < quarter < 0.6 * plain
+    assert AnalyticModel(replace(LLAMA_70B, weight_bits=16), cluster()).step_time(parallel).seconds(
+        decode(1, 100)
+    ) == pytest.approx(plain)

@@ -107,9 +107,56 @@ def test_a_missing_config_says_what_to_give(tmp_path):
         ModelShape.load(tmp_path)
 
 
+DEEPSEEK_V2_LITE = {
+    "model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_intermediate_size": 1408,
+    "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
+    "vocab_size": 102400, "torch_dtype": "bfloat16",
+}  # fmt: skip
+DEEPSEEK_V3 = DEEPSEEK_V2_LITE | {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "moe_intermediate_size": 2048,
+    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
+    "vocab_size": 129280, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}  # fmt: skip
+
+
+def test_latent_attention_has_the_published_sizes():
+    """15.7 and 671 billion parameters; V3 caches 70,272 bytes a token (DeepSeek-V3, arXiv 2505.09343, table 1)."""
+    lite = ModelShape.from_config(DEEPSEEK_V2_LITE, name="lite")
+    assert lite.num_parameters == pytest.approx(15.7e9, rel=0.01)
+    large = ModelShape.from_config(DEEPSEEK_V3, name="v3")
+    assert large.num_parameters == pytest.approx(671e9, rel=0.005)
+    assert large.kv_bytes_per_token() == 70_272
+    # The cached columns belong to all heads: no shard can do with fewer.
+    assert large.kv_bytes_per_token(ParallelConfig(tp=8)) == 70_272
+    tables = 2 * 129280 * 7168
+    assert large.weight_bytes() == pytest.approx(large.num_parameters + tables, rel=1e-3)
+    assert large.weight_bytes(ParallelConfig(tp=8)) == pytest.approx(large.weight_bytes() / 8, rel=0.03)
+
+
 @pytest.mark.parametrize(
-    "extra", [{"kv_lora_rank": 512}, {"quantization_config": {"bits": 4}}, {"torch_dtype": "int3"}]
+    ("quantisation", "bits"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, 4),
+        ({"quant_method": "awq", "w_bit": 4}, 4),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, 4),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, 8),
+        ({"quant_method": "mxfp4"}, 4.25),
+    ],
 )
+def test_quantised_weights_take_their_bits(quantisation, bits):
+    shape = ModelShape.from_config(LLAMA_8B | {"quantization_config": quantisation}, name="model")
+    plain = ModelShape.from_config(LLAMA_8B, name="model")
+    assert shape.weight_bits == bits
+    tables = 2 * plain.vocab * plain.hidden * 2
+    assert shape.weight_bytes() - tables == pytest.approx((plain.weight_bytes() - tables) * bits / 16)
+    assert shape.kv == plain.kv
+
+
+@pytest.mark.parametrize("extra", [{"quantization_config": {"quant_method": "secret"}}, {"torch_dtype": "int3"}])
 def test_what_would_be_priced_wrongly_is_refused(extra):
     with pytest.raises(UnsupportedModelError):
         ModelShape.from_config(LLAMA_8B | extra, name="model")
