@@ -10,6 +10,7 @@ from typing import Any
 
 from distserve.core.config import ParallelConfig
 from distserve.core.errors import ConfigError, UnsupportedModelError
+from simulator.latency.quantisation import weight_bits
 from simulator.model import KvGeometry
 
 ONE_RANK = ParallelConfig()
@@ -35,8 +36,6 @@ _UNGATED = frozenset(
 _TIED = frozenset(
     {"bloom", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "starcoder2"}
 )
-# Bits of a weight where the method itself says so; four bits and the share of a scale of eight for 32 of them in MXFP4.
-_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25}
 # Rows of the learned position table beyond the config's number of positions.
 _LEARNED_POSITIONS = {"opt": 2, "gpt2": 0, "gpt_bigcode": 0, "gpt_neo": 0}
 
@@ -270,32 +269,6 @@ class ModelShape:
         queries = (latent.query_rank or self.hidden) * heads * self.head_dim
         keys_and_values = latent.kv_rank * heads * (latent.nope + latent.value)
         return narrow + queries + keys_and_values + heads * latent.value * self.hidden
-
-
-def weight_bits(quantisation: Any, name: str) -> float:
-    """Bits of a weight by ``quantization_config``, as transformers knows them; 0 without one.
-
-    Raises UnsupportedModelError for a method whose config does not say.
-    """
-    if not quantisation:
-        return 0.0
-    found: Any = None
-    if isinstance(quantisation, dict):
-        method = quantisation.get("quant_method")
-        groups = quantisation.get("config_groups")
-        if isinstance(groups, dict):  # compressed-tensors
-            sizes = [((group or {}).get("weights") or {}).get("num_bits") for group in groups.values()]
-            found = max((bits for bits in sizes if isinstance(bits, int)), default=None)
-        elif quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit"):  # bitsandbytes
-            found = 4 if quantisation.get("load_in_4bit") else 8
-        else:
-            found = quantisation.get("bits") or quantisation.get("w_bit") or _BITS.get(str(method))
-    if not isinstance(found, int | float) or not 1 <= found <= 16:
-        raise UnsupportedModelError(
-            f"{name}: its quantization_config does not say how many bits a weight has: give a config with 'bits', or "
-            f"with a quant_method among {', '.join(_BITS)}"
-        )
-    return float(found)
 
 
 def _num_moe_layers(config: dict[str, Any], num_layers: int) -> int:
