@@ -51,7 +51,7 @@ def gemm(
     With fewer tiles than SMs the inner dimension is split over some of the idle ones. The fastest tile counts.
     """
     flops = 2.0 * groups * m * n * k
-    traffic = groups * ((m * k + m * n) * item + k * n * (item if weight_item is None else weight_item))
+    traffic = groups * ((m * k + m * n) * item + k * n * (weight_item or item))
     compute = np.full(np.broadcast_shapes(np.shape(m), np.shape(n)), np.inf)
     tiles = ((256, 128, 1.0), (128, 128, eff.gemm_medium), (128, 64, eff.gemm_narrow), (64, 64, eff.gemm_small))
     for tile_m, tile_n, share in tiles:

@@ -114,24 +114,14 @@ class StepKernels:
 
     def prefill(self, tokens: Array, pairs: Array) -> Launches:
         """Attention of prompts, affine in ``pairs``."""
-        item, latent = self.shape.dtype_bytes, self.shape.latent
-        heads, kv_heads, dim = self._heads
-        if latent is not None:
-            # Every head has keys and values of its own; values are narrower.
-            kv_heads, dim = heads, (dim + latent.value) // 2
-        cost = kernels.prefill_attention(self.gpu, self.efficiency, tokens, pairs, heads, kv_heads, dim, item)
+        item = self.shape.dtype_bytes
+        cost = kernels.prefill_attention(self.gpu, self.efficiency, tokens, pairs, *self._prefill_heads, item)
         return Launches("prefill attention", self.layers, cost)
 
     def decode(self, sequences: Array, context: Array) -> Launches:
         """Attention of decodes, affine in ``context``."""
-        item, latent = self.shape.dtype_bytes, self.shape.latent
-        heads: float
-        heads, kv_heads, dim = self._heads
-        if latent is not None:
-            # All heads read the same columns, once: keys are all of them, values those that are not rotated.
-            heads *= (latent.cached + latent.kv_rank) / latent.cached
-            dim = latent.cached // 2
-        cost = kernels.decode_attention(self.gpu, self.efficiency, sequences, context, heads, kv_heads, dim, item)
+        item = self.shape.dtype_bytes
+        cost = kernels.decode_attention(self.gpu, self.efficiency, sequences, context, *self._decode_heads, item)
         return Launches("decode attention", self.layers, cost)
 
     def send(self, tokens: Array, *, stages_share_node: bool) -> Cost:
@@ -150,6 +140,24 @@ class StepKernels:
             self.shape.kv_heads_per_rank(self.parallel),
             self.shape.head_dim,
         )
+
+    @property
+    def _prefill_heads(self) -> tuple[int, int, int]:
+        """(query heads, KV heads, columns) of plain attention with as much work as a prompt's."""
+        heads, kv_heads, head_dim = self._heads
+        latent = self.shape.latent
+        # Of latent attention every head has keys and values of its own; values are narrower.
+        return (heads, kv_heads, head_dim) if latent is None else (heads, heads, (head_dim + latent.value) // 2)
+
+    @property
+    def _decode_heads(self) -> tuple[float, int, int]:
+        """(query heads, KV heads, columns) of plain attention with as much work and traffic as a decode's."""
+        heads, kv_heads, head_dim = self._heads
+        latent = self.shape.latent
+        if latent is None:
+            return heads, kv_heads, head_dim
+        # All heads read the same columns, once: keys are all of them, values those that are not rotated.
+        return heads * (latent.cached + latent.kv_rank) / latent.cached, kv_heads, latent.cached // 2
 
     def _gemm(self, m: Array, n: int, k: int) -> Cost:
         shape = self.shape
