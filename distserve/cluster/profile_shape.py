@@ -39,7 +39,7 @@ def check_shapes(settings: EngineSettings, shapes: tuple[ParallelConfig, ...]) -
     description = describe_config(config, settings.model_dir)
     for parallel in shapes:
         shard_of(description, config.num_attention_heads, parallel, 0)
-        check_devices(parallel, settings.device)
+        check_devices(parallel, settings.device, range(parallel.num_ranks))
 
 
 def profile_shape(

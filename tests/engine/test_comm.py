@@ -14,6 +14,7 @@ from distserve.engine.group.memory import check_devices
 from distserve.engine.group.rank import rank_device
 from distserve.engine.sharding import comm
 from distserve.engine.sharding.comm import Communicator, make_group
+from distserve.engine.sharding.meeting import Meeting
 from distserve.engine.sharding.shard import Shard
 
 
@@ -29,7 +30,7 @@ def test_ranks_on_gpus_speak_through_nccl(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(comm.c10d, "ProcessGroupNCCL", Nccl, raising=False)
     shard = Shard(ParallelConfig(4, 2), 6, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=16)
-    Communicator(shard, tmp_path / "store", device=rank_device("cuda", 6), timeout=7.0)
+    Communicator(shard, Meeting(str(tmp_path / "store")), device=rank_device("cuda", 6), timeout=7.0)
     # Shard 2 of 4 in its stage, stage 1 of 2 among its neighbours.
     assert made == [(2, 4, timedelta(seconds=7)), (1, 2, timedelta(seconds=7))]
 
@@ -65,7 +66,7 @@ def test_each_rank_has_a_gpu_of_its_own() -> None:
     ("is_available", "count", "has_nccl", "message"),
     [
         (False, 0, True, "torch finds no CUDA device"),
-        (True, 3, True, "tp 2 and pp 2 needs 4 GPUs, one for each rank; this process sees 3"),
+        (True, 3, True, "tp 2 and pp 2 needs 4 GPUs here, one for each rank; this process sees 3"),
         (True, 4, False, "NCCL, which this build of torch lacks"),
     ],
 )
@@ -76,6 +77,6 @@ def test_what_a_group_on_gpus_lacks_is_said(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(distributed, "is_nccl_available", lambda: has_nccl)
-    check_devices(ParallelConfig(2, 2), "cpu")
+    check_devices(ParallelConfig(2, 2), "cpu", range(4))
     with pytest.raises(ConfigError, match=message):
-        check_devices(ParallelConfig(2, 2), "cuda")
+        check_devices(ParallelConfig(2, 2), "cuda", range(4))

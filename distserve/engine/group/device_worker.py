@@ -26,6 +26,7 @@ from distserve.engine.device.part import Part
 from distserve.engine.device.runner import DeviceRunner
 from distserve.engine.device.start import capture_graphs, make_pool
 from distserve.engine.group.loaded_part import LoadedPart, load_part
+from distserve.engine.sharding.meeting import Meeting
 from distserve.engine.sharding.stage import try_stage
 from distserve.engine.verify import check_agreement
 
@@ -41,7 +42,7 @@ class DeviceShardWorker:
         kv: KvConfig,
         parallel: ParallelConfig,
         rank: int,
-        store_file: Path,
+        meeting: Meeting,
         backend: Backend,
         timeout: float,
         kv_buffer: Tensor | None = None,
@@ -58,7 +59,7 @@ class DeviceShardWorker:
             kv: see there.
             parallel: see there.
             rank: see there.
-            store_file: see there.
+            meeting: see there.
             timeout: see there.
 
         Raises:
@@ -75,7 +76,7 @@ class DeviceShardWorker:
                     kv=kv,
                     parallel=parallel,
                     rank=rank,
-                    store_file=store_file,
+                    meeting=meeting,
                     device=backend.device,
                     timeout=timeout,
                     make_pool=lambda layout: make_pool(layout, kv_buffer, backend),

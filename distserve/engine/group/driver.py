@@ -37,10 +37,11 @@ from distserve.engine.group.messages import (
     receive_ended,
     receive_report,
 )
-from distserve.engine.group.processes import RankProcesses, describe_status
+from distserve.engine.group.processes import Crew, RankProcesses, describe_status
 from distserve.engine.group.rank import make_worker, rank_device
 from distserve.engine.kv import check_dtype
 from distserve.engine.sharding.comm import PeerError
+from distserve.engine.sharding.meeting import LOOPBACK, HostedStore, Meeting
 from distserve.engine.sharding.shard import shard_of
 
 _GRACE = 1.0
@@ -79,6 +80,8 @@ class RankGroup:
         memory: str = "",
         memory_options: bytes = b"",
         on_told: Callable[[int, bytes], None] | None = None,
+        away: Sequence[Crew] = (),
+        host: str = LOOPBACK,
         max_batch_size: int = 64,
         backend: str = "",
         backend_options: str = "",
@@ -90,16 +93,19 @@ class RankGroup:
             parallel: the instance's shape.
             kv: blocks of the KV pool, the same on every rank.
             dtype: of weights, activations and KV.
-            device: where to compute: ``cpu``, or ``cuda``, of which rank r takes device r.
+            device: where to compute: ``cpu``, or ``cuda``, of which a node's n-th rank takes device n.
             num_threads: threads that compute, per rank.
             timeout: seconds that a rank waits for one that is alive but silent.
-            cores: CPUs for the ranks, ``num_threads`` for each in order; the calling thread is on rank 0's already.
-                Without any the operating system chooses.
+            cores: CPUs for the ranks of this node, ``num_threads`` for each in order; the calling thread is on rank 0's
+                already. Without any the operating system chooses.
             on_lost: told, once and from another thread, when the instance has lost a rank, with the cause.
             kv_buffer: rank 0's KV memory; None allocates it.
             memory: the class that the other ranks keep theirs in (see :class:`RankPlan`).
             memory_options: what it is made with.
             on_told: told, from another thread, what the memory of a rank says.
+            away: ranks on other nodes, which have come (:class:`distserve.engine.group.away.Muster`); they end with
+                the group.
+            host: where rank 0's node is reached from theirs.
             max_batch_size: on GPUs, the largest decode batch that graphs are captured for; 0 captures none.
             backend: what ranks compute on as on GPUs, in place of ``device``: a rehearsal's (see :class:`RankPlan`).
             backend_options: what that is made with.
@@ -114,10 +120,12 @@ class RankGroup:
         path = Path(model_dir)
         config = load_config(path)
         self.description = describe_config(config, path)
+        elsewhere = {rank for crew in away for rank in crew.ranks}
+        here = tuple(rank for rank in range(parallel.num_ranks) if rank not in elsewhere)
         # A wrong shape, or one without room, is refused before anything is started.
         first = shard_of(self.description, config.num_attention_heads, parallel, 0)
-        check_devices(parallel, device)
-        check_memory(self.description, first, kv, dtype, rank_device(device, 0), has_kv=kv_buffer is not None)
+        check_devices(parallel, device, here)
+        check_memory(self.description, first, kv, dtype, rank_device(device, 0), here, has_kv=kv_buffer is not None)
         self.parallel = parallel
         self._on_lost = on_lost
         self._on_told = on_told
@@ -134,14 +142,19 @@ class RankGroup:
         self._all_loaded = threading.Event()
         if parallel.num_ranks == 1:
             self._all_loaded.set()
+        self._own = contextlib.ExitStack()
         # Removed once all have met, so that a process that is killed later leaves nothing.
         self._directory = tempfile.TemporaryDirectory(prefix="distserve-ranks-")
+        meeting = Meeting(str(Path(self._directory.name) / "store"))
+        if away:
+            meeting = Meeting(self._own.enter_context(HostedStore(host)).address, host)
         plan = RankPlan(
             model_dir=str(path),
             dtype=dtype,
             kv=kv,
             parallel=parallel,
-            store_file=str(Path(self._directory.name) / "store"),
+            ranks=here,
+            meeting=meeting,
             device=device,
             num_threads=num_threads,
             timeout=timeout,
@@ -153,8 +166,7 @@ class RankGroup:
             backend_options=backend_options,
         )
         torch.set_num_threads(num_threads)
-        self._own = contextlib.ExitStack()
-        self._processes = RankProcesses(plan)
+        self._processes = RankProcesses(plan, away)
         self._reader = threading.Thread(target=self._read, name="ranks", daemon=True)
         self._reader.start()
         try:
@@ -281,7 +293,7 @@ class RankGroup:
         ranks = {end: rank for rank, end in processes.ranks.items()}
         signs: list[tuple[int, Loss]] = []
         deadline: float | None = None
-        ends: list[Connection] = [processes.nursery, *ranks]
+        ends: list[Connection] = [*processes.nurseries, *ranks]
         while ends and not self._is_closed and (deadline is None or time.monotonic() < deadline):
             try:
                 ready = wait(ends, None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -290,10 +302,10 @@ class RankGroup:
             for end in ready:
                 assert isinstance(end, Connection)
                 try:
-                    sign = self._take_ended(end) if end is processes.nursery else self._take_report(end, ranks[end])
+                    sign = self._take_report(end, ranks[end]) if end in ranks else self._take_ended(end)
                 except (EOFError, OSError):
                     ends.remove(end)
-                    what = "the process that started the ranks" if end is processes.nursery else f"rank {ranks[end]}"
+                    what = f"rank {ranks[end]}" if end in ranks else "a process that started ranks"
                     sign = (_SILENT, InstanceError(f"{what} is gone"))
                 if sign is not None:
                     signs.append(sign)

@@ -11,6 +11,7 @@ from distserve.engine.description import ModelDescription, describe_config, load
 from distserve.engine.kv import KvPool
 from distserve.engine.sharding.comm import Communicator
 from distserve.engine.sharding.load import load_shard
+from distserve.engine.sharding.meeting import Meeting
 from distserve.engine.sharding.shard import Shard, shard_of
 from distserve.engine.sharding.stage import StageModel
 
@@ -33,7 +34,7 @@ def load_part(
     kv: KvConfig,
     parallel: ParallelConfig,
     rank: int,
-    store_file: Path,
+    meeting: Meeting,
     device: torch.device,
     timeout: float,
     make_pool: Callable[[KvLayout], KvPool],
@@ -46,7 +47,7 @@ def load_part(
         kv: blocks of the pool, the same on all ranks.
         parallel: the instance's shape.
         rank: which rank this is.
-        store_file: a file in a private directory, not there yet, in which the ranks meet.
+        meeting: where they find each other.
         device: where to compute.
         timeout: seconds to wait for a rank that is alive but silent.
         make_pool: makes the rank's KV memory.
@@ -59,7 +60,7 @@ def load_part(
     config = load_config(model_dir)
     description = describe_config(config, model_dir)
     shard = shard_of(description, config.num_attention_heads, parallel, rank)
-    comm = Communicator(shard, store_file, device=device, timeout=timeout)
+    comm = Communicator(shard, meeting, device=device, timeout=timeout)
     pool = make_pool(shard.layout(kv, dtype))
     module, cut = load_shard(config, model_dir, dtype, shard, comm)
     return LoadedPart(description, shard, comm, pool, StageModel(module, cut, pool, comm, device))

@@ -1,6 +1,6 @@
 """Whether an instance has its devices, and they have room for weights and KV cache, before anything is started."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import psutil
@@ -13,27 +13,27 @@ from distserve.engine.description import ModelDescription
 from distserve.engine.sharding.shard import Shard
 
 
-def check_devices(parallel: ParallelConfig, device: str) -> None:
-    """Raise ConfigError unless there is a GPU for every rank of an instance that computes on ``cuda``."""
+def check_devices(parallel: ParallelConfig, device: str, ranks: Sequence[int]) -> None:
+    """Raise ConfigError unless there is a GPU for each of ``ranks``, those here of an instance that is on ``cuda``."""
     if device != "cuda":
         return
     if not torch.cuda.is_available():
         raise ConfigError("torch finds no CUDA device on this machine: compute on `cpu`, or install torch with CUDA")
     found = torch.cuda.device_count()
-    if parallel.num_ranks > found:
+    if len(ranks) > found:
         raise ConfigError(
-            f"an instance of tp {parallel.tp} and pp {parallel.pp} needs {parallel.num_ranks} GPUs, one for each rank; "
+            f"an instance of tp {parallel.tp} and pp {parallel.pp} needs {len(ranks)} GPUs here, one for each rank; "
             f"this process sees {found}"
         )
-    check_alike(parallel, [torch.cuda.get_device_name(rank) for rank in range(parallel.num_ranks)])
+    check_alike(parallel, {rank: torch.cuda.get_device_name(device) for device, rank in enumerate(ranks)})
     if parallel.num_ranks > 1 and not distributed.is_nccl_available():
         raise ConfigError("ranks on GPUs speak through NCCL, which this build of torch lacks: install torch with CUDA")
 
 
-def check_alike(parallel: ParallelConfig, names: Sequence[str]) -> None:
-    """Raise ConfigError if a stage has GPUs of several types, ``names`` in rank order: its shards compute in step."""
+def check_alike(parallel: ParallelConfig, names: Mapping[int, str]) -> None:
+    """Raise ConfigError if a stage has GPUs of several types, ``names`` by rank: its shards compute in step."""
     for stage in range(parallel.pp):
-        kinds = sorted(set(names[stage * parallel.tp : (stage + 1) * parallel.tp]))
+        kinds = sorted({name for rank, name in names.items() if rank // parallel.tp == stage})
         if len(kinds) > 1:
             raise ConfigError(
                 f"stage {stage} of an instance of tp {parallel.tp} has different GPUs: {', '.join(kinds)}. Its "
@@ -42,12 +42,19 @@ def check_alike(parallel: ParallelConfig, names: Sequence[str]) -> None:
 
 
 def check_memory(
-    description: ModelDescription, first: Shard, kv: KvConfig, dtype: str, device: torch.device, *, has_kv: bool = False
+    description: ModelDescription,
+    first: Shard,
+    kv: KvConfig,
+    dtype: str,
+    device: torch.device,
+    ranks: Sequence[int],
+    *,
+    has_kv: bool = False,
 ) -> None:
     """Raise ConfigError, saying how much is missing, unless the instance of rank ``first`` fits.
 
-    On the CPU all ranks share the host's memory; a GPU holds one rank, of which rank 0's is as large as any. There
-    ``has_kv`` says that its KV memory is taken already.
+    On the CPU all ``ranks`` of the node share its memory; a GPU holds one rank, of which rank 0's is as large as any.
+    There ``has_kv`` says that its KV memory is taken already.
     """
     weights = description.weight_bytes(dtype)
     if device.type == "cuda":
@@ -55,8 +62,11 @@ def check_memory(
         share = -(-weights // first.parallel.num_ranks)
         require(share, 0 if has_kv else first.layout(kv, dtype).num_bytes, room, f"rank 0 on {device}")
         return
-    cache = sum(_kv_bytes(first, rank, kv, dtype) for rank in range(first.parallel.num_ranks))
+    cache = sum(_kv_bytes(first, rank, kv, dtype) for rank in ranks)
     what = f"an instance of tp {first.parallel.tp} and pp {first.parallel.pp}"
+    if len(ranks) < first.parallel.num_ranks:
+        weights = -(-weights * len(ranks) // first.parallel.num_ranks)
+        what += f", with {len(ranks)} of its ranks here,"
     require(weights, cache, psutil.virtual_memory().available, what)
 
 

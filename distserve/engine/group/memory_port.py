@@ -15,8 +15,13 @@ from distserve.engine.sharding.shard import Shard
 class RankMemory(Protocol):
     """KV memory of one rank, told of the progress of its steps."""
 
-    def __init__(self, layout: KvLayout, shard: Shard, options: bytes, tell: Callable[[bytes], None]) -> None:
-        """Memory for ``layout``; ``tell`` reaches rank 0, from any thread."""
+    def __init__(
+        self, layout: KvLayout, shard: Shard, local_rank: int, options: bytes, tell: Callable[[bytes], None]
+    ) -> None:
+        """Memory for ``layout`` of the ``local_rank``-th of the instance's ranks on this node.
+
+        ``tell`` reaches rank 0, from any thread.
+        """
         ...
 
     @property

@@ -1,7 +1,8 @@
 """What rank 0 and the other ranks of its instance tell each other: msgpack over sockets that only they have.
 
-Each pair has a socket made before the process was, and inherited: nobody else can connect to it, so nothing needs to be
-proved. Decoding checks types and can make nothing but these messages.
+On one node each pair has a socket made before the process was, and inherited: nobody else can connect to it, so nothing
+needs to be proved. What ranks of other nodes prove is :mod:`distserve.engine.group.away`'s. Decoding checks types and
+can make nothing but these messages.
 """
 
 from multiprocessing.connection import Connection
@@ -11,13 +12,15 @@ import msgspec
 from distserve.core.commands import OpenSequence, RunStep
 from distserve.core.config import KvConfig, ParallelConfig
 from distserve.core.events import StepDone
+from distserve.engine.sharding.meeting import Meeting
 
 
 class RankPlan(msgspec.Struct, frozen=True):
-    """What the ranks of an instance need to know: the model, its shape, and the file in which they meet.
+    """What the ranks of an instance on one node need to know: the model, its shape, and where all its ranks meet.
 
-    ``timeout`` is how many seconds a rank waits for one that is alive but silent. ``cores`` are CPUs, ``num_threads``
-    for each rank in order; without any the operating system chooses. ``memory`` names (``module:class``)
+    ``ranks`` are those of the node, ascending. ``timeout`` is how many seconds a rank waits for one that is alive but
+    silent. ``cores`` are CPUs, ``num_threads`` for each of ``ranks`` in order; without any the operating system
+    chooses. ``memory`` names (``module:class``)
     the :class:`distserve.engine.group.memory_port.RankMemory` that each rank keeps its KV in, made with
     ``memory_options``; without a name it is memory of its own.
 
@@ -30,7 +33,8 @@ class RankPlan(msgspec.Struct, frozen=True):
     dtype: str
     kv: KvConfig
     parallel: ParallelConfig
-    store_file: str
+    ranks: tuple[int, ...]
+    meeting: Meeting
     device: str
     num_threads: int
     timeout: float
@@ -40,6 +44,10 @@ class RankPlan(msgspec.Struct, frozen=True):
     max_batch_size: int = 64
     backend: str = ""
     backend_options: str = ""
+
+    def local_rank(self, rank: int) -> int:
+        """Which of its node's ranks ``rank`` is, and so which of its devices it has."""
+        return self.ranks.index(rank)
 
 
 class Open(msgspec.Struct, tag=True, frozen=True):

@@ -1,8 +1,9 @@
-"""Starts the ranks of an instance other than rank 0: ``python -m distserve.engine.group.nursery FD0 FD1 ...``.
+"""Starts an instance's ranks on one node, but for rank 0: ``python -m distserve.engine.group.nursery FD0 FD1 ...``.
 
 A process of its own, so that nothing of the host process (threads, memory, sockets) is forked. ``FD0`` leads to rank 0,
-``FD1`` is the socket of rank 1, and so on. It imports what ranks need, forks them, reports how each ends, and lives as
-long as rank 0: when that is gone, it kills them and ends. When the nursery itself is killed, the kernel kills them.
+``FD1`` is the socket of the node's first rank that is not rank 0, and so on. It imports what ranks need, forks them,
+reports how each ends, and lives as long as rank 0 and as whoever started it, who keeps its standard input open: when
+one of them is gone, it kills the ranks and ends. When the nursery itself is killed, the kernel kills them.
 """
 
 import contextlib
@@ -20,11 +21,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(descriptors: list[int]) -> None:
-    """Run until rank 0 is gone."""
+    """Run until rank 0 or the starter is gone."""
     parent = Connection(descriptors[0])
     plan = receive_plan(parent)
     ranks: dict[int, tuple[int, int]] = {}
-    for rank, descriptor in enumerate(descriptors[1:], start=1):
+    others = (rank for rank in plan.ranks if rank != 0)
+    for rank, descriptor in zip(others, descriptors[1:], strict=True):
         pid = os.fork()
         if pid == 0:
             _die_with_parent()
@@ -39,14 +41,14 @@ def main(descriptors: list[int]) -> None:
 
 
 def _watch(parent: Connection, ranks: dict[int, tuple[int, int]]) -> None:
-    """Report each rank's end until the parent is gone, then kill those left."""
+    """Report each rank's end until the parent or the starter is gone, then kill those left."""
+    masters = (parent.fileno(), sys.stdin.fileno())
     with selectors.DefaultSelector() as selector:
-        selector.register(parent.fileno(), selectors.EVENT_READ)
-        for pidfd in ranks:
-            selector.register(pidfd, selectors.EVENT_READ)
+        for descriptor in (*masters, *ranks):
+            selector.register(descriptor, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fd == parent.fileno():
+                if key.fd in masters:
                     for _, pid in ranks.values():
                         os.kill(pid, signal.SIGKILL)
                     for _, pid in ranks.values():
@@ -56,7 +58,7 @@ def _watch(parent: Connection, ranks: dict[int, tuple[int, int]]) -> None:
                 selector.unregister(key.fd)
                 os.close(key.fd)
                 _, status = os.waitpid(pid, 0)
-                with contextlib.suppress(BrokenPipeError):  # then the loop is about to see that the parent is gone
+                with contextlib.suppress(OSError):  # then the loop is about to see that the parent is gone
                     parent.send_bytes(encode(Ended(rank, os.waitstatus_to_exitcode(status))))
 
 

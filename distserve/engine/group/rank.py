@@ -41,14 +41,15 @@ from distserve.engine.sharding.shard import shard_of_model
 logger = logging.getLogger(__name__)
 
 
-def rank_device(device: str, rank: int) -> torch.device:
-    """Where rank ``rank`` computes if the instance's device is ``device`` (``cpu`` or ``cuda``)."""
-    return torch.device(device, rank) if device == "cuda" else torch.device(device)
+def rank_device(device: str, local_rank: int) -> torch.device:
+    """Where the rank that is its node's ``local_rank``-th computes if the instance's device is ``cpu`` or ``cuda``."""
+    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
 
 
 def pin_rank(plan: RankPlan, rank: int) -> None:
     """Keep the calling thread, and those it will start, on rank ``rank``'s own CPUs, if it has any."""
-    own = plan.cores[rank * plan.num_threads : (rank + 1) * plan.num_threads]
+    first = plan.local_rank(rank) * plan.num_threads
+    own = plan.cores[first : first + plan.num_threads]
     if own:
         os.sched_setaffinity(0, own)
 
@@ -56,7 +57,7 @@ def pin_rank(plan: RankPlan, rank: int) -> None:
 def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> ShardWorker | DeviceShardWorker:
     """Load rank ``rank``'s part; raises what the two kinds of worker do."""
     backend = _backend(plan, rank)
-    path, store_file = Path(plan.model_dir), Path(plan.store_file)
+    path = Path(plan.model_dir)
     if backend is None:
         return ShardWorker(
             path,
@@ -64,7 +65,7 @@ def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> S
             kv=plan.kv,
             parallel=plan.parallel,
             rank=rank,
-            store_file=store_file,
+            meeting=plan.meeting,
             timeout=plan.timeout,
             kv_buffer=kv_buffer,
         )
@@ -76,7 +77,7 @@ def make_worker(plan: RankPlan, rank: int, kv_buffer: Tensor | None = None) -> S
         kv=plan.kv,
         parallel=plan.parallel,
         rank=rank,
-        store_file=store_file,
+        meeting=plan.meeting,
         backend=backend,
         timeout=plan.timeout,
         kv_buffer=kv_buffer,
@@ -88,8 +89,8 @@ def _backend(plan: RankPlan, rank: int) -> Backend | None:
     """What rank ``rank`` computes on, unless that is the CPU."""
     if plan.backend:
         make: Callable[[int, str], Backend] = resolve_name(plan.backend)
-        return make(rank, plan.backend_options)
-    return backend_for(str(rank_device(plan.device, rank)))
+        return make(plan.local_rank(rank), plan.backend_options)
+    return backend_for(str(rank_device(plan.device, plan.local_rank(rank))))
 
 
 def run_rank(plan: RankPlan, rank: int, connection: Connection) -> int:
@@ -124,7 +125,7 @@ def make_memory(plan: RankPlan, rank: int, tell: Callable[[bytes], None]) -> Ran
         return None
     kind: type[RankMemory] = resolve_name(plan.memory)
     shard = shard_of_model(Path(plan.model_dir), plan.parallel, rank)
-    return kind(shard.layout(plan.kv, plan.dtype), shard, plan.memory_options, tell)
+    return kind(shard.layout(plan.kv, plan.dtype), shard, plan.local_rank(rank), plan.memory_options, tell)
 
 
 def _serve(

@@ -19,6 +19,7 @@ from distserve.engine.batch import Batch
 from distserve.engine.group.loaded_part import load_part
 from distserve.engine.kv import KvPool
 from distserve.engine.sequences import SequenceState
+from distserve.engine.sharding.meeting import Meeting
 from distserve.engine.sharding.stage import try_stage
 from distserve.engine.verify import check_agreement
 from distserve.engine.worker import draw_tokens
@@ -37,7 +38,7 @@ class ShardWorker:
         kv: KvConfig,
         parallel: ParallelConfig,
         rank: int,
-        store_file: Path,
+        meeting: Meeting,
         timeout: float,
         kv_buffer: Tensor | None = None,
     ) -> None:
@@ -49,7 +50,7 @@ class ShardWorker:
             kv: blocks of the pool, the same on all ranks.
             parallel: the instance's shape.
             rank: which rank this is.
-            store_file: a file in a private directory, not there yet, in which the ranks meet.
+            meeting: where they find each other.
             timeout: seconds to wait for a rank that is alive but silent.
             kv_buffer: memory for the pool; None allocates it.
 
@@ -64,7 +65,7 @@ class ShardWorker:
             kv=kv,
             parallel=parallel,
             rank=rank,
-            store_file=store_file,
+            meeting=meeting,
             device=_CPU,
             timeout=timeout,
             make_pool=lambda layout: KvPool(layout, kv_buffer),

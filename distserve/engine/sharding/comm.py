@@ -1,19 +1,19 @@
 """What the ranks of one instance say to each other during a step: sums within a stage, activations between stages.
 
 Built on torch.distributed's process groups as objects (gloo for CPU tensors, NCCL for CUDA ones), never its global
-default group: a process may hold ranks of several instances. Ranks meet through a store in a directory that only their
-user can enter; on a host of its own, gloo listens on the loopback address alone.
+default group: a process may hold ranks of several instances. Gloo listens where the ranks' meeting says, on the
+loopback address alone where all of them share a node.
 """
 
 from collections import deque
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from distserve.core.errors import InstanceError
+from distserve.engine.sharding.meeting import LOOPBACK, Meeting
 from distserve.engine.sharding.shard import Shard
 
 c10d: Any = distributed
@@ -30,8 +30,8 @@ class PeerError(InstanceError):
 class Communicator:
     """One rank's connections to the others of its instance. Blocking; for one thread."""
 
-    def __init__(self, shard: Shard, store_file: Path, *, device: torch.device, timeout: float) -> None:
-        """Meet the other ranks, who all make theirs at the same time with the same ``store_file``.
+    def __init__(self, shard: Shard, meeting: Meeting, *, device: torch.device, timeout: float) -> None:
+        """Meet the other ranks, who all make theirs at the same time.
 
         ``timeout`` is how many seconds an operation may wait for a rank that is alive but silent.
 
@@ -41,14 +41,17 @@ class Communicator:
         parallel = shard.parallel
         self._shard = shard
         self._sends: deque[tuple[Any, Tensor]] = deque()
+        self._tp: Any = None
+        self._pp: Any = None
         try:
-            store: Any = c10d.FileStore(str(store_file), parallel.num_ranks)
-            store.set_timeout(timedelta(seconds=timeout))
+            store = meeting.open(parallel.num_ranks, timeout)
             tp_store = c10d.PrefixStore(f"stage-{shard.stage}", store)
-            self._tp = make_group(tp_store, shard.index, parallel.tp, device, timeout) if parallel.tp > 1 else None
+            if parallel.tp > 1:
+                self._tp = make_group(tp_store, shard.index, parallel.tp, device, timeout, meeting.host)
             # Stage neighbours with the same shard index exchange activations.
             pp_store = c10d.PrefixStore(f"shard-{shard.index}", store)
-            self._pp = make_group(pp_store, shard.stage, parallel.pp, device, timeout) if parallel.pp > 1 else None
+            if parallel.pp > 1:
+                self._pp = make_group(pp_store, shard.stage, parallel.pp, device, timeout, meeting.host)
         except RuntimeError as error:
             raise PeerError(f"the ranks of the instance did not find each other: {error}") from error
 
@@ -133,16 +136,17 @@ def _wait(start: Any, group: Any) -> None:
         raise PeerError(f"another rank of the instance does not answer: {error}") from error
 
 
-def make_group(store: Any, rank: int, size: int, device: torch.device, timeout: float) -> Any:
+def make_group(store: Any, rank: int, size: int, device: torch.device, timeout: float, host: str = LOOPBACK) -> Any:
     """Rank ``rank``'s end of a group of ``size`` that meet in ``store``: NCCL's for tensors on ``cuda``, else gloo's.
 
-    Blocks until all are there, gloo's; NCCL's ranks meet at the first operation. Raises RuntimeError, torch's own.
+    Gloo listens at ``host`` and blocks until all are there; NCCL's ranks meet at the first operation, on the network
+    that it chooses (NCCL_SOCKET_IFNAME). Raises RuntimeError, torch's own.
     """
     if device.type == "cuda":
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout)  # noqa: SLF001 - torch's own name for it
         return c10d.ProcessGroupNCCL(store, rank, size, options)
     options = c10d.ProcessGroupGloo._Options()  # noqa: SLF001
-    options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # noqa: SLF001
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
     options._timeout = timedelta(seconds=timeout)  # noqa: SLF001
     return c10d.ProcessGroupGloo(store, rank, size, options)
