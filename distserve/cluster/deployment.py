@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from distserve.cluster.parts import NEARBY, Card, ClusterKey, EnginePlan, InstanceConfig, KvAccess
-from distserve.cluster.ray_actors import CONCURRENCY, InstanceActor, RouterActor
+from distserve.cluster.ray_actors import CONCURRENCY, InstanceActor, RankHostActor, RouterActor
 from distserve.cluster.ray_cluster import RayCluster
 from distserve.cluster.reservation import ROUTER_CPUS, RankResources, Reservation, cpus_per_rank
 from distserve.cluster.seats import FoundNode, NodeGroup, WantedInstance, group_by_node
@@ -56,7 +56,14 @@ class Member:
     slot: int
     spec: InstanceSpec
     actor: Any
+    rank_hosts: tuple[Any, ...] = ()
+    """The actors beside its ranks on other nodes than rank 0's."""
     card: Card | None = None
+
+    def kill(self) -> None:
+        """End its processes."""
+        for actor in (self.actor, *self.rank_hosts):
+            ray.kill(actor)
 
 
 @dataclass(slots=True)
@@ -112,37 +119,51 @@ class Deployment:
         blueprint = self.blueprint
         spec = blueprint.specs[slot]
         spec = replace(spec, role=self._roles.get(slot, spec.role))
-        group = self._group_of(slot)
         generation = self._generations.get(slot, -1) + 1
         self._generations[slot] = generation
         # A lost instance's id is never given again: what was said of the dead does not concern its successor.
         if generation:
             spec = replace(spec, instance_id=f"{spec.instance_id}.{generation}")
+        # Rank 0's node first: its process speaks for the instance.
+        groups = sorted(self._groups_of(slot), key=lambda group: (slot, 0) not in group.seats)
+        actor, *rank_hosts = (
+            self._start_ranks(InstanceActor if number == 0 else RankHostActor, group, slot, spec)
+            for number, group in enumerate(groups)
+        )
+        # Where a rank cannot join, the call to load fails with the reason.
+        muster = actor.muster.remote() if rank_hosts else None
+        joined = [host.join.remote(muster) for host in rank_hosts]
+        return Member(slot, spec, actor, tuple(rank_hosts)), actor.load.remote(*joined)
+
+    def _start_ranks(self, kind: Any, group: NodeGroup, slot: int, spec: InstanceSpec) -> Any:
+        """Create the actor for the ranks of an instance that are on the node of ``group``."""
+        assert self._reservation is not None, "reserve comes first"
+        blueprint = self.blueprint
+        ranks = tuple(rank for owner, rank in group.seats if owner == slot)
         config = InstanceConfig(
             spec=spec,
             plan=blueprint.plan,
             key=blueprint.key,
             host=self._listen_on(),
-            first_core=group.seats.index((slot, 0)) * blueprint.plan.num_threads,
+            first_core=group.seats.index((slot, ranks[0])) * blueprint.plan.num_threads,
             num_cores=len(group.seats) * blueprint.plan.num_threads,
             log_dir=blueprint.log_dir,
             kv_access=blueprint.kv_access,
+            ranks=ranks,
         )
-        actor = InstanceActor.options(
+        return kind.options(
             num_cpus=self._reservation.rank.num_cpus,
-            # Those of all its ranks: the others are this one's child processes.
-            num_gpus=self._reservation.rank.num_gpus * spec.parallel.num_ranks,
+            # Those of all ranks there: their processes are the actor's children.
+            num_gpus=self._reservation.rank.num_gpus * len(ranks),
             max_concurrency=CONCURRENCY,
-            scheduling_strategy=self._reservation.seat(slot),
+            scheduling_strategy=self._reservation.seat(slot, ranks[0]),
         ).remote(config)
-        return Member(slot, spec, actor), actor.load.remote()
 
-    def has_node_for(self, slot: int) -> bool:
-        """Whether the node that the instance in ``slot`` was planned for is still there, or any will do."""
-        planned = self._group_of(slot).node
-        if planned is None or planned not in self.nodes:
-            return True
-        return any(node.node_id == self.nodes[planned].node_id for node in self.cluster.nodes())
+    def has_nodes_for(self, slot: int) -> bool:
+        """Whether the nodes that the instance in ``slot`` was planned for are still there, or any will do."""
+        alive = {node.node_id for node in self.cluster.nodes()}
+        planned = (group.node for group in self._groups_of(slot))
+        return all(self.nodes[node].node_id in alive for node in planned if node is not None and node in self.nodes)
 
     def adopt_router(self, card: Card) -> None:
         """Let a router, the first or a later one, know everyone, and then everyone know it."""
@@ -229,7 +250,7 @@ class Deployment:
     def discard(self, instance_id: str) -> None:
         """Forget a dead instance and have the router tell everyone."""
         member = self.members.pop(instance_id)
-        ray.kill(member.actor)
+        member.kill()
         self._lost.append(instance_id)
         self.router.lost.remote(instance_id)
 
@@ -240,8 +261,10 @@ class Deployment:
         if actors:
             closing = [actor.close.remote() for actor in actors]
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_PATIENCE)
-        for actor in actors:
-            ray.kill(actor)
+        for member in self.members.values():
+            member.kill()
+        if self.router is not None:
+            ray.kill(self.router)
         if self._reservation is not None:
             self._reservation.close()
 
@@ -249,8 +272,10 @@ class Deployment:
         """Loopback in a local cluster; elsewhere each part knows its own node's address."""
         return self.cluster.host if self.cluster.is_local else None
 
-    def _group_of(self, slot: int) -> NodeGroup:
-        return next(group for group in group_by_node(self.blueprint.instances) if (slot, 0) in group.seats)
+    def _groups_of(self, slot: int) -> list[NodeGroup]:
+        """The nodes of an instance, each with all its seats."""
+        groups = group_by_node(self.blueprint.instances)
+        return [group for group in groups if any(owner == slot for owner, _ in group.seats)]
 
     def _cards(self) -> list[Card]:
         return [member.card for member in list(self.members.values()) if member.card is not None]

@@ -58,9 +58,9 @@ def cuda_hardware(device: str) -> Hardware:
     return Hardware(CudaDevice(torch.device(device).index or 0))
 
 
-def rank_backend(rank: int, hardware: str) -> Backend:
-    """What rank ``rank`` computes on if ``hardware`` names what opens a card with a backend of its own."""
-    opened: Hardware = resolve_name(hardware)(f"cuda:{rank}")
+def rank_backend(local_rank: int, hardware: str) -> Backend:
+    """What a node's rank ``local_rank`` computes on if ``hardware`` names what opens a card with a backend."""
+    opened: Hardware = resolve_name(hardware)(f"cuda:{local_rank}")
     assert opened.backend is not None
     return opened.backend
 

@@ -4,66 +4,76 @@ Knows nothing of Ray. Whoever starts the process (a Ray actor, a test, a shell) 
 the cards, and calls :meth:`Instance.start`.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from distserve.cluster.gpu import Hardware, cuda_hardware, gpu_transport
-from distserve.cluster.interface import address_on
 from distserve.cluster.kv_peers import KvPeers
 from distserve.cluster.network import Mailbox, ReceiverThread
+from distserve.cluster.node_ranks import memory_options, share_of
 from distserve.cluster.parts import Card, InstanceConfig
-from distserve.cluster.process import own_cores, pin_process, return_freed_memory
+from distserve.cluster.process import pin_process, return_freed_memory
 from distserve.cluster.rank import Rank
-from distserve.cluster.rank_memory import InstanceTransport, MemoryOptions, rank_transport
+from distserve.cluster.rank_memory import InstanceTransport, rank_transport
 from distserve.cluster.replay import EventLog
 from distserve.core.config import Role
 from distserve.core.errors import InstanceError
 from distserve.core.events import Received
 from distserve.core.messages import InstanceGone
 from distserve.core.scheduler import ROUTER
+from distserve.engine.group.away import Muster
+from distserve.engine.sharding.meeting import LOOPBACK
 from distserve.engine.sharding.shard import shard_of_model
-from distserve.transfer.choose import TransportKind
 
 
-def _transport_for(config: InstanceConfig, host: str, hardware: Hardware | None) -> InstanceTransport:
-    spec, plan, access = config.spec, config.plan, config.kv_access
-    kv_host = None
-    if access.opens_port:
-        kv_host = host if access.interface is None else address_on(access.interface)
-    secret = hashlib.sha256(config.key.secret.encode()).digest()
-    named = plan.hardware if hardware is not None else ""
-    options = MemoryOptions(secret, TransportKind(access.transport), kv_host, named)
+def _transport_for(config: InstanceConfig, hardware: Hardware | None) -> InstanceTransport:
+    spec, plan = config.spec, config.plan
+    options = memory_options(config)
     shard = shard_of_model(plan.model_dir, spec.parallel, 0)
     layout = shard.layout(spec.kv, plan.dtype)
     if hardware is not None:
-        on_card, pool = gpu_transport(layout, shard, secret, hardware, options.kind, kv_host)
+        on_card, pool = gpu_transport(layout, shard, options.secret, hardware, options.kind, options.host)
         return InstanceTransport(on_card, spec.parallel, options, pool)
     own = rank_transport(layout, shard, options)
     return InstanceTransport(own, spec.parallel, options)
 
 
 class Instance:
-    """The process's one instance. ``open_hardware`` is asked for what the plan's device is, unless that is the CPU."""
+    """The process's one instance.
 
-    def __init__(self, config: InstanceConfig, open_hardware: Callable[[str], Hardware] = cuda_hardware) -> None:
+    Args:
+        config: What it is.
+        open_hardware: Asked for what the plan's device is, unless that is the CPU.
+        muster: Where its ranks of other nodes come to, if it has any.
+
+    Raises:
+        ConfigError: this node lacks the network asked for, or the device.
+    """
+
+    def __init__(
+        self,
+        config: InstanceConfig,
+        open_hardware: Callable[[str], Hardware] = cuda_hardware,
+        muster: Muster | None = None,
+    ) -> None:
         spec, plan = config.spec, config.plan
-        cores = own_cores(config.first_core, plan.num_threads * spec.parallel.num_ranks, config.num_cores)
-        pin_process(cores[: plan.num_threads])
-        host = config.host or "127.0.0.1"
+        share = share_of(config)
+        pin_process(share.cores[: plan.num_threads])
+        host = config.host or LOOPBACK
         self._log = EventLog.of(spec.instance_id, config.log_dir) if config.log_dir else None
         hardware = open_hardware(plan.device) if plan.device != "cpu" else None
-        self._transport = _transport_for(config, host, hardware)
+        self._transport = _transport_for(config, hardware)
         self._mailbox = Mailbox(spec.instance_id, config.key, host)
         self._peers = KvPeers(spec.instance_id, self._transport.connect, self._transport.forget)
         self._rank = Rank(
             spec,
-            replace(plan, cores=cores),
+            replace(plan, cores=share.cores),
             self._transport,
             self._mailbox,
             self._log,
             self._peers.lost,
             hardware.backend if hardware is not None else None,
+            muster,
         )
         self._receiver = ReceiverThread(self._mailbox, self._receive)
         self._endpoint = self._mailbox.endpoint

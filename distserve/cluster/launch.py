@@ -21,7 +21,7 @@ from distserve.cluster.gpu_probe import GpuFacts, probe_gpu, visible_as
 from distserve.cluster.network import Mailbox, create_key
 from distserve.cluster.parts import OWNER, Card, ClusterKey, EnginePlan, KvAccess
 from distserve.cluster.ray_cluster import RayCluster, joined_cluster, local_cluster, this_node
-from distserve.cluster.seats import FoundNode, are_on_gpus, check_engine, group_by_node, match_nodes
+from distserve.cluster.seats import FoundNode, are_on_gpus, check_kv_said, group_by_node, match_nodes
 from distserve.cluster.session import Session
 from distserve.cluster.sizing import KvRequest, Room, check_processes, free_memory, least_kv
 from distserve.cluster.supervise import Supervisor
@@ -57,7 +57,7 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
         here = this_node()
         if config.cluster is not None:
             match_nodes(groups, config.cluster, [here])
-        check_engine(config.instances, config.cluster, config.engine.kv)
+        check_kv_said(config.instances, config.cluster, config.engine.kv)
         num_threads = _threads(config, here.num_cpus)
         num_cores = num_threads * config.num_instances
         num_ranks = sum(len(group.seats) for group in groups)
@@ -77,7 +77,7 @@ def launch(config: ServeConfig, show: Callable[[str], None]) -> Iterator[Launche
             cluster = stack.enter_context(joined_cluster(config.ray_address))
             if config.cluster is not None:
                 nodes = cluster.match(groups, config.cluster, config.node_patience, show)
-            check_engine(config.instances, config.cluster, config.engine.kv)
+            check_kv_said(config.instances, config.cluster, config.engine.kv)
             num_cpus = min((node.num_cpus for node in nodes.values()), default=this_node().num_cpus)
             num_threads = _threads(config, num_cpus)
         show("examining the model")
@@ -156,7 +156,9 @@ def _rooms(config: ServeConfig, cluster: RayCluster, nodes: Mapping[int, FoundNo
             is_here = node.node_id == cluster.here() or not node.memory
             free = free_memory() if is_here else node.memory
             name = "" if is_here else f"on node {node.node_id[:8]} of the Ray cluster"
-            rooms.append(Room(len({slot for slot, _ in group.seats}), num_ranks, free, name))
+            num_instances = len({slot for slot, _ in group.seats})
+            share = sum(1 / config.instances[slot].parallel.num_ranks for slot, _ in group.seats) / num_instances
+            rooms.append(Room(num_instances, num_ranks, free, name, share))
     return tuple(rooms)
 
 

@@ -66,11 +66,11 @@ NEARBY = KvAccess()
 
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
-    """Everything an instance's process needs.
+    """Everything that ``ranks``, those of an instance on one node, need; empty: all of them.
 
-    Its ranks take the CPUs from ``first_core`` on of those it may use, ``num_threads`` each, if all ``num_cores``
-    wanted by the instances of its host are there; else they share whatever there is. ``host`` is the address to listen
-    on, None the node's own. ``log_dir`` is where the event log goes, if one is wanted.
+    They take the CPUs from ``first_core`` on of those they may use, ``num_threads`` each, if all ``num_cores`` wanted
+    by the instances of the node are there; else they share whatever there is. ``host`` is the address to listen on,
+    None the node's own. ``log_dir`` is where the event log goes, if one is wanted.
     """
 
     spec: InstanceSpec
@@ -81,3 +81,9 @@ class InstanceConfig:
     num_cores: int
     log_dir: Path | None = None
     kv_access: KvAccess = NEARBY
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the instance has ranks on other nodes."""
+        return 0 < len(self.ranks) < self.spec.parallel.num_ranks

@@ -22,15 +22,20 @@ from distserve.core.events import Event, Migrated, Received, Timer
 from distserve.core.instance_machine import InstanceMachine
 from distserve.core.messages import InstanceGone
 from distserve.engine.device.backend import Backend
+from distserve.engine.group.away import Muster
 from distserve.engine.group.driver import RankGroup
+from distserve.engine.sharding.meeting import LOOPBACK
 from distserve.engine.worker import Worker
 from distserve.transfer.transport import Transport
 
 logger = logging.getLogger(__name__)
 
+_MUSTER_PATIENCE = 60.0
+"""Seconds for the ranks of other nodes to come, which have been started."""
+
 
 class Rank:
-    """Rank 0 of an instance, which speaks for it; the other ranks, if any, are its child processes.
+    """Rank 0 of an instance, which speaks for it; the other ranks, if any, are processes that end with it.
 
     Args:
         spec: The instance, in the role it starts with.
@@ -41,6 +46,7 @@ class Rank:
         on_broken: Told of the peer, and when the pull began (``time.monotonic``), if one has failed neither for its
             deadline nor because it was given up.
         backend: What the engine computes on, in place of the plan's device.
+        muster: Where the ranks of other nodes come to, if there are any.
     """
 
     def __init__(
@@ -52,10 +58,12 @@ class Rank:
         log: Log | None = None,
         on_broken: Callable[[str, float], None] | None = None,
         backend: Backend | None = None,
+        muster: Muster | None = None,
     ) -> None:
         self.spec = spec
         self._plan = plan
         self._backend = backend
+        self._muster = muster
         self._transport = transport
         self._engine = EngineThread(self._load, transport, self._feed, plan.cores[: plan.num_threads])
         self._timers = TimerThread(lambda: self._feed(Timer()))
@@ -107,7 +115,7 @@ class Rank:
         # Prefill has no decode steps to capture.
         captures = self.spec.role is not Role.PREFILL
         if isinstance(transport, InstanceTransport) and self.spec.parallel.num_ranks > 1:
-            is_rehearsed = self._backend is not None
+            is_rehearsed, muster = self._backend is not None, self._muster
             group = RankGroup(
                 self._plan.model_dir,
                 parallel=self.spec.parallel,
@@ -120,6 +128,8 @@ class Rank:
                 memory_options=transport.options.encode(),
                 on_told=transport.told,
                 on_lost=_end,
+                away=muster.crews(_MUSTER_PATIENCE) if muster is not None else (),
+                host=muster.host if muster is not None else LOOPBACK,
                 device="cuda" if self._plan.device != "cpu" and not is_rehearsed else "cpu",
                 max_batch_size=self.spec.scheduler.max_batch_size if captures else 0,
                 backend="distserve.cluster.gpu:rank_backend" if is_rehearsed else "",

@@ -38,8 +38,8 @@ class MemoryOptions(msgspec.Struct, frozen=True):
     kind: TransportKind = TransportKind.AUTO
     host: str | None = None
     hardware: str = ""
-    """Names what opens the cards, as in :class:`distserve.cluster.parts.EnginePlan`: rank r's memory is on card r of
-    those that the instance sees. Empty: memory of the host."""
+    """Names what opens the cards, as in :class:`distserve.cluster.parts.EnginePlan`: a rank's memory is on the card of
+    its local rank, of those that the instance sees there. Empty: memory of the host."""
 
     def encode(self) -> bytes:
         """For ranks in other processes."""
@@ -105,7 +105,9 @@ def rank_transport(layout: KvLayout, shard: Shard, options: MemoryOptions) -> Sh
     return ShardedTransport(transport, part)
 
 
-def open_memory(layout: KvLayout, shard: Shard, options: MemoryOptions) -> tuple[ShardedTransport, Tensor]:
+def open_memory(
+    layout: KvLayout, shard: Shard, local_rank: int, options: MemoryOptions
+) -> tuple[ShardedTransport, Tensor]:
     """The transport of a rank, where ``options`` have its memory, and that memory, flat uint8.
 
     Raises what :func:`rank_transport` and :func:`distserve.cluster.gpu.gpu_transport` do.
@@ -114,15 +116,17 @@ def open_memory(layout: KvLayout, shard: Shard, options: MemoryOptions) -> tuple
         transport = rank_transport(layout, shard, options)
         return transport, torch.frombuffer(transport.buffer, dtype=torch.uint8)
     open_hardware: Callable[[str], Hardware] = resolve_name(options.hardware)
-    hardware = open_hardware(f"cuda:{shard.rank}")
+    hardware = open_hardware(f"cuda:{local_rank}")
     return gpu_transport(layout, shard, options.secret, hardware, options.kind, options.host)
 
 
 class RankMemory:
     """Implements :class:`distserve.engine.group.memory_port.RankMemory`; ``options`` are MemoryOptions, encoded."""
 
-    def __init__(self, layout: KvLayout, shard: Shard, options: bytes, tell: Callable[[bytes], None]) -> None:
-        self._transport, self.pool = open_memory(layout, shard, _options.decode(options))
+    def __init__(
+        self, layout: KvLayout, shard: Shard, local_rank: int, options: bytes, tell: Callable[[bytes], None]
+    ) -> None:
+        self._transport, self.pool = open_memory(layout, shard, local_rank, _options.decode(options))
         self._tell = tell
         # A peer that does not answer must not hold up the rank's steps.
         self._connector = ThreadPoolExecutor(1, thread_name_prefix="kv-connect")

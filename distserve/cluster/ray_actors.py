@@ -28,6 +28,7 @@ from distserve.core.scheduler import ROUTER
 
 if TYPE_CHECKING:
     from distserve.cluster.instance import Instance
+    from distserve.engine.group.away import Muster
 
 CONCURRENCY = 4
 """Calls an actor serves at once: one watches for its death, the others come from the launcher and its supervisor."""
@@ -97,21 +98,23 @@ class InstanceProcess:
     """An instance's process."""
 
     def __init__(self, config: InstanceConfig) -> None:
-        die_with_parent()
-        die_of_uncaught_errors()
-        # Read by the thread pools of OpenMP, BLAS and numba when they are first imported; Ray has set some itself.
-        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-            os.environ[variable] = str(config.plan.num_threads)
-        self._config = config
+        self._config = _settle(config)
         self._stopped = threading.Event()
         self._instance: Instance | None = None
+        self._muster: Muster | None = None
 
-    def load(self) -> Card:
-        """Load the model; raises ConfigError and its kin."""
+    def muster(self) -> str:
+        """Where the instance's ranks on other nodes are to come to."""
+        from distserve.cluster.node_ranks import open_muster
+
+        self._muster = open_muster(self._config)
+        return self._muster.address
+
+    def load(self, *_joined: None) -> Card:
+        """Load the model, once the ranks of other nodes have joined; raises ConfigError and its kin."""
         from distserve.cluster.instance import Instance
 
-        config = replace(self._config, host=self._config.host or node_address())
-        instance = Instance(config, resolve_name(config.plan.hardware))
+        instance = Instance(self._config, resolve_name(self._config.plan.hardware), self._muster)
         instance.load()
         self._instance = instance
         return instance.card
@@ -144,5 +147,29 @@ class InstanceProcess:
         return self._instance
 
 
+class RankHostProcess:
+    """A process beside those of an instance's ranks on another node than rank 0's, which end with it."""
+
+    def __init__(self, config: InstanceConfig) -> None:
+        from distserve.cluster.node_ranks import RankHost
+
+        self._host = RankHost(_settle(config))
+
+    def join(self, address: str) -> None:
+        """Start them and have them report to rank 0; raises ConfigError and InstanceError."""
+        self._host.join(address)
+
+
+def _settle(config: InstanceConfig) -> InstanceConfig:
+    """Prepare this process, and those it starts, for ranks of an instance; ``config`` with the node's own address."""
+    die_with_parent()
+    die_of_uncaught_errors()
+    # Read by the thread pools of OpenMP, BLAS and numba when they are first imported; Ray has set some itself.
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[variable] = str(config.plan.num_threads)
+    return replace(config, host=config.host or node_address())
+
+
 RouterActor: Any = ray.remote(RouterProcess)
 InstanceActor: Any = ray.remote(InstanceProcess)
+RankHostActor: Any = ray.remote(RankHostProcess)

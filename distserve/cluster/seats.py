@@ -128,18 +128,12 @@ def match_nodes(groups: Iterable[NodeGroup], cluster: ClusterSpec, found: Sequen
     return {node: there for (_, node), there in zip(needs, usable, strict=False) if node is not None}
 
 
-def check_engine(instances: Sequence[WantedInstance], cluster: ClusterSpec | None, kv: KvRequest) -> None:
-    """Raise ConfigError for what can be planned and reserved, but not be computed by the engine of this version.
+def check_kv_said(instances: Sequence[WantedInstance], cluster: ClusterSpec | None, kv: KvRequest) -> None:
+    """Raise ConfigError unless the plan or ``kv``, the engine's section, gives instances on GPUs their KV memory.
 
-    ``kv`` is what the engine's section says; on GPUs it has to be said, as nobody looks at them beforehand.
+    Nobody looks at those GPUs beforehand.
     """
     for instance in instances:
-        if len({gpu.node for gpu in instance.gpus}) > 1:
-            raise ConfigError(
-                f"the ranks of a {instance.role} instance are planned on several nodes, and they speak to each other "
-                "within one so far: launch a placement that has each instance on one node (to plan one: search: "
-                "{across_nodes: false})"
-            )
         if are_on_gpus(cluster) and not (instance.limits.kv_tokens or kv.num_tokens or kv.num_bytes):
             raise ConfigError(
                 f"how much KV memory does a {instance.role} instance take of its GPU? Give placement.{instance.role}."
@@ -166,8 +160,9 @@ def check_kv_transport(instances: Sequence[WantedInstance], cluster: ClusterSpec
         )
     # KV moves from prefill instances, where there are any, to all others.
     moves = any(instance.role is Role.PREFILL for instance in instances)
-    apart = {f"{i.role} on node {i.gpus[0].node}" for i in instances if i.gpus and moves}
-    if transport == "shm" and len({place.rpartition(" ")[2] for place in apart}) > 1:
+    places = {(i.role, gpu.node) for i in instances for gpu in i.gpus if moves}
+    apart = {f"{role} on node {node}" for role, node in places}
+    if transport == "shm" and len({node for _, node in places}) > 1:
         raise ConfigError(
             f"the placement has {', '.join(sorted(apart))}, and shared memory ends at a node: give --kv-transport auto "
             "(TCP between nodes), or place them on one node"

@@ -39,13 +39,15 @@ class KvRequest:
 class Room:
     """What instances find on a node: ``num_instances`` with ``num_ranks`` ranks may take ``free`` bytes together.
 
-    ``name`` says which node it is, for messages; empty: this machine.
+    ``share`` is how much of each is there on average: 1, unless some have ranks on other nodes too. ``name`` says which
+    node it is, for messages; empty: this machine.
     """
 
     num_instances: int
     num_ranks: int
     free: int
     name: str = ""
+    share: float = 1.0
 
 
 def free_memory() -> int:
@@ -93,6 +95,7 @@ def size_kv(
     num_instances: int,
     num_ranks: int,
     free: int,
+    share: float = 1.0,
 ) -> KvConfig:
     """KV memory of each of ``num_instances`` equal instances on a host with ``free`` bytes.
 
@@ -104,6 +107,7 @@ def size_kv(
         num_instances: Instances on the host.
         num_ranks: Their ranks together, each a process.
         free: Bytes that they may take together.
+        share: How much of each is on the host.
 
     Raises:
         ConfigError: the instances do not fit into memory, or the KV asked for holds no block.
@@ -115,23 +119,24 @@ def size_kv(
     elif request.num_bytes is not None:
         kv_bytes = request.num_bytes
     else:
-        left = free - processes - num_instances * weight_bytes
+        left = free - processes - num_instances * share * weight_bytes
         wanted = default_kv_bytes(token_bytes, max_model_len)
-        kv_bytes = min(wanted, max(int(left * _KV_SHARE) // num_instances, max_model_len * token_bytes))
+        kv_bytes = min(wanted, max(int(left * _KV_SHARE / (num_instances * share)), max_model_len * token_bytes))
     num_blocks = kv_bytes // block_bytes
     if num_blocks < 1:
         raise ConfigError(
             f"{_mib(kv_bytes)} of KV memory hold not a single block of {request.block_size} tokens "
             f"({_mib(block_bytes)}): give at least --kv-tokens {max_model_len}"
         )
-    each = weight_bytes + num_blocks * block_bytes
+    weights, cache = int(share * weight_bytes), int(share * num_blocks * block_bytes)
+    each = weights + cache
     needed = processes + num_instances * each
     if needed > free:
         fit = max(0, free // (each + processes // num_instances))
         process = "its process" if num_ranks == num_instances else "its processes"
         raise ConfigError(
-            f"{num_instances} instances need {_mib(needed)}, {_mib(free)} are free: each takes {_mib(weight_bytes)} of "
-            f"weights, {_mib(num_blocks * block_bytes)} of KV ({num_blocks * request.block_size} tokens) and "
+            f"{num_instances} instances need {_mib(needed)}, {_mib(free)} are free: each takes {_mib(weights)} of "
+            f"weights, {_mib(cache)} of KV ({num_blocks * request.block_size} tokens) and "
             f"{_mib(processes // num_instances)} for {process}. {_advice(fit)}"
         )
     return KvConfig(num_blocks=num_blocks, block_size=request.block_size)
@@ -155,6 +160,7 @@ def least_kv(
                 num_instances=room.num_instances,
                 num_ranks=room.num_ranks,
                 free=room.free,
+                share=room.share,
             )
         except ConfigError as error:
             raise ConfigError(f"{room.name}: {error}" if room.name else str(error)) from error

@@ -81,7 +81,7 @@ class Supervisor:
         self._due.append((time.monotonic() + pause, lambda: self._start_instance(slot)))
 
     def _start_instance(self, slot: int) -> None:
-        if not self._deployment.has_node_for(slot):
+        if not self._deployment.has_nodes_for(slot):
             name = self._deployment.blueprint.specs[slot].instance_id
             logger.error(
                 "%s is not replaced: its node has left the Ray cluster. What is left goes on serving; start distserve "
@@ -103,7 +103,7 @@ class Supervisor:
             if name in self._deployment.members:
                 self._deployment.discard(name)
             else:
-                ray.kill(member.actor)
+                member.kill()
             self._restart(member.slot)
             return
         self._failed_starts.pop(member.slot, None)

@@ -85,6 +85,10 @@ class RayNodes:
         """Process ids of the instances on all nodes."""
         return instances(self.directory)
 
+    def rank_hosts(self) -> set[int]:
+        """Process ids of those that started ranks on other nodes than their rank 0's."""
+        return _called(self.directory, b"ray::RankHostProcess")
+
     def close(self) -> None:
         """Stop all nodes; whatever had been started on them is dead when this returns."""
         assert self._process.stdin is not None
@@ -249,10 +253,14 @@ class RayHosts:
 
 def instances(mark: str) -> set[int]:
     """Process ids of the instances that carry a mark."""
+    return _called(mark, b"ray::InstanceProcess")
+
+
+def _called(mark: str, title: bytes) -> set[int]:
     found = set()
     for pid in marked_processes(mark):
         with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::InstanceProcess"):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title):
                 found.add(pid)
     return found
 

@@ -37,11 +37,11 @@ class Group:
     """Ranks other than 0 in this process, reached as those of an instance are: by bytes."""
 
     def __init__(self, parallel: ParallelConfig, options: MemoryOptions, kv: KvConfig = KV) -> None:
-        own, self.pool = open_memory(layout_of(parallel, 0, kv), shard_of(parallel, 0), options)
+        own, self.pool = open_memory(layout_of(parallel, 0, kv), shard_of(parallel, 0), 0, options)
         self.transport = InstanceTransport(own, parallel, options)
         self.memories = {
             rank: RankMemory(
-                layout_of(parallel, rank, kv), shard_of(parallel, rank), options.encode(), self._told(rank)
+                layout_of(parallel, rank, kv), shard_of(parallel, rank), rank, options.encode(), self._told(rank)
             )
             for rank in range(1, parallel.num_ranks)
         }

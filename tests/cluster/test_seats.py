@@ -10,7 +10,7 @@ from distserve.cluster.seats import (
     FoundNode,
     PlannedLimits,
     WantedInstance,
-    check_engine,
+    check_kv_said,
     check_kv_transport,
     check_seats,
     group_by_node,
@@ -146,26 +146,14 @@ def test_a_damaged_placement_is_refused(instances: list[WantedInstance], expecte
         check_seats(instances, A100)
 
 
-def test_what_the_engine_cannot_do_yet_is_refused_by_name() -> None:
-    unsaid, said = KvRequest(), KvRequest(num_tokens=4096)
-    with pytest.raises(ConfigError, match="ranks of a decode instance are planned on several nodes"):
-        check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 1, 2, (0, 0), (1, 0))], None, unsaid)
-    check_engine([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 3)], None, unsaid)
-    check_engine([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], CPUS, unsaid)
-    apart = [instance(Role.PREFILL, 1, 1, (0, 0)), instance(Role.DECODE, 1, 1, (1, 0))]
-    check_engine(apart, CPUS, unsaid)
-    check_engine(apart, A100, said)
-    check_engine([instance(Role.MIXED, 2, 1, (0, 0), (0, 1))], A100, said)
-    check_engine([instance(Role.MIXED, 2, 1, (0, 0), (0, 1))], CPUS, said)
-
-
 def test_how_much_kv_an_instance_has_of_its_gpu_is_said_or_asked_for() -> None:
     prefill = replace(instance(Role.PREFILL, 1, 1, (0, 0)), limits=PlannedLimits(kv_tokens=4096))
     decode = instance(Role.DECODE, 1, 1, (1, 0))
-    check_engine([prefill], A100, KvRequest())
-    check_engine([prefill, decode], A100, KvRequest(num_bytes=2**30))
+    check_kv_said([prefill], A100, KvRequest())
+    check_kv_said([prefill, decode], A100, KvRequest(num_bytes=2**30))
+    check_kv_said([decode], CPUS, KvRequest())
     with pytest.raises(ConfigError, match=r"a decode instance .* Give placement\.decode\.kv_tokens"):
-        check_engine([prefill, decode], A100, KvRequest())
+        check_kv_said([prefill, decode], A100, KvRequest())
 
 
 def test_shared_memory_ends_at_a_node() -> None:
@@ -177,6 +165,8 @@ def test_shared_memory_ends_at_a_node() -> None:
     check_kv_transport(apart, CPUS, "auto")
     check_kv_transport(apart, CPUS, "tcp")
     check_kv_transport(near, CPUS, "shm")
+    with pytest.raises(ConfigError, match="mixed on node 0, mixed on node 1, prefill on node 0"):
+        check_kv_transport([near[0], instance(Role.MIXED, 1, 2, (0, 1), (1, 0))], CPUS, "shm")
     # Where nothing was planned all share a node; mixed instances exchange nothing.
     check_kv_transport([instance(Role.PREFILL, 1, 1), instance(Role.DECODE, 2, 1)], None, "shm")
     check_kv_transport([instance(Role.MIXED, 1, 1, (0, 0)), instance(Role.MIXED, 1, 1, (1, 0))], CPUS, "shm")

@@ -4,6 +4,7 @@ The nodes are Ray's own, on this machine, each at an address of its own. ``test_
 namespaces.
 """
 
+import os
 import re
 import signal
 import threading
@@ -23,21 +24,29 @@ NUM_TOKENS = 150
 PROMPT = [(7 * i + 11) % 3000 + 3 for i in range(90)]
 CONFIG = """
 placement:
-  prefill: {{instances: 1, tp: {prefill_tp}, gpus: {prefill}}}
-  decode: {{instances: {num_decodes}, tp: {decode_tp}, gpus: {decode}}}
+  prefill: {{instances: 1, tp: {prefill_tp}, pp: {prefill_pp}, gpus: {prefill}}}
+  decode: {{instances: {num_decodes}, tp: {decode_tp}, pp: {decode_pp}, gpus: {decode}}}
 cluster: {{gpu: cpu, nodes: 2, gpus_per_node: 4}}
 engine: {{dtype: float32, kv_tokens: 1024, kv_transport: {transport}, threads: 1}}
 """
 
 
-def config(transport: str, prefill: list[list[list[int]]], decode: list[list[list[int]]]) -> str:
+def config(
+    transport: str,
+    prefill: list[list[list[int]]],
+    decode: list[list[list[int]]],
+    prefill_pp: int = 1,
+    decode_pp: int = 1,
+) -> str:
     """A configuration of one prefill instance; ``prefill`` and ``decode`` list each instance's [node, slot]s."""
     return CONFIG.format(
         transport=transport,
-        prefill_tp=len(prefill[0]),
+        prefill_tp=len(prefill[0]) // prefill_pp,
+        prefill_pp=prefill_pp,
         prefill=prefill,
         num_decodes=len(decode),
-        decode_tp=len(decode[0]),
+        decode_tp=len(decode[0]) // decode_pp,
+        decode_pp=decode_pp,
         decode=decode,
     )
 
@@ -58,7 +67,7 @@ def serving(directory: Path, nodes: RayNodes, text: str) -> Iterator[Server]:
         yield server
         server.send(signal.SIGTERM)
         assert server.process.wait(60) == 0, server.log.read_text()
-        assert nodes.instances() == set()
+        assert nodes.instances() | nodes.rank_hosts() == set()
     finally:
         server.kill()
 
@@ -89,6 +98,12 @@ def wait_for(server: Server, text: str, patience: float = 120.0) -> None:
     while text not in server.log.read_text():
         assert time.monotonic() < end, server.log.read_text()
         time.sleep(0.1)
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def stream_all(server: Server, count: int, when_begun: threading.Barrier | None = None) -> list[list[int]]:
@@ -140,6 +155,26 @@ def test_kv_crosses_nodes_and_a_node_that_dies_costs_no_tokens(tmp_path: Path) -
         wait_idle(server)
         status, health = server.call("/health")
         assert (status, health["pools"]) == (200, {"prefill": {"instances": 1}, "decode": {"instances": 1}})
+
+
+def test_stages_on_two_nodes_side_by_side_and_the_loss_of_one_is_the_instances(tmp_path: Path) -> None:
+    """Low affinity (DistServe's Algorithm 2): a stage of both instances on each node, so KV stays within nodes."""
+    expected = generated()
+    text = config("auto", [[[0, 0], [1, 0]]], [[[0, 1], [1, 1]]], 2, 2)
+    with RayNodes(4, 4) as nodes, serving(tmp_path, nodes, text) as server:
+        assert stream_all(server, 3) == [expected] * 3
+        assert migrations(server)["decode-0"] == 3
+        wait_idle(server)
+        # One process on the second node for each instance, with a nursery, with a rank.
+        hosts = nodes.rank_hosts()
+        assert len(hosts) == 2
+        (nursery,) = children_of(hosts.pop())
+        (rank,) = children_of(nursery)
+        os.kill(rank, signal.SIGKILL)
+        wait_for(server, "is serving")
+        assert len(nodes.rank_hosts()) == 2
+        assert list(server.token_ids(PROMPT, NUM_TOKENS)) == expected
+        wait_idle(server)
 
 
 @pytest.mark.slow

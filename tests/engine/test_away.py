@@ -90,7 +90,7 @@ def test_texts_are_those_of_generate(
 def test_each_rank_has_cpus_of_its_own_node_and_a_killed_one_is_named(
     llama: Served, start: Callable[..., Apart]
 ) -> None:
-    last = sorted(os.sched_getaffinity(0))[-1]
+    last = max(os.sched_getaffinity(0))
     apart = start(llama.path, 1, 2, [NodeShare((1,), THERE, cores=(last,))])
     (pid,) = children_of(apart.nurseries[0].pid)
     assert os.sched_getaffinity(pid) == {last}
@@ -128,7 +128,7 @@ def test_a_share_without_room_names_the_ranks_of_the_node(llama: Served) -> None
     muster = Muster(HERE, SECRET, frozenset({1}))
     nursery = join(muster.address, SECRET, NodeShare((1,), THERE))
     away = muster.crews(30.0)
-    with pytest.raises(ConfigError, match="tp 1 and pp 2, with 1 of its ranks here, needs .* are missing"):
+    with pytest.raises(ConfigError, match=r"tp 1 and pp 2, with 1 of its ranks here, needs .* are missing"):
         RankGroup(llama.path, parallel=ParallelConfig(1, 2), kv=KvConfig(10**9, 16), away=away, host=HERE)
     end(nursery)
 
