@@ -101,7 +101,7 @@ def pairs(problem: Problem, shapes: Iterable[Shape], partner: Role = Role.DECODE
     shapes = list(shapes)
     for prefill in (shape for shape in shapes if shape.role is Role.PREFILL):
         for other in (shape for shape in shapes if shape.role is partner):
-            for span in spans(problem.cluster, prefill, other) if problem.search.across_nodes else [1]:
+            for span in spans(problem.cluster, prefill, other):
                 yield Candidate(((prefill, 1), (other, 1)), span)
 
 

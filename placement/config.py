@@ -31,13 +31,11 @@ class SearchSection(BaseModel):
     """``search``: what else the planner looks at.
 
     ``hybrid``: prefill instances beside mixed ones, made of the shapes that lead in the search for the other kinds.
-    ``across_nodes``: instances whose pipeline stages are on several nodes, which cannot be started yet.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     hybrid: bool = True
-    across_nodes: bool = True
 
 
 class PlanningFile(SimulationFile):
@@ -87,7 +85,6 @@ def load_problem(path: Path, overrides: Overrides) -> Problem:
         _QUICK if overrides.quick else SearchLimits(),
         policies=(file.engine.mixed_policy,),
         hybrid=file.search.hybrid,
-        across_nodes=file.search.across_nodes,
         seed=overrides.seed,
         num_workers=overrides.num_workers,
     )

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,8 +234,6 @@ def _plan(file: Path, problem: "Problem", messages: "Console", report: "Console 
     from placement.report import print_report
     from placement.search import find_plan
 
-    # What is launched has every instance within a node.
-    problem = replace(problem, search=replace(problem.search, across_nodes=False))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
         task = bar.add_task(f"planning for {file.name}", total=None)

@@ -49,12 +49,11 @@ class SearchLimits:
     ``num_finalists`` placements are measured with intervals, ``tolerance`` is how wide, as a share of itself, a
     finalist's goodput may stay bracketed. ``num_requests`` is the length of the shortest runs, ``max_requests`` of all
     runs at one rate together. ``seed`` decides every random number; ``num_workers`` None takes every core, and the
-    answer does not depend on it. Without ``across_nodes`` every instance is within a node, as it must be to be started.
+    answer does not depend on it.
     """
 
     policies: tuple[PrefillPolicy, ...] = (PrefillPolicy.SPLITFUSE,)
     hybrid: bool = True
-    across_nodes: bool = True
     max_pp: int = 8
     max_instances: int = 64
     num_finalists: int = 2

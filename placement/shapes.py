@@ -88,12 +88,6 @@ def find_shapes(problem: Problem, offered: Offered) -> tuple[list[Shape], list[R
     refused: list[Refusal] = []
     for parallel in parallel_configs(problem):
         nodes = nodes_spanned(problem, parallel)
-        if nodes > 1 and not problem.search.across_nodes:
-            reason = (
-                f"TP{parallel.tp} PP{parallel.pp} takes {nodes} nodes, and an instance can be started within one only"
-            )
-            refused.append(Refusal(parallel, "shape", reason))
-            continue
         try:
             problem.model.check(parallel)
             step_time = problem.latency.step_time(parallel, stages_share_node=nodes == 1)

@@ -213,7 +213,7 @@ def test_the_section_search_says_whether_hybrids_are_looked_at(write_config: Wri
 @pytest.mark.parametrize(
     ("search", "expected"),
     [
-        ({"hybrd": True}, "search.hybrd is unknown; known here: across_nodes, hybrid"),
+        ({"hybrd": True}, "search.hybrd is unknown; known here: hybrid"),
         ({"hybrid": "perhaps"}, "search.hybrid: 'perhaps' is wrong"),
     ],
 )
