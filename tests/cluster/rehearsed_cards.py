@@ -18,8 +18,10 @@ def open_card(device: str) -> Hardware:
     return replace(open_card_alone(device), open_nccl=lambda _: RehearsedNccl(directory))
 
 
-def open_card_alone(_: str) -> Hardware:
-    """Such a card, and whatever of NCCL there really is."""
+def open_card_alone(device: str) -> Hardware:
+    """Such a card, of those that Ray lets the process see, and whatever of NCCL there really is."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert seen is None or int(device.removeprefix("cuda:")) < len(seen.split(","))
     return Hardware(FakeDevice(f"fake-{os.getpid()}"), HostBackend())
 
 

@@ -105,15 +105,20 @@ def test_ray_places_the_instances_and_nccl_moves_their_kv(tmp_path: Path, rehear
 
 
 @pytest.mark.slow
-def test_instances_of_several_cards_move_kv_between_unequal_shapes(tmp_path: Path, rehearsal: Rehearsal) -> None:
-    text = """
+@pytest.mark.parametrize("second_stage", [[0, 3], [1, 0]])
+def test_instances_of_several_cards_move_kv_between_unequal_shapes(
+    tmp_path: Path, rehearsal: Rehearsal, second_stage: list[int]
+) -> None:
+    """The decode instance's stages are on the prefill instance's node, or its second on another."""
+    num_nodes = second_stage[0] + 1
+    text = f"""
 placement:
-  prefill: {instances: 1, tp: 2, gpus: [[[0, 0], [0, 1]]]}
-  decode: {instances: 1, pp: 2, gpus: [[[0, 2], [0, 3]]]}
-cluster: {gpu: h100-sxm, nodes: 1, gpus_per_node: 4}
-engine: {dtype: float32, kv_tokens: 4096, kv_transport: nccl, threads: 1}
+  prefill: {{instances: 1, tp: 2, gpus: [[[0, 0], [0, 1]]]}}
+  decode: {{instances: 1, pp: 2, gpus: [[[0, 2], {second_stage}]]}}
+cluster: {{gpu: h100-sxm, nodes: {num_nodes}, gpus_per_node: 4}}
+engine: {{dtype: float32, kv_tokens: 4096, kv_transport: nccl, threads: 1}}
 """
-    with RayNodes(5, num_gpus=4) as nodes, serving(tmp_path, nodes, text) as server:
+    with RayNodes(*[5] * num_nodes, num_gpus=4) as nodes, serving(tmp_path, nodes, text) as server:
         texts = [Text(server, SHORT) for _ in range(2)]
         expected = generate(demo_model(), PROMPT, SHORT)
         assert [text.whole() for text in texts] == [expected] * 2

@@ -34,6 +34,10 @@ def nodes(hosts: Namespaces) -> Iterator[RayHosts]:
         yield nodes
 
 
+BESIDE = config("auto", [[[0, 0], [1, 0]]], [[[0, 1], [1, 1]]], 2, 2)
+"""Both instances have a stage on each host."""
+
+
 def start(directory: Path, hosts: Namespaces, nodes: RayHosts, text: str, *flags: str) -> Server:
     """A server on the first host, which answers there alone."""
     (directory / "config.yaml").write_text(text)
@@ -50,8 +54,9 @@ def refusal(server: Server) -> str:
         server.kill()
 
 
-def test_tokens_are_those_of_generate(tmp_path: Path, hosts: Namespaces, nodes: RayHosts) -> None:
-    server = start(tmp_path, hosts, nodes, APART)
+@pytest.mark.parametrize("text", [APART, BESIDE])
+def test_tokens_are_those_of_generate(tmp_path: Path, hosts: Namespaces, nodes: RayHosts, text: str) -> None:
+    server = start(tmp_path, hosts, nodes, text)
     try:
         server.wait_ready()
         tokens = hosts.call(0, lambda: list(server.token_ids(PROMPT, NUM_TOKENS)))

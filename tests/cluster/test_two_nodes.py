@@ -197,6 +197,21 @@ def test_equal_and_unequal_shapes_give_the_tokens_of_generate(
 
 
 @pytest.mark.slow
+def test_a_node_that_dies_takes_the_instance_that_has_a_stage_there(tmp_path: Path) -> None:
+    expected = generated()
+    text = config("auto", [[[0, 0]]], [[[0, 1], [0, 2]], [[0, 3], [1, 0]]], 1, 2)
+    with RayNodes(4, 2) as nodes, serving(tmp_path, nodes, text) as server:
+        begun = threading.Barrier(5)
+        killer = threading.Thread(target=lambda: (begun.wait(60), nodes.kill(1)))
+        killer.start()
+        assert stream_all(server, 4, begun) == [expected] * 4
+        killer.join()
+        wait_for(server, "decode-1 is not replaced: its node has left the Ray cluster")
+        assert list(server.token_ids(PROMPT, NUM_TOKENS)) == expected
+        wait_idle(server)
+
+
+@pytest.mark.slow
 def test_without_its_only_decode_node_a_request_is_told_so(tmp_path: Path) -> None:
     text = config("tcp", [[[0, 0]]], [[[1, 0]]])
     # Of two nodes with a rank each the plan's last goes to the larger one.
