@@ -210,8 +210,6 @@ def load_config(
     model_dir = Path(checked.model) if checked.model is not None else default_model
     if not model_dir.is_dir():
         raise ConfigError(f"model directory {model_dir} does not exist")
-    if engine.kv_transport == "shm" and engine.kv_interface is not None:
-        raise ConfigError("engine.kv_interface is what TCP listens on, and engine.kv_transport shm uses none: drop one")
     if engine.prefix_cache_tokens is not None and not engine.prefix_caching:
         raise ConfigError("prefix_cache_tokens bounds the prefix cache, which is off: set prefix_caching as well")
     if (engine.prefix_cache_tokens or 0) > (engine.kv_tokens or float("inf")):
@@ -223,6 +221,9 @@ def load_config(
     if engine.gpu is not None:
         _check_gpu(planned, engine, serving)
     check_kv_transport(planned.instances, planned.cluster, engine.kv_transport)
+    is_apart = any(len({gpu.node for gpu in instance.gpus}) > 1 for instance in planned.instances)
+    if engine.kv_transport == "shm" and engine.kv_interface is not None and not is_apart:
+        raise ConfigError("engine.kv_interface is what TCP listens on, and engine.kv_transport shm uses none: drop one")
     is_plan = checked.placement == "auto" or checked.prediction is not None
     has_mixed = any(instance.role is Role.MIXED for instance in planned.instances)
     if "mixed_policy" in engine.model_fields_set and not (has_mixed or is_plan):

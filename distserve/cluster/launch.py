@@ -156,9 +156,11 @@ def _rooms(config: ServeConfig, cluster: RayCluster, nodes: Mapping[int, FoundNo
             is_here = node.node_id == cluster.here() or not node.memory
             free = free_memory() if is_here else node.memory
             name = "" if is_here else f"on node {node.node_id[:8]} of the Ray cluster"
-            num_instances = len({slot for slot, _ in group.seats})
-            share = sum(1 / config.instances[slot].parallel.num_ranks for slot, _ in group.seats) / num_instances
-            rooms.append(Room(num_instances, num_ranks, free, name, share))
+            slots = {slot for slot, _ in group.seats}
+            share = sum(1 / config.instances[slot].parallel.num_ranks for slot, _ in group.seats) / len(slots)
+            # What starts ranks of an instance whose rank 0 is elsewhere counts as one of them.
+            hosts = sum((slot, 0) not in group.seats for slot in slots)
+            rooms.append(Room(len(slots), num_ranks + hosts, free, name, share))
     return tuple(rooms)
 
 

@@ -1,7 +1,7 @@
 """What the ranks of an instance find on one node: CPUs, the address they listen at, what their KV memory is made with.
 
-Rank 0's node is the instance's (:mod:`distserve.cluster.instance`); on each other node of an instance that is on
-several a :class:`RankHost` starts its ranks there. Knows nothing of Ray.
+Rank 0's node is the instance's (:mod:`distserve.cluster.instance`); on each further node a process of its own calls
+:func:`host_ranks`. Knows nothing of Ray.
 """
 
 import hashlib
@@ -40,27 +40,16 @@ def open_muster(config: InstanceConfig) -> Muster:
     return Muster(_rank_address(config), _secret(config), away)
 
 
-class RankHost:
-    """The ranks ``config.ranks`` of an instance whose rank 0 is on another node."""
+def host_ranks(config: InstanceConfig, address: str) -> "subprocess.Popen[bytes]":
+    """Start the ranks ``config.ranks`` of an instance whose rank 0 is on another node, with its muster at ``address``.
 
-    def __init__(self, config: InstanceConfig) -> None:
-        self._config = config
-        self._nursery: subprocess.Popen[bytes] | None = None
+    They end with the instance, or when what is returned is let go of.
 
-    def join(self, address: str) -> None:
-        """Start them, and have them report to rank 0's muster.
-
-        Raises:
-            ConfigError: this node lacks the network asked for.
-            InstanceError: rank 0 cannot be reached.
-        """
-        self._nursery = join(address, _secret(self._config), share_of(self._config))
-
-    def close(self) -> None:
-        """End them; returns when they have ended."""
-        if self._nursery is not None and self._nursery.stdin is not None:
-            self._nursery.stdin.close()
-            self._nursery.wait()
+    Raises:
+        ConfigError: this node lacks the network asked for.
+        InstanceError: rank 0 cannot be reached.
+    """
+    return join(address, _secret(config), share_of(config))
 
 
 def _rank_address(config: InstanceConfig) -> str:

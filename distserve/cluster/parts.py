@@ -41,7 +41,7 @@ class EnginePlan:
     num_threads: int
     cores: tuple[int, ...] = ()
     device: str = "cpu"
-    """``cpu``, or ``cuda:N`` as the instance's process numbers its GPUs; rank r of several is on the r-th."""
+    """``cpu``, or ``cuda:N`` as the instance's process numbers its GPUs; a node's n-th rank has the n-th."""
     hardware: str = CUDA
     """The function that opens ``device`` in the instance's process, unless that is the CPU; see CUDA."""
 
@@ -52,7 +52,8 @@ class KvAccess:
 
     ``transport`` is auto (shared memory within a host, else TCP), shm or tcp; between GPUs auto (mapped memory where a
     card reaches it, else NCCL, or TCP without it), nccl or tcp. A port is opened only if ``opens_port``: on
-    ``interface``, a network interface or network of every node (None: the node's own address).
+    ``interface``, a network interface or network of every node (None: the node's own address), where ranks of one
+    instance on several nodes listen for each other as well.
     """
 
     transport: str = "auto"

@@ -5,6 +5,7 @@ once its thread counts are set.
 """
 
 import os
+import subprocess
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -151,13 +152,14 @@ class RankHostProcess:
     """A process beside those of an instance's ranks on another node than rank 0's, which end with it."""
 
     def __init__(self, config: InstanceConfig) -> None:
-        from distserve.cluster.node_ranks import RankHost
-
-        self._host = RankHost(_settle(config))
+        self._config = _settle(config)
+        self._nursery: subprocess.Popen[bytes] | None = None
 
     def join(self, address: str) -> None:
         """Start them and have them report to rank 0; raises ConfigError and InstanceError."""
-        self._host.join(address)
+        from distserve.cluster.node_ranks import host_ranks
+
+        self._nursery = host_ranks(self._config, address)
 
 
 def _settle(config: InstanceConfig) -> InstanceConfig:

@@ -1,9 +1,9 @@
 """Room for all parts of a launch, reserved in the Ray cluster before any of them starts.
 
 One placement group per node of the plan: Ray places it whole on one node (STRICT_PACK), so that the shards of a stage
-share it and so does whatever else was planned to. An instance's ranks there have one bundle, since one process, rank
-0's, is given all of their GPUs. A planned group is tied to the
-node it was mapped to. Which of a node's GPUs a rank gets is Ray's choice: they are equal.
+share it and so does whatever else was planned to. An instance's ranks there have one bundle, since one process is given
+all of their GPUs. A planned group is tied to the node it was mapped to. Which of a node's GPUs a rank gets is Ray's
+choice: they are equal.
 """
 
 import time
@@ -84,7 +84,7 @@ class Reservation:
         """Where the router goes."""
         return PlacementGroupSchedulingStrategy(self._groups[0][1], placement_group_bundle_index=0)
 
-    def seat(self, instance: int, rank: int = 0) -> PlacementGroupSchedulingStrategy:
+    def seat(self, instance: int, rank: int) -> PlacementGroupSchedulingStrategy:
         """Where a rank of an instance goes: beside the instance's others on its node."""
         return self._seats[instance, rank]
 

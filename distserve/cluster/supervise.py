@@ -31,6 +31,7 @@ class Supervisor:
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
         self._pending: dict[Any, Callable[[Any], None]] = {}
+        self._loading: dict[Any, Member] = {}
         self._due: list[tuple[float, Callable[[], None]]] = []
         self._failed_starts: dict[int, int] = {}
         self._stopped = threading.Event()
@@ -55,6 +56,7 @@ class Supervisor:
                 return
             for call in done:
                 self._pending.pop(call)(call)
+            self._stop_waiting_for_lost_nodes()
             now = time.monotonic()
             due = [action for at, action in self._due if at <= now]
             self._due = [(at, action) for at, action in self._due if at > now]
@@ -84,15 +86,23 @@ class Supervisor:
         if not self._deployment.has_nodes_for(slot):
             name = self._deployment.blueprint.specs[slot].instance_id
             logger.error(
-                "%s is not replaced: its node has left the Ray cluster. What is left goes on serving; start distserve "
-                "again to place all instances anew",
+                "%s is not replaced: a node of it has left the Ray cluster. What is left goes on serving; start "
+                "distserve again to place all instances anew",
                 name,
             )
             return
         member, loading = self._deployment.start_instance(slot)
+        self._loading[loading] = member
         self._pending[loading] = lambda call: self._on_instance_loaded(member, call)
 
+    def _stop_waiting_for_lost_nodes(self) -> None:
+        """A rank's death may be known before its node's is to Ray, which then cannot start what was to replace it."""
+        for member in self._loading.values():
+            if not self._deployment.has_nodes_for(member.slot):
+                member.kill()
+
     def _on_instance_loaded(self, member: Member, call: Any) -> None:
+        del self._loading[call]
         try:
             member.card = ray.get(call)
             self._deployment.adopt_instances([member])

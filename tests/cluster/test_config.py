@@ -220,3 +220,14 @@ def test_kv_by_default_is_what_the_node_with_the_least_memory_allows() -> None:
     )
     with pytest.raises(ConfigError, match=r"^on node b: 1 instances need 2\.4 GiB"):
         least_kv([large, small], KvRequest(num_tokens=2**20), **model)
+
+
+def test_a_node_with_some_stages_of_an_instance_needs_memory_for_those_alone() -> None:
+    model = {name: SIZES[name] for name in ("weight_bytes", "token_bytes", "max_model_len")}
+    asked = KvRequest(num_tokens=2**20)
+    whole, half = Room(1, 2, 2 * GIB, "on node b"), Room(1, 1, 2 * GIB, "on node b", share=0.5)
+    assert least_kv([half, half], asked, **model).num_tokens == 2**20
+    with pytest.raises(ConfigError, match=r"^on node b: 1 instances need 2\.6 GiB"):
+        least_kv([whole], asked, **model)
+    # By default too: half the weights, half of every token.
+    assert least_kv([half], KvRequest(), **model).num_blocks > least_kv([whole], KvRequest(), **model).num_blocks

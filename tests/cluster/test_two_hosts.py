@@ -77,10 +77,15 @@ def test_shared_memory_between_hosts_is_refused_with_what_to_do(
     assert "--kv-transport auto" in said
 
 
-def test_an_interface_that_a_node_lacks_is_named(tmp_path: Path, hosts: Namespaces, nodes: RayHosts) -> None:
-    said = refusal(start(tmp_path, hosts, nodes, APART, "--kv-interface", "cable1"))
-    assert "has no network interface cable1: it has lo (127.0.0.1" in said
-    assert "cable0 (10.213.0.1)" in said
+@pytest.mark.parametrize(("text", "number"), [(APART, 0), (BESIDE, 0), (BESIDE, 1)])
+def test_an_interface_that_a_node_lacks_is_named(
+    tmp_path: Path, hosts: Namespaces, nodes: RayHosts, text: str, number: int
+) -> None:
+    """Each host has one end of the cable; the node of rank 0 lacks the other's, or that of another rank does."""
+    said = refusal(start(tmp_path, hosts, nodes, text, "--kv-interface", f"cable{1 - number}"))
+    assert f"has no network interface cable{1 - number}: it has lo (127.0.0.1" in said
+    assert f"cable{number} (10.213.0.{number + 1})" in said
+    assert instances(nodes.directory) == set()
 
 
 def test_a_port_that_cannot_be_reached_is_said_within_seconds(

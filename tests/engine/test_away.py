@@ -130,12 +130,41 @@ def test_a_share_without_room_names_the_ranks_of_the_node(llama: Served) -> None
     away = muster.crews(30.0)
     with pytest.raises(ConfigError, match=r"tp 1 and pp 2, with 1 of its ranks here, needs .* are missing"):
         RankGroup(llama.path, parallel=ParallelConfig(1, 2), kv=KvConfig(10**9, 16), away=away, host=HERE)
+    assert nursery.wait(20) == 0, "nobody is there any more"
+    end(nursery)
+
+
+class Refusing:
+    """Memory that a rank does not get."""
+
+    def __init__(self, *_: object) -> None:
+        raise ConfigError("no memory on this node")
+
+
+def test_a_mistake_on_the_other_node_is_said_at_once(llama: Served) -> None:
+    """Rank 0 waits for all to meet when another rank has found one."""
+    muster = Muster(HERE, SECRET, frozenset({1}))
+    nursery = join(muster.address, SECRET, NodeShare((1,), THERE))
+    away = muster.crews(30.0)
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="no memory on this node"):
+        RankGroup(
+            llama.path,
+            parallel=ParallelConfig(1, 2),
+            kv=KV,
+            away=away,
+            host=HERE,
+            memory=f"{__name__}:Refusing",
+        )
+    assert time.monotonic() - begin < 40
+    assert nursery.wait(20) == 0
     end(nursery)
 
 
 def test_strangers_are_not_taken_on_and_hold_nobody_up() -> None:
     muster = Muster(HERE, SECRET, frozenset({1}))
     host, _, port = muster.address.rpartition(":")
+    # One says nothing, one knows nothing.
     with socket.create_connection((host, int(port))), pytest.raises(InstanceError, match="cannot be reached"):
         join(muster.address, b"of another instance", NodeShare((1,), THERE))
     nursery = join(muster.address, SECRET, NodeShare((1,), THERE))

@@ -3,13 +3,17 @@
 Rank 0 has a :class:`Muster`. On each other node somebody (a Ray actor, a test, a shell) calls :func:`join`, which
 starts a nursery there whose connection, and those of its ranks, lead to the muster. Both sides prove that they know the
 instance's secret, by the challenges of :mod:`multiprocessing.connection`; what they say then is not encrypted. A node
-that vanishes without a word is noticed by TCP's own probes.
+that vanishes without a word is noticed by TCP's own probes, on the nursery's connection: a nursery always listens,
+while a rank may compute for long.
 """
 
 import contextlib
+import os
 import socket
+import struct
 import subprocess
 import threading
+import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
@@ -18,14 +22,22 @@ import msgspec
 from distserve.core.errors import InstanceError
 from distserve.engine.group.processes import Crew, NodeShare, start_nursery
 
-_PATIENCE = 10.0
-"""Seconds to reach a muster."""
+_PATIENCE = 30.0
+"""Seconds to reach a muster, and for each of its answers."""
 
-_PROBES = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4}
-"""A silent connection is given up after half a minute (seconds, seconds, number)."""
+_GREETING = 5.0
+"""Seconds that a muster waits for each answer of who has connected; the next one waits meanwhile."""
 
-_GIVE_UP_MS = 30_000
-"""And one that does not take what is sent after as long."""
+_PROBES = {
+    socket.TCP_KEEPIDLE: 10,
+    socket.TCP_KEEPINTVL: 5,
+    socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 30_000,
+}
+"""A connection is given up after half a minute (seconds, seconds, number, milliseconds)."""
+
+_REFUSALS = (OSError, EOFError, AuthenticationError, AssertionError, msgspec.DecodeError)
+"""What the challenges raise, and what is no hello."""
 
 
 class _Here(msgspec.Struct, tag=True, frozen=True):
@@ -62,6 +74,7 @@ class Muster:
         self._secret = secret
         self._awaited = ranks
         self._changed = threading.Condition()
+        self._is_closed = False
         self._nurseries: list[tuple[NodeShare, Connection]] = []
         self._ranks: dict[int, Connection] = {}
         threading.Thread(target=self._accept, name="muster", daemon=True).start()
@@ -76,6 +89,8 @@ class Muster:
             is_complete = self._changed.wait_for(self._is_complete, patience)
         self.close()
         if not is_complete:
+            for end in (*(nursery for _, nursery in self._nurseries), *self._ranks.values()):
+                end.close()
             missing = ", ".join(map(str, sorted(self._awaited - self._present())))
             raise InstanceError(f"the ranks {missing}, on other nodes, did not come to rank 0 within {patience:g} s")
         return tuple(
@@ -85,6 +100,7 @@ class Muster:
 
     def close(self) -> None:
         """Take nobody on any more. May be called twice."""
+        self._is_closed = True
         with contextlib.suppress(OSError):  # shut already
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -97,21 +113,22 @@ class Muster:
         return self._present() == self._awaited
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 accepted, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            # A thread each: who connects and says nothing holds nobody up.
-            threading.Thread(target=self._greet, args=(accepted,), daemon=True).start()
+            except OSError:  # closed, or out of descriptors
+                time.sleep(0.05)
+                continue
+            self._greet(accepted)
 
     def _greet(self, accepted: socket.socket) -> None:
-        connection = _connection(accepted)
+        connection = _connection(accepted, _GREETING)
         try:
             deliver_challenge(connection, self._secret)
             answer_challenge(connection, self._secret)
             hello = _hello.decode(connection.recv_bytes())
-        except (OSError, EOFError, AuthenticationError, msgspec.DecodeError):
+            _settle(connection, hello)
+        except _REFUSALS:
             connection.close()
             return
         with self._changed:
@@ -131,37 +148,47 @@ def join(address: str, secret: bytes, share: NodeShare) -> "subprocess.Popen[byt
     Raises:
         InstanceError: the muster cannot be reached, or does not know the secret.
     """
-    hellos = [_Here(share), *map(_Rank, share.ranks)]
+    hellos: list[_Here | _Rank] = [_Here(share), *map(_Rank, share.ranks)]
     with contextlib.ExitStack() as stack:
         ends = []
         for hello in hellos:
             try:
-                end = stack.enter_context(_reach(address, secret))
-            except (OSError, EOFError, AuthenticationError) as error:
+                end = stack.enter_context(_reach(address))
+                answer_challenge(end, secret)
+                deliver_challenge(end, secret)
+                end.send_bytes(msgspec.msgpack.encode(hello))
+                _settle(end, hello)
+            except _REFUSALS as error:
                 raise InstanceError(f"rank 0 of the instance cannot be reached at {address}: {error}") from error
-            end.send_bytes(msgspec.msgpack.encode(hello))
             ends.append(end.fileno())
         return start_nursery(ends)
 
 
-def _reach(address: str, secret: bytes) -> Connection:
+def _reach(address: str) -> Connection:
     host, _, port = address.rpartition(":")
-    connection = _connection(socket.create_connection((host, int(port)), timeout=_PATIENCE))
-    try:
-        answer_challenge(connection, secret)
-        deliver_challenge(connection, secret)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    return _connection(socket.create_connection((host, int(port)), timeout=_PATIENCE), _PATIENCE)
 
 
-def _connection(connected: socket.socket) -> Connection:
-    """A connection over TCP that sends at once, and ends when the other machine is gone."""
-    connected.settimeout(None)
+def _connection(connected: socket.socket, patience: float) -> Connection:
+    """A connection over TCP that sends at once, whose reads and writes may take ``patience`` seconds each so far."""
+    connected.settimeout(None)  # Connection reads and writes the descriptor itself
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _PROBES.items():
-        connected.setsockopt(socket.IPPROTO_TCP, option, value)
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _GIVE_UP_MS)
+    _limit(connected, patience)
     return Connection(connected.detach())
+
+
+def _limit(connected: socket.socket, seconds: float) -> None:
+    """Bound each read and write, by an error of the operating system; 0: not at all."""
+    interval = struct.pack("@ll", int(seconds), 0)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+
+def _settle(connection: Connection, hello: _Here | _Rank) -> None:
+    """Let a greeted connection wait as long as it takes, a nursery's with probes."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as settled:
+        _limit(settled, 0)
+        if isinstance(hello, _Here):
+            settled.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _PROBES.items():
+                settled.setsockopt(socket.IPPROTO_TCP, option, value)

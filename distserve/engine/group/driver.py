@@ -122,10 +122,15 @@ class RankGroup:
         self.description = describe_config(config, path)
         elsewhere = {rank for crew in away for rank in crew.ranks}
         here = tuple(rank for rank in range(parallel.num_ranks) if rank not in elsewhere)
-        # A wrong shape, or one without room, is refused before anything is started.
-        first = shard_of(self.description, config.num_attention_heads, parallel, 0)
-        check_devices(parallel, device, here)
-        check_memory(self.description, first, kv, dtype, rank_device(device, 0), here, has_kv=kv_buffer is not None)
+        # A wrong shape, or one without room, is refused before anything is started here.
+        try:
+            first = shard_of(self.description, config.num_attention_heads, parallel, 0)
+            check_devices(parallel, device, here)
+            check_memory(self.description, first, kv, dtype, rank_device(device, 0), here, has_kv=kv_buffer is not None)
+        except ConfigError:
+            for crew in away:
+                crew.close()
+            raise
         self.parallel = parallel
         self._on_lost = on_lost
         self._on_told = on_told
@@ -143,11 +148,14 @@ class RankGroup:
         if parallel.num_ranks == 1:
             self._all_loaded.set()
         self._own = contextlib.ExitStack()
-        # Removed once all have met, so that a process that is killed later leaves nothing.
-        self._directory = tempfile.TemporaryDirectory(prefix="distserve-ranks-")
-        meeting = Meeting(str(Path(self._directory.name) / "store"))
+        # A file is given up once all have met, so that a process that is killed later leaves nothing; a store that is
+        # served is asked by NCCL later too.
+        self._meeting = contextlib.ExitStack()
         if away:
-            meeting = Meeting(self._own.enter_context(HostedStore(host)).address, host)
+            meeting = Meeting(self._meeting.enter_context(HostedStore(host)).address, host)
+        else:
+            directory = self._meeting.enter_context(tempfile.TemporaryDirectory(prefix="distserve-ranks-"))
+            meeting = Meeting(str(Path(directory) / "store"))
         plan = RankPlan(
             model_dir=str(path),
             dtype=dtype,
@@ -166,7 +174,11 @@ class RankGroup:
             backend_options=backend_options,
         )
         torch.set_num_threads(num_threads)
-        self._processes = RankProcesses(plan, away)
+        try:
+            self._processes = RankProcesses(plan, away)
+        except BaseException:
+            self._meeting.close()
+            raise
         self._reader = threading.Thread(target=self._read, name="ranks", daemon=True)
         self._reader.start()
         try:
@@ -174,7 +186,8 @@ class RankGroup:
             self._own.callback(self._worker.shutdown)
             self._all_loaded.wait()
             self.check()
-            self._directory.cleanup()
+            if not away:
+                self._meeting.close()
         except PeerError as error:
             raise self._cause(error) from error
         except BaseException:
@@ -245,7 +258,7 @@ class RankGroup:
         self._is_closed = True
         self._own.close()
         self._processes.kill()
-        self._directory.cleanup()
+        self._meeting.close()
         if threading.current_thread() is not self._reader:
             self._reader.join()
             self._processes.release()
@@ -344,6 +357,8 @@ class RankGroup:
 
     def _give_up(self, error: Loss) -> None:
         self._processes.kill()
+        # Where rank 0 waits for others to meet, this ends the wait.
+        self._meeting.close()
         if self._on_lost is not None and self._all_loaded.is_set():
             self._on_lost(error)
         # Last, so that whoever sees the error finds the instance ended and everyone told.

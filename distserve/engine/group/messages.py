@@ -20,13 +20,12 @@ class RankPlan(msgspec.Struct, frozen=True):
 
     ``ranks`` are those of the node, ascending. ``timeout`` is how many seconds a rank waits for one that is alive but
     silent. ``cores`` are CPUs, ``num_threads`` for each of ``ranks`` in order; without any the operating system
-    chooses. ``memory`` names (``module:class``)
-    the :class:`distserve.engine.group.memory_port.RankMemory` that each rank keeps its KV in, made with
-    ``memory_options``; without a name it is memory of its own.
+    chooses. ``memory`` names (``module:class``) the :class:`distserve.engine.group.memory_port.RankMemory` that each
+    rank keeps its KV in, made with ``memory_options``; without a name it is memory of its own.
 
     On a device, decode batches of up to ``max_batch_size`` are captured, none if that is 0. ``backend`` names
     (``module:function``) what makes the :class:`distserve.engine.device.backend.Backend` that a rank computes on in
-    place of ``device``, of its number and ``backend_options``: a rehearsal's.
+    place of ``device``, of its local rank and ``backend_options``: a rehearsal's.
     """
 
     model_dir: str
@@ -131,19 +130,26 @@ def encode(message: ToRank | FromRank | Ended | RankPlan) -> bytes:
 
 def receive_command(connection: Connection) -> ToRank:
     """The next message to a rank; raises EOFError when rank 0 is gone."""
-    return _to_rank.decode(connection.recv_bytes())
+    return _to_rank.decode(_receive(connection))
 
 
 def receive_report(connection: Connection) -> FromRank:
     """The next message from a rank; raises EOFError when it is gone."""
-    return _from_rank.decode(connection.recv_bytes())
+    return _from_rank.decode(_receive(connection))
 
 
 def receive_plan(connection: Connection) -> RankPlan:
     """The nursery's first message; raises EOFError when rank 0 is gone."""
-    return _plan.decode(connection.recv_bytes())
+    return _plan.decode(_receive(connection))
 
 
 def receive_ended(connection: Connection) -> Ended:
     """The nursery's next message; raises EOFError when it is gone."""
-    return _ended.decode(connection.recv_bytes())
+    return _ended.decode(_receive(connection))
+
+
+def _receive(connection: Connection) -> bytes:
+    try:
+        return connection.recv_bytes()
+    except OSError as error:  # over TCP the end of the other side is not always orderly
+        raise EOFError(str(error)) from error

@@ -12,7 +12,7 @@ import os
 import selectors
 import signal
 import sys
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 from distserve.engine.group.messages import Ended, encode, receive_plan
 from distserve.engine.group.rank import run_rank
@@ -23,7 +23,12 @@ _PR_SET_PDEATHSIG = 1
 def main(descriptors: list[int]) -> None:
     """Run until rank 0 or the starter is gone."""
     parent = Connection(descriptors[0])
-    plan = receive_plan(parent)
+    if sys.stdin.fileno() in wait([parent, sys.stdin.fileno()]):
+        return
+    try:
+        plan = receive_plan(parent)
+    except EOFError:
+        return
     ranks: dict[int, tuple[int, int]] = {}
     others = (rank for rank in plan.ranks if rank != 0)
     for rank, descriptor in zip(others, descriptors[1:], strict=True):
@@ -33,7 +38,11 @@ def main(descriptors: list[int]) -> None:
             for other in descriptors:
                 if other != descriptor:
                     os.close(other)
-            os._exit(run_rank(plan, rank, Connection(descriptor)))
+            try:
+                status = run_rank(plan, rank, Connection(descriptor))
+            except EOFError:
+                status = os.EX_OK  # rank 0 was gone when it was to be told of a failure
+            os._exit(status)
         ranks[os.pidfd_open(pid)] = (rank, pid)
     for descriptor in descriptors[1:]:
         os.close(descriptor)

@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import msgspec
 
+from distserve.core.errors import InstanceError
 from distserve.engine.group.messages import RankPlan, encode
 from distserve.engine.sharding.meeting import LOOPBACK
 
@@ -35,7 +36,12 @@ class Crew:
 
     share: NodeShare
     nursery: Connection
-    ranks: Mapping[int, Connection] = field(default_factory=dict)
+    ranks: Mapping[int, Connection]
+
+    def close(self) -> None:
+        """Let go of them; they end."""
+        for end in (self.nursery, *self.ranks.values()):
+            end.close()
 
 
 def start_nursery(ends: Sequence[int]) -> "subprocess.Popen[bytes]":
@@ -55,7 +61,11 @@ class RankProcesses:
     """
 
     def __init__(self, plan: RankPlan, away: Sequence[Crew] = ()) -> None:
-        """Start the processes of ``plan``, that of rank 0's node; all begin to load at once."""
+        """Start the processes of ``plan``, that of rank 0's node; all begin to load at once.
+
+        Raises:
+            InstanceError: some of ``away`` are gone.
+        """
         self._child: subprocess.Popen[bytes] | None = None
         crews = list(away)
         if len(plan.ranks) > 1:
@@ -69,7 +79,12 @@ class RankProcesses:
             theirs = msgspec.structs.replace(
                 plan, ranks=share.ranks, meeting=meeting, cores=share.cores, memory_options=share.memory_options
             )
-            crew.nursery.send_bytes(encode(theirs))
+            try:
+                crew.nursery.send_bytes(encode(theirs))
+            except OSError as error:
+                self.kill()
+                self.release()
+                raise InstanceError(f"the ranks {share.ranks} of the instance are gone: {error}") from error
 
     def _start(self, plan: RankPlan) -> Crew:
         """The crew of rank 0's own node."""
@@ -88,7 +103,7 @@ class RankProcesses:
             with contextlib.suppress(OSError):  # shut already
                 own.shutdown(socket.SHUT_RDWR)
         if self._child is not None:
-            self._child.wait()
+            self._child.communicate()  # closes its input and waits
 
     def release(self) -> None:
         """Close the ends, which nobody reads any more."""
@@ -96,8 +111,6 @@ class RankProcesses:
             own.close()
         for end in (*self.nurseries, *self.ranks.values()):
             end.close()
-        if self._child is not None and self._child.stdin is not None:
-            self._child.stdin.close()
 
 
 def describe_status(status: int) -> str:

@@ -18,6 +18,7 @@ from distserve.core.events import StepDone, StepFailed
 from distserve.engine.device.backend import Backend
 from distserve.engine.device.start import backend_for
 from distserve.engine.group.device_worker import DeviceShardWorker
+from distserve.engine.group.memory import check_devices
 from distserve.engine.group.memory_port import RankMemory
 from distserve.engine.group.messages import (
     Ask,
@@ -104,6 +105,8 @@ def run_rank(plan: RankPlan, rank: int, connection: Connection) -> int:
             with lock:
                 _send(connection, message)
 
+        if rank == plan.ranks[0]:
+            check_devices(plan.parallel, plan.device, plan.ranks)
         memory = make_memory(plan, rank, lambda answer: report(Told(answer)))
         worker = make_worker(plan, rank, None if memory is None else memory.pool)
         report(Loaded("" if memory is None else memory.address))
@@ -161,7 +164,7 @@ def _serve(
 def _send(connection: Connection, report: FromRank) -> None:
     try:
         connection.send_bytes(encode(report))
-    except BrokenPipeError as error:
+    except OSError as error:
         raise EOFError from error
 
 
