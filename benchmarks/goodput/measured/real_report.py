@@ -16,7 +16,7 @@ from benchmarks.goodput.measured.runs import OBJECTIVES, TARGET, WORKLOADS, Requ
 from distserve.bench.report import write_atomically
 
 _FIGURES = ("ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90", "token_latency")
-_TAIL_RATES = (1.0, 2.0, 2.83, 4.0, 5.66, 8.0)
+_TAIL_RATES = (1.0, 1.41, 1.99, 2.81, 3.97, 5.61, 7.93, 11.21)
 
 
 def write_report(directory: Path, results: Results) -> None:
