@@ -104,7 +104,8 @@ def measure_costs(
     """
     pull, pull_per_byte = measure_pulls(layout)
     with _serving(model_dir, {"prefill": 1, "decode": 1, **flags}, show) as (url, root):
-        found = asyncio.run(_load(url, root, (*loads.usual, *loads.rested), vocab_size, show))
+        num_threads = int(str(flags.get("threads", 1)))
+        found = asyncio.run(_load(url, root, (*loads.usual, *loads.rested), vocab_size, num_threads, show))
     samples = Samples(found[: len(loads.usual)], found[len(loads.usual) :])
     return work_out(samples, step_time, pull=pull, pull_per_byte=pull_per_byte)
 
@@ -186,6 +187,7 @@ async def _load(
     root: psutil.Process,
     loads: tuple[Load, ...],
     vocab_size: int,
+    num_threads: int,
     show: Callable[[str], None],
 ) -> list[Sample]:
     samples = []
@@ -195,7 +197,7 @@ async def _load(
         await _run(runner, Load(1, 3, loads[0].prompt_len, 8), vocab_size)
         before, start = _spent(root), time.perf_counter()
         await asyncio.sleep(_IDLE_SECONDS)
-        rest = _cpu(before, _spent(root))
+        rest = _cpu(before, _spent(root), num_threads)
         idle = (rest.light + sum(beside for _, beside in rest.instances.values())) / (time.perf_counter() - start)
         for load in loads:
             show(
@@ -205,7 +207,7 @@ async def _load(
             await asyncio.sleep(_PAUSE_SECONDS)
             before, start = _spent(root), time.perf_counter()
             run = await _run(runner, load, vocab_size)
-            cpu, seconds = _cpu(before, _spent(root)), time.perf_counter() - start
+            cpu, seconds = _cpu(before, _spent(root), num_threads), time.perf_counter() - start
             offset = cluster_time() - time.perf_counter() + run.started
             failed = [record for record in run.records if record.status is not Status.OK]
             if failed:
@@ -256,8 +258,8 @@ def _process_seconds(process_id: int) -> float:
     return time.clock_gettime(clock.value)
 
 
-def _cpu(before: Mapping[int, _Spent], after: Mapping[int, _Spent]) -> Cpu:
-    """What was spent between two looks. An instance's engine is the thread that did most."""
+def _cpu(before: Mapping[int, _Spent], after: Mapping[int, _Spent], num_threads: int) -> Cpu:
+    """What was spent between two looks. An instance's engine is the ``num_threads`` threads that did most."""
     light = 0.0
     instances: dict[int, tuple[float, float]] = {}
     nothing = _Spent(0.0, {})
@@ -267,6 +269,7 @@ def _cpu(before: Mapping[int, _Spent], after: Mapping[int, _Spent]) -> Cpu:
         if now.threads is None:
             light += seconds
             continue
-        engine = max(spent - (then.threads or {}).get(thread_id, 0.0) for thread_id, spent in now.threads.items())
+        spent = [total - (then.threads or {}).get(thread_id, 0.0) for thread_id, total in now.threads.items()]
+        engine = sum(sorted(spent)[-num_threads:])
         instances[process_id] = (engine, max(0.0, seconds - engine))
     return Cpu(light, instances)

@@ -6,6 +6,7 @@ import pytest
 
 from distserve.bench.records import RequestRecord, Status
 from distserve.cluster.cost_fit import PROMPTS_ALONE, Cpu, Load, Sample, Samples, work_out
+from distserve.cluster.costs import _cpu, _Spent
 from distserve.core.profile import MeasuredStepTime, StepFit, Surface, Table
 
 DECODE, PROMPT = 0.010, 0.100
@@ -73,3 +74,13 @@ def test_light_work_is_shared_out():
     assert found.cpu_per_token == pytest.approx(PER_TOKEN, rel=1e-3)
     assert found.cpu_per_pull == pytest.approx(PER_PULL, rel=1e-3)
     assert found.cpu_per_pulled_token == pytest.approx(PER_PULLED_TOKEN, rel=1e-3)
+
+
+@pytest.mark.parametrize(("num_threads", "engine"), [(1, 2.0), (2, 3.5)])
+def test_all_threads_that_compute_are_the_engine(num_threads: int, engine: float) -> None:
+    """What they spend is no light work, which would be laid on requests."""
+    before = {DECODE_ID: _Spent(10.0, {1: 4.0, 2: 4.0, 3: 2.0})}
+    after = {DECODE_ID: _Spent(13.75, {1: 6.0, 2: 5.5, 3: 2.1, 4: 0.15}), PREFILL_ID: _Spent(0.5, None)}
+    cpu = _cpu(before, after, num_threads)
+    assert cpu.light == 0.5
+    assert cpu.instances == {DECODE_ID: pytest.approx((engine, 3.75 - engine))}
