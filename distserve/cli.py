@@ -92,8 +92,8 @@ def main() -> None:
 )
 @click.option(
     "--kv-interface",
-    help="Network that KV moves over between nodes: an interface that all of them have (eth1), or a network they have "
-    "addresses in (10.1.0.0/16).  [default: the addresses that Ray knows]",
+    help="Network that KV moves over between nodes, and that ranks of an instance on several listen on: an interface "
+    "that all have (eth1), or a network they have addresses in (10.1.0.0/16).  [default: the addresses that Ray knows]",
 )
 @click.option("--threads", type=int, help="CPU threads of each instance.  [default: an equal share of the CPUs]")
 @click.option("--drain-timeout", type=float, help="Seconds that requests may finish in when stopping.  [default: 30]")

@@ -21,6 +21,7 @@ import msgspec
 
 from distserve.core.errors import InstanceError
 from distserve.engine.group.processes import Crew, NodeShare, start_nursery
+from distserve.engine.sharding.meeting import listen
 
 _PATIENCE = 30.0
 """Seconds to reach a muster, and for each of its answers."""
@@ -67,8 +68,7 @@ class Muster:
     """
 
     def __init__(self, host: str, secret: bytes, ranks: frozenset[int]) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family)
+        self._listener = listen(host)
         self.host = host
         self.address = f"{host}:{self._listener.getsockname()[1]}"
         self._secret = secret

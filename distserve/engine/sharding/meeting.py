@@ -37,6 +37,11 @@ class Meeting:
         return store
 
 
+def listen(host: str) -> socket.socket:
+    """A TCP socket that listens on ``host``, IPv4 or IPv6, at a free port; OSError if that is no address here."""
+    return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
 class HostedStore(AbstractContextManager["HostedStore"]):
     """Rank 0's store for ranks of other nodes, at ``host`` until closed.
 
@@ -46,9 +51,8 @@ class HostedStore(AbstractContextManager["HostedStore"]):
 
     def __init__(self, host: str) -> None:
         """Listen on ``host``; raises OSError if that is no address of this machine."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # Bound here: torch itself would listen on all addresses.
-        with socket.create_server((host, 0), family=family) as listener:
+        with listen(host) as listener:
             port = listener.getsockname()[1]
             self._store: Any = c10d.TCPStore(
                 host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
