@@ -5,6 +5,7 @@ and KV takes no time. The real deployment can only be slower, so it bounds as it
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from distserve.core.latency import StepShape
 from distserve.core.router import RouterConfig
 from distserve.core.topology import Placement
 from placement.measure import Run
-from placement.offered import Offered
+from placement.offered import Offered, ScaledOffered
 from placement.problem import Problem
 from placement.shapes import Shape
 from simulator.model import ClusterModel, Delays, InstanceModel
@@ -27,6 +28,54 @@ _PLENTY = 1 << 26
 _PLENTY_OF_BLOCKS = 1 << 17
 """Blocks of such an instance; more would only take time to set up."""
 _PATIENT = RouterConfig(max_wait=float("inf"))
+
+
+class Deployed(Protocol):
+    """What is simulated; a value, so that another process can be told of it."""
+
+    def __hash__(self) -> int: ...
+
+    def run(self, problem: Problem, offered: Offered) -> Run:
+        """How it serves what is offered."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of ``placement``, with its network; the lengths of what is offered are multiplied by the factors."""
+
+    placement: Placement
+    prompt_factor: float = 1.0
+    output_factor: float = 1.0
+
+    def run(self, problem: Problem, offered: Offered) -> Run:
+        """See :class:`Deployed`."""
+        model = joint_model(problem, self.placement)
+        if (self.prompt_factor, self.output_factor) != (1.0, 1.0):
+            offered = ScaledOffered(
+                offered.spec, offered.seed, prompt_factor=self.prompt_factor, output_factor=self.output_factor
+            )
+        return lambda rate, number, num_requests: _until_missed(problem, model, offered.at(rate, number, num_requests))
+
+
+@dataclass(frozen=True)
+class Alone:
+    """``count`` instances of one phase, without the other. Prefill sees outputs of the one token that it yields."""
+
+    shape: Shape
+    count: int
+
+    def run(self, problem: Problem, offered: Offered) -> Run:
+        """See :class:`Deployed`."""
+        model = phase_model(problem, self.shape, self.count)
+
+        def run(rate: float, number: int, num_requests: int) -> Simulation:
+            workload = offered.at(rate, number, num_requests)
+            if self.shape.role is Role.PREFILL:
+                workload = replace(workload, output_lens=np.ones_like(workload.output_lens))
+            return _until_missed(problem, model, workload)
+
+        return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +112,6 @@ def phase_model(problem: Problem, shape: Shape, count: int) -> ClusterModel:
         delays=Delays(message=problem.delays.message, pull_latency=0.0, seconds_per_block=0.0),
         router=_PATIENT,
     )
-
-
-def joint_run(problem: Problem, offered: Offered, placement: Placement) -> Run:
-    """Runs of the whole deployment."""
-    model = joint_model(problem, placement)
-    return lambda rate, run, num_requests: _until_missed(problem, model, offered.at(rate, run, num_requests))
-
-
-def phase_run(problem: Problem, offered: Offered, shape: Shape, count: int) -> Run:
-    """Runs of one phase alone. Prefill sees outputs of the one token that prefill yields."""
-    model = phase_model(problem, shape, count)
-
-    def run(rate: float, number: int, num_requests: int) -> Simulation:
-        workload = offered.at(rate, number, num_requests)
-        if shape.role is Role.PREFILL:
-            workload = replace(workload, output_lens=np.ones_like(workload.output_lens))
-        return _until_missed(problem, model, workload)
-
-    return run
 
 
 def _until_missed(problem: Problem, model: ClusterModel, workload: Workload) -> Simulation:

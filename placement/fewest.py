@@ -16,7 +16,8 @@ from placement.candidates import Candidate, Kind
 from placement.measure import Measurement
 from placement.race import Bounds, Note
 from placement.shapes import Shape
-from placement.tasks import JointPoint, PhasePoint, Setting, Workers
+from placement.tasks import JointPoint, PhasePoint, Setting
+from placement.workers import Workers
 
 _WAVE = 4
 _SLACK = 1.02
@@ -42,7 +43,6 @@ class Fewest:
     best_failing: Holding | None
     num_seen: int
     num_simulated: int
-    num_requests: int
 
 
 def fewest_gpus(
@@ -62,7 +62,7 @@ def fewest_gpus(
     alone: dict[tuple[Shape, int], Measurement] = {}
     holding: list[Holding] = []
     best: Holding | None = None
-    num_simulated = num_requests = 0
+    num_simulated = 0
 
     def add(candidate: Candidate) -> None:
         counts = tuple(_enough(alone, pool, target) for pool in candidate.pools)
@@ -109,7 +109,6 @@ def fewest_gpus(
         tasks: list[Callable[[Setting], Measurement]] = [*phases.values(), *joint.values()]
         results = workers.run(tasks)
         num_simulated += len(joint)
-        num_requests += sum(result.num_simulated for result in results)
         alone.update(zip(phases, results, strict=False))
         for candidate, measurement in zip(joint, results[len(phases) :], strict=True):
             entry = Holding(candidate, open_.pop(candidate), measurement)
@@ -124,7 +123,7 @@ def fewest_gpus(
                 del open_[candidate]
                 add(candidate)
     holding.sort(key=in_order)
-    return Fewest(holding, best, len(seen), num_simulated, num_requests)
+    return Fewest(holding, best, len(seen), num_simulated)
 
 
 def in_order(holding: Holding) -> tuple[int, int, float]:

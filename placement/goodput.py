@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from distserve.core.config import SLO
-from placement.measure import Effort, Measurement, Run, measure
+from placement.measure import Effort, Measurement, Runs, measure
 from placement.plan import Interval
 
 _FLOOR = 0.01
@@ -20,10 +20,15 @@ _BELOW_SERVED = 0.93
 _OVERLOADED = 0.9
 """A run that served less than this share of what was offered shows its capacity."""
 _MAX_PROBES = 16
+_STEPS_DOWN = ((0.1, 0.94), (0.3, 0.85), (math.inf, 0.5))
+"""(attainment missing, up to; step), while no rate has held; after ``_FEW`` rates only the largest step."""
+_FEW = 5
 _DOWN = (1.0, 0.97, 0.94, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
 _UP = (1.0, 1.03, 1.06, 1.1, 1.2)
 """Where an interval is looked for, beside the bracket: far down where attainment hardly falls with the rate. Upwards
 the ceiling, which no rate exceeds, ends it."""
+_NEAR = (0.95, 1.05)
+"""Rates further from the bracket than these shares of it are always looked at, if nothing closer decides."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Goodput:
 
 
 def find_goodput(
-    run: Run,
+    runs: Runs,
     slo: SLO,
     cv: float,
     ceiling: float,
@@ -71,7 +76,7 @@ def find_goodput(
 
     def probe(rate: float) -> bool:
         nonlocal low, high
-        measured[rate] = measure(run, rate, slo, cv, effort_at(rate))
+        measured[rate] = measure(runs, rate, slo, cv, effort_at(rate))
         holds = measured[rate].point.holds(slo.attainment)
         if holds and rate < high:
             low = max(low, rate)
@@ -90,17 +95,23 @@ def find_goodput(
         rate = _next(measured, low, high, slo.attainment)
     estimate = _crossing(measured, low, high, slo.attainment)
     if with_interval and low > 0:
+        slope = _slope(measured, low, high)
+        below, above = low, high
         for factor in _DOWN:
-            if factor * low not in measured:
-                probe(factor * low)
-            if measured[factor * low].point.surely_holds(slo.attainment):
+            rate = factor * below
+            may_decide = slope == 0 or measured[below].point.attainment.low + slope * (below - rate) >= slo.attainment
+            if rate not in measured and (may_decide or factor < _NEAR[0]):
+                probe(rate)
+            if rate in measured and measured[rate].point.surely_holds(slo.attainment):
                 break
         for factor in _UP:
-            if factor * high >= ceiling:
+            rate = factor * above
+            if rate >= ceiling:
                 break
-            if factor * high not in measured:
-                probe(factor * high)
-            if measured[factor * high].point.surely_fails(slo.attainment):
+            may_decide = slope == 0 or measured[above].point.attainment.high - slope * (rate - above) < slo.attainment
+            if rate not in measured and (may_decide or factor > _NEAR[1]):
+                probe(rate)
+            if rate in measured and measured[rate].point.surely_fails(slo.attainment):
                 break
     points = [measurement.point for measurement in measured.values()]
     fails = min((p.rate for p in points if p.surely_fails(slo.attainment) and p.rate >= estimate), default=ceiling)
@@ -109,17 +120,26 @@ def find_goodput(
     return Goodput(Interval(estimate, sure, max(fails, estimate)), low, high, ordered)
 
 
+def _slope(measured: dict[float, Measurement], low: float, high: float) -> float:
+    """By how much attainment falls with each request/s between the bracket's ends; 0 where that is not known."""
+    if high not in measured:
+        return 0.0
+    fallen = measured[low].point.attainment.estimate - measured[high].point.attainment.estimate
+    return max(fallen, 0.0) / (high - low)
+
+
 def _next(measured: dict[float, Measurement], low: float, high: float, target: float) -> float:
     """Where to look next.
 
-    While nothing held: below what the first overloaded run served, then ever larger steps down. While nothing failed:
-    ever larger steps up. Then between the two.
+    While nothing held: below what the first overloaded run served, else a step down as large as what is missing. While
+    nothing failed: ever larger steps up. Then between the two.
     """
     if low == 0:
         served = measured[high].throughput
         if len(measured) == 1 and 0.05 * high < served < _OVERLOADED * high:
             return _BELOW_SERVED * served
-        return high * (0.8 if len(measured) == 2 else 0.5)
+        missing = target - measured[high].point.attainment.estimate
+        return high * (0.5 if len(measured) > _FEW else next(step for most, step in _STEPS_DOWN if missing < most))
     if high not in measured:
         return min(low * math.pow(_STEP, 1 << (len(measured) - 1)), (low + high) / 2)
     served = _BELOW_SERVED * measured[high].throughput

@@ -15,7 +15,8 @@ from placement.fewest import Fewest, Holding, in_order
 from placement.problem import Problem
 from placement.race import Bounds, Note
 from placement.shapes import Shape
-from placement.tasks import JointPoint, Setting, Workers
+from placement.tasks import JointPoint, Setting
+from placement.workers import Workers
 
 _NEAREST = 6
 """Divisions looked at of one pair of shapes."""
@@ -71,7 +72,7 @@ def fewer_gpus(
     problem = setting.problem
     target = problem.slo.attainment
     best: Holding | None = None
-    num_gpus, num_seen, num_simulated, num_requests = num_known, 0, 0, 0
+    num_gpus, num_seen, num_simulated = num_known, 0, 0
     while True:
         largest = [candidate for seed in seeds for candidate in _largest(problem, bounds, seed, rate, num_gpus - 1)]
         note(f"hybrids of fewer than {num_gpus} GPUs", num_seen, num_seen + len(largest))
@@ -82,14 +83,13 @@ def fewer_gpus(
         roughly = workers.run([JointPoint(placement, rate) for _, placement in found])
         hopeful = [entry for entry, short in zip(found, roughly, strict=True) if not short.point.surely_fails(target)]
         results = workers.run([JointPoint(placement, rate, fine=True) for _, placement in hopeful])
-        num_requests += sum(result.num_simulated for result in [*roughly, *results])
         held = [
             Holding(*entry, measurement)
             for entry, measurement in zip(hopeful, results, strict=True)
             if measurement.point.surely_holds(target)
         ]
         if not held:
-            return Fewest([best] if best is not None else [], None, num_seen, num_simulated, num_requests)
+            return Fewest([best] if best is not None else [], None, num_seen, num_simulated)
         best = min(held, key=in_order)
         num_gpus = best.candidate.num_gpus
 

@@ -1,16 +1,17 @@
 """Attainment of one modelled deployment at one rate, in a steady state, with its interval.
 
 Runs with different seeds are added, and lengthened, until the interval lies on one side of the target, is narrow
-enough, or the budget of requests is spent. The interval is Student's t over batch means, for requests that queue
-together are not independent; it is never narrower than Wilson's, which independent requests would have.
+enough, or the budget of requests is spent; several at once, for several processes to work on. The interval is Student's
+t over batch means, for requests that queue together are not independent; it is never narrower than Wilson's, which
+independent requests would have.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from distserve.bench.metrics import wilson_interval
 from distserve.core.config import SLO
@@ -21,6 +22,9 @@ from simulator.results import Simulation
 Run = Callable[[float, int, int], Simulation]
 """(rate, number of the run, requests) -> what happened. The same arguments give the same result."""
 
+Runs = Callable[[float, Sequence[int], int], list[Simulation]]
+"""(rate, numbers of the runs, requests of each) -> what happened in each, maybe side by side."""
+
 _BATCHES = 5
 _CONFIDENCE = 0.975
 
@@ -29,8 +33,8 @@ _CONFIDENCE = 0.975
 class Effort:
     """How much may be simulated at one rate.
 
-    ``num_requests`` in the first run and ``max_requests`` in all; at least ``min_runs``. ``half_width`` of the interval
-    ends it, and so does an interval that excludes the target if ``until_decided``.
+    ``num_requests`` in each of the first runs and ``max_requests`` in all; ``min_runs`` at a time. ``half_width`` of
+    the interval ends it, and so does an interval that excludes the target if ``until_decided``.
     """
 
     num_requests: int
@@ -51,26 +55,29 @@ class Measurement:
     """Requests/s answered within the windows: an overloaded deployment's capacity."""
 
 
-def measure(run: Run, rate: float, slo: SLO, cv: float, effort: Effort) -> Measurement:
+def one_by_one(run: Run) -> Runs:
+    """Runs that are made here, each after the one before."""
+    return lambda rate, numbers, num_requests: [run(rate, number, num_requests) for number in numbers]
+
+
+def measure(runs: Runs, rate: float, slo: SLO, cv: float, effort: Effort) -> Measurement:
     """Attainment at ``rate``."""
     windows: list[Window] = []
-    length, spent = effort.num_requests, 0
+    length, spent, at_once = effort.num_requests, 0, effort.min_runs
     while True:
-        simulation = run(rate, len(windows), length)
-        spent += len(simulation.timelines)
-        windows.append(measure_window(simulation.timelines, slo, cv))
+        simulations = runs(rate, range(len(windows), len(windows) + at_once), length)
+        spent += sum(len(simulation.timelines) for simulation in simulations)
+        windows += [measure_window(simulation.timelines, slo, cv) for simulation in simulations]
         point = summarise(rate, windows, slo)
-        # Far below the target one run is enough, whatever others would say.
-        if len(windows) >= effort.min_runs or (effort.until_decided and point.attainment.high < slo.attainment):
-            interval = point.attainment
-            half = (interval.high - interval.low) / 2
-            decided = point.surely_holds(slo.attainment) or point.surely_fails(slo.attainment)
-            if half <= effort.half_width or (effort.until_decided and decided) or spent + length > effort.max_requests:
-                throughput = sum(window.throughput for window in windows) / len(windows)
-                return Measurement(point, simulation, spent, throughput)
+        half = (point.attainment.high - point.attainment.low) / 2
+        decided = point.surely_holds(slo.attainment) or point.surely_fails(slo.attainment)
+        is_spent = spent + at_once * length > effort.max_requests
+        if half <= effort.half_width or (effort.until_decided and decided) or is_spent:
+            throughput = sum(window.throughput for window in windows) / len(windows)
+            return Measurement(point, simulations[-1], spent, throughput)
         if len(windows) >= 4:
             # Many short runs would share the bias of short runs.
-            length = min(length * 2, max(effort.max_requests - spent, effort.num_requests))
+            length = min(length * 2, max((effort.max_requests - spent) // at_once, effort.num_requests))
 
 
 def summarise(rate: float, windows: list[Window], slo: SLO) -> RatePoint:
@@ -103,7 +110,7 @@ def _interval(met: list[NDArray[np.bool_]]) -> Interval:
     means = [part.mean() for run in met for part in np.array_split(run, max(len(run) // size, 1)) if len(part)]
     low, high = wilson_interval(int(total.sum()), len(total))
     if len(means) > 1:
-        half = float(student.ppf(_CONFIDENCE, len(means) - 1) * np.std(means, ddof=1) / np.sqrt(len(means)))
+        half = float(stdtrit(len(means) - 1, _CONFIDENCE) * np.std(means, ddof=1) / np.sqrt(len(means)))
         low, high = min(low, share - half), max(high, share + half)
     return Interval(share, max(low, 0.0), min(high, 1.0))
 

@@ -103,6 +103,23 @@ class Offered:
         return factor_to_fit(prompts, outputs, spec.fit_context)
 
 
+@dataclass(frozen=True)
+class ScaledOffered(Offered):
+    """The same requests, longer or shorter."""
+
+    prompt_factor: float = 1.0
+    output_factor: float = 1.0
+
+    def at(self, rate: float, run: int, num_requests: int) -> Workload:
+        """See :class:`Offered`."""
+        workload = super().at(rate, run, num_requests)
+        return replace(
+            workload,
+            prompt_lens=scale_lengths(workload.prompt_lens, self.prompt_factor),
+            output_lens=scale_lengths(workload.output_lens, self.output_factor),
+        )
+
+
 def _rolled(trace: Trace, start: int) -> Trace:
     """The trace's requests from ``start`` on, then those before; without times, which no longer ascend."""
     blocks = trace.prefix_blocks

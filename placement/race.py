@@ -18,7 +18,8 @@ from placement.bounds import ShapeBound, bound_shape, network_capacity, relief
 from placement.candidates import Candidate, Kind
 from placement.goodput import Goodput
 from placement.shapes import Shape
-from placement.tasks import JointGoodput, PhaseGoodput, Setting, Workers
+from placement.tasks import JointGoodput, PhaseGoodput, Setting
+from placement.workers import Workers
 
 _WAVE = 4
 """Tasks per round, whatever the number of processes: the course of the race must not depend on it."""

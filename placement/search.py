@@ -7,13 +7,15 @@ their leaders then have to do better than both.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 
 from distserve.core.config import Role
 from placement.candidates import Candidate, Kind, colocated, pairs, replications
 from placement.evaluation import evaluate
-from placement.fewest import Fewest, Holding, fewest_gpus
+from placement.fewest import Holding, fewest_gpus
 from placement.goodput import Goodput
 from placement.hybrids import fewer_gpus, find_seeds, hybrid_units
 from placement.offered import Offered
@@ -21,12 +23,15 @@ from placement.plan import Evaluation, Plan, SearchStats
 from placement.problem import Problem
 from placement.race import Bounds, Note, Ranked, race
 from placement.shapes import Shape, find_shapes
-from placement.tasks import JointGoodput, JointPoint, Setting, Workers
+from placement.tasks import JointGoodput, JointPoint, Setting
 from placement.unreachable import explain_unreachable
+from placement.workers import Workers
 
 _SHORT_RUNS_FLATTER = 0.95
 """Where the goodput of long runs is looked for, as a share of what short ones showed."""
-_MAX_ROUNDS = 3
+_MAX_ROUNDS = 4
+_AS_GOOD = 0.92
+"""Goodputs of short runs that are no further from the best are as good: they are found to no more than this."""
 _TIE = 0.01
 """Goodputs per GPU closer than this are equal: fewer GPUs and nodes decide, then what is simpler to run."""
 
@@ -42,7 +47,6 @@ class _Count:
     candidates: int = 0
     pruned: int = 0
     simulated: int = 0
-    requests: int = 0
 
 
 def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None = None) -> Plan:
@@ -80,7 +84,7 @@ def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None
         num_candidates=count.candidates,
         num_pruned=count.pruned,
         num_simulated=count.simulated,
-        num_requests=count.requests,
+        num_requests=workers.num_requests,
         seconds=time.perf_counter() - began,
     )
     return Plan(
@@ -114,8 +118,23 @@ def _chosen(problem: Problem, ordered: Sequence[Evaluation]) -> Evaluation:
     """The first that keeps its promise; without a rate, the smallest of those as good per GPU as the best."""
     if problem.rate is not None:
         return next((e for e in ordered if e.point.surely_holds(problem.slo.attainment)), ordered[0])
-    equal = [e for e in ordered if e.goodput_per_gpu >= (1 - _TIE) * ordered[0].goodput_per_gpu]
+    equal = [e for e in ordered if _as_good(e, ordered[0], problem.search.tolerance)]
     return min(equal, key=lambda e: (_size(e), -e.goodput_per_gpu))
+
+
+def _as_good(one: Evaluation, best: Evaluation, tolerance: float) -> bool:
+    """Closer than a tie, or than goodputs are looked for, with intervals that overlap."""
+    if one.goodput_per_gpu >= (1 - _TIE) * best.goodput_per_gpu:
+        return True
+    overlap = one.goodput.high / one.num_gpus >= best.goodput.low / best.num_gpus
+    return overlap and one.goodput_per_gpu >= (1 - tolerance) * best.goodput_per_gpu
+
+
+def _first_looked_at(found: Iterable[Ranked]) -> list[Ranked]:
+    """Of equally good ones those of few requests/s: they take least to simulate, and their goodput bars the others."""
+    waiting = list(found)
+    bar = _AS_GOOD * max((entry.per_gpu for entry in waiting), default=0.0)
+    return sorted(waiting, key=lambda entry: entry.goodput.interval.estimate if entry.per_gpu >= bar else float("inf"))
 
 
 class _Searcher:
@@ -124,6 +143,7 @@ class _Searcher:
         self._workers = workers
         self._bounds = bounds
         self._progress = progress
+        self._counting = Lock()  # kinds of placement are looked at side by side
         self.count = _Count()
         self.closest: Holding | None = None
         self.evaluate_paper: Callable[[], Evaluation | None] = lambda: None
@@ -134,73 +154,65 @@ class _Searcher:
     def best_units(self, shapes: list[Shape], paper: Candidate | None) -> list[Evaluation]:
         """Finalists of every kind, measured with intervals."""
         problem = self._setting.problem
-        num_wanted = problem.search.num_finalists
-        races: list[tuple[list[Ranked], int]] = []
-        for kind, wanted in self._kinds(shapes, num_wanted):
-            units = [unit for single in kind for unit in replications(problem, single) if unit != paper]
-            races.append((self._race(units, wanted), wanted))
-        if paper is not None and any(found for found, _ in races):
+        kinds = self._kinds(shapes, problem.search.num_finalists)
+        units = [[unit for single in kind for unit in replications(problem, single)] for kind, _ in kinds]
+        races = [partial(self._race, rivals, wanted, paper) for rivals, (_, wanted) in zip(units, kinds, strict=True)]
+        raced = self._workers.side_by_side(races)
+        if paper is not None and any(raced):
             self.evaluate_paper = self._begin(paper)
-        measured = self._refine(races)
+        finals = [partial(self._refine, found, wanted) for found, (_, wanted) in zip(raced, kinds, strict=True)]
+        measured = [evaluation for of_kind in self._workers.side_by_side(finals) for evaluation in of_kind]
         if problem.search.hybrid:
             ordered = sorted(measured, key=_by_goodput)
             seeds = find_seeds(problem, shapes, [e.candidate for e in ordered if e.candidate is not None])
             # More than a tie ahead, else it is not worth an interval.
             beaten = (1 + 2 * _TIE) * max((evaluation.goodput_per_gpu for evaluation in measured), default=0.0)
-            units = [unit for unit in hybrid_units(problem, seeds) if unit != paper]
-            measured += self._refine([(self._race(units, 1, beaten), num_wanted)], beaten)
+            found = self._race(hybrid_units(problem, seeds), 1, paper, beaten)
+            measured += self._refine(found, problem.search.num_finalists, beaten)
         return measured
 
-    def _race(self, units: list[Candidate], num_wanted: int, beaten: float = 0.0) -> list[Ranked]:
-        found = race(self._setting, self._workers, self._bounds, units, num_wanted, self._progress, beaten)
-        self.count.candidates += len(units)
-        self.count.simulated += len(found)
-        self.count.pruned += len(units) - len(found)
-        self.count.requests += sum(entry.goodput.num_simulated for entry in found)
+    def _race(
+        self, units: Sequence[Candidate], num_wanted: int, paper: Candidate | None, beaten: float = 0.0
+    ) -> list[Ranked]:
+        """Race all ``units`` but the paper's placement, which is measured in any case."""
+        rivals = [unit for unit in units if unit != paper]
+        found = race(self._setting, self._workers, self._bounds, rivals, num_wanted, self._progress, beaten)
+        self._tally(len(rivals), len(found))
         return found
 
-    def _refine(self, races: Sequence[tuple[list[Ranked], int]], beaten: float = 0.0) -> list[Evaluation]:
-        """Measure each race's leaders with intervals, until none of the rest looked better than the best of them is.
+    def _refine(self, found: Sequence[Ranked], wanted: int, beaten: float = 0.0) -> list[Evaluation]:
+        """Measure a race's leaders with intervals, until none of the rest looked better than the best of them is.
 
         ``beaten`` requests/s and GPU are known to be served by others.
         """
-        best = [beaten] * len(races)
-        waiting = [list(found) for found, _ in races]
+        best, waiting = beaten, list(found)
         measured: list[Evaluation] = []
         for _ in range(_MAX_ROUNDS):
-            leaders: list[tuple[int, Ranked]] = []
-            for index, (_, wanted) in enumerate(races):
-                hopeful = [entry for entry in waiting[index][:wanted] if entry.per_gpu > best[index]]
-                leaders += [(index, entry) for entry in hopeful]
-                waiting[index] = waiting[index][wanted:]
+            waiting = _first_looked_at(entry for entry in waiting if entry.per_gpu > best)
+            leaders, waiting = waiting[:wanted], waiting[wanted:]
             if not leaders:
                 break
             self._progress("measuring the leaders with intervals", len(measured), len(measured) + len(leaders))
-            floors = [(1 - _TIE) * best[index] * entry.candidate.num_gpus for index, entry in leaders]
-            evaluations = self._measure([entry for _, entry in leaders], floors)
-            for (index, _), evaluation in zip(leaders, evaluations, strict=True):
-                if evaluation.goodput.estimate > 0:
-                    measured.append(evaluation)
-                    best[index] = max(best[index], evaluation.goodput_per_gpu)
+            floor = (1 - _TIE) * best
+            measured += [entry for entry in self._measure(leaders, floor) if entry.goodput.estimate > 0]
+            best = max((entry.goodput_per_gpu for entry in measured), default=best)
         return measured
 
-    def _measure(self, leaders: Sequence[Ranked], floors: Sequence[float]) -> list[Evaluation]:
-        """Goodputs with intervals; one that turns out below its floor (requests/s) is only known to be."""
-        problem = self._setting.problem
+    def _measure(self, leaders: Sequence[Ranked], floor: float) -> list[Evaluation]:
+        """Goodputs with intervals; one below ``floor`` (requests/s and GPU) is only known to be."""
         tasks = [
             JointGoodput(
                 entry.placement,
                 self._bounds.of_candidate(entry.candidate),
                 _SHORT_RUNS_FLATTER * entry.goodput.interval.estimate,
-                floor,
+                floor * entry.candidate.num_gpus,
                 fine=True,
             )
-            for entry, floor in zip(leaders, floors, strict=True)
+            for entry in leaders
         ]
         goodputs: list[Goodput] = self._workers.run(tasks)
-        self.count.requests += sum(goodput.num_simulated for goodput in goodputs)
         return [
-            evaluate(problem, str(e.candidate), e.placement, goodput, None, e.candidate)
+            evaluate(self._setting.problem, str(e.candidate), e.placement, goodput, None, e.candidate)
             for e, goodput in zip(leaders, goodputs, strict=True)
         ]
 
@@ -213,7 +225,7 @@ class _Searcher:
         leaders: list[Candidate] = []
         for kind, wanted in self._kinds(shapes, problem.search.num_finalists):
             found = fewest_gpus(self._setting, self._workers, self._bounds, kind, rate, wanted, self._progress)
-            self._tally(found)
+            self._tally(found.num_seen, found.num_simulated)
             holding += found.holding
             nearest = found.holding or ([found.best_failing] if found.best_failing is not None else [])
             leaders += [entry.candidate for entry in nearest]
@@ -223,7 +235,7 @@ class _Searcher:
             seeds = find_seeds(problem, shapes, leaders)
             num_known = min((entry.candidate.num_gpus for entry in holding), default=problem.cluster.num_gpus + 1)
             found = fewer_gpus(self._setting, self._workers, self._bounds, seeds, rate, num_known, self._progress)
-            self._tally(found)
+            self._tally(found.num_seen, found.num_simulated)
             holding += found.holding
         if paper is not None and holding:
             self.evaluate_paper = self._begin(paper)
@@ -269,8 +281,8 @@ class _Searcher:
             kinds.append((list(colocated(mixed)), 1))
         return kinds
 
-    def _tally(self, found: Fewest) -> None:
-        self.count.candidates += found.num_seen
-        self.count.simulated += found.num_simulated
-        self.count.pruned += found.num_seen - found.num_simulated
-        self.count.requests += found.num_requests
+    def _tally(self, num_seen: int, num_simulated: int) -> None:
+        with self._counting:
+            self.count.candidates += num_seen
+            self.count.simulated += num_simulated
+            self.count.pruned += num_seen - num_simulated

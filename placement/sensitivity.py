@@ -11,11 +11,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from distserve.bench.lengths import scale_lengths
-from distserve.bench.workload import Workload
 from distserve.core.config import ParallelConfig, Role
 from distserve.core.topology import PlacedInstance, Placement
-from placement.deployment import joint_run
+from placement.deployment import Whole
 from placement.evaluation import binding_constraint
 from placement.goodput import Goodput
 from placement.layout import Seat, lay_out
@@ -24,7 +22,8 @@ from placement.offered import Offered
 from placement.outlook import Change, Curve, KvFlow, Outlook, Phases, Sample, Variant, rivals
 from placement.plan import Evaluation, Plan
 from placement.steady import measure_window
-from placement.tasks import JointGoodput, Setting, Workers
+from placement.tasks import JointGoodput, Setting
+from placement.workers import Workers
 from simulator.results import Simulation
 
 Progress = Callable[[int, int], None]
@@ -55,18 +54,12 @@ class ScaledPoint:
 
     def __call__(self, setting: Setting) -> Measurement:
         """Simulate."""
-        offered = ScaledOffered(
-            setting.offered.spec,
-            setting.offered.seed,
-            prompt_factor=self.prompt_factor,
-            output_factor=self.output_factor,
-        )
         kinds = [(placed.spec.role, placed.spec.parallel) for placed in self.placement.instances]
         return measure(
-            joint_run(setting.problem, offered, self.placement),
+            setting.runs(Whole(self.placement, self.prompt_factor, self.output_factor)),
             self.rate,
             setting.problem.slo,
-            offered.cv,
+            setting.offered.cv,
             _effort(setting, kinds, self.rate),
         )
 
@@ -75,23 +68,6 @@ def _effort(setting: Setting, kinds: Sequence[tuple[Role, ParallelConfig]], rate
     """The same number of runs for everything, so that two variants saw the same requests."""
     num = setting.effort(kinds, rate, fine=True).num_requests
     return Effort(num, _MIN_RUNS * num, min_runs=_MIN_RUNS, half_width=1.0, until_decided=False)
-
-
-@dataclass(frozen=True)
-class ScaledOffered(Offered):
-    """The same requests, longer or shorter."""
-
-    prompt_factor: float = 1.0
-    output_factor: float = 1.0
-
-    def at(self, rate: float, run: int, num_requests: int) -> Workload:
-        """See :class:`Offered`."""
-        workload = super().at(rate, run, num_requests)
-        return replace(
-            workload,
-            prompt_lens=scale_lengths(workload.prompt_lens, self.prompt_factor),
-            output_lens=scale_lengths(workload.output_lens, self.output_factor),
-        )
 
 
 @dataclass(frozen=True)

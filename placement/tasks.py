@@ -1,24 +1,18 @@
-"""What is simulated apart: each task is one search for a goodput or one look at a rate, in a process of its own.
+"""What is looked for apart: each task is one search for a goodput or one look at a rate, which others run beside.
 
 A task is a pure function of the problem and its own fields. So the answer depends neither on the number of processes
 nor on which of them is faster.
 """
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
-from types import TracebackType
-from typing import Self, TypeVar
 
 from distserve.core.config import ParallelConfig, Role
 from distserve.core.topology import Placement
 from placement.bounds import lone_decode
-from placement.deployment import joint_run, phase_run
+from placement.deployment import Alone, Deployed, Whole
 from placement.goodput import Goodput, find_goodput
-from placement.measure import Effort, Measurement, measure
+from placement.measure import Effort, Measurement, Runs, measure, one_by_one
 from placement.offered import Offered
 from placement.problem import Problem
 from placement.shapes import Shape
@@ -37,6 +31,10 @@ class Setting:
     problem: Problem
     offered: Offered
 
+    def runs(self, deployed: Deployed) -> Runs:
+        """How ``deployed`` is simulated: here, unless a setting knows better."""
+        return one_by_one(deployed.run(self.problem, self.offered))
+
     def effort(
         self, kinds: Iterable[tuple[Role, ParallelConfig]], rate: float, *, fine: bool, half_width: float = 0.03
     ) -> Effort:
@@ -45,7 +43,7 @@ class Setting:
         span = _RESIDENCES * self._residence(kinds) + _PATIENCES * self.problem.slo.ttft
         num = max(search.num_requests, int(rate * span))
         if fine:
-            return Effort(3 * num // 2, max(search.max_requests, 6 * num), min_runs=2, half_width=half_width)
+            return Effort(3 * num // 2, max(search.max_requests, 4 * num), min_runs=2, half_width=half_width)
         return Effort(num, num, half_width=0.03)
 
     def _residence(self, kinds: Iterable[tuple[Role, ParallelConfig]]) -> float:
@@ -73,7 +71,7 @@ class PhaseGoodput:
     def __call__(self, setting: Setting) -> Goodput:
         """Simulate."""
         return find_goodput(
-            phase_run(setting.problem, setting.offered, self.shape, self.count),
+            setting.runs(Alone(self.shape, self.count)),
             setting.problem.slo,
             setting.offered.cv,
             self.ceiling,
@@ -94,7 +92,7 @@ class PhasePoint:
     def __call__(self, setting: Setting) -> Measurement:
         """Simulate."""
         return measure(
-            phase_run(setting.problem, setting.offered, self.shape, self.count),
+            setting.runs(Alone(self.shape, self.count)),
             self.rate,
             setting.problem.slo,
             setting.offered.cv,
@@ -115,7 +113,7 @@ class JointGoodput:
     def __call__(self, setting: Setting) -> Goodput:
         """Simulate."""
         return find_goodput(
-            joint_run(setting.problem, setting.offered, self.placement),
+            setting.runs(Whole(self.placement)),
             setting.problem.slo,
             setting.offered.cv,
             self.ceiling,
@@ -138,7 +136,7 @@ class JointPoint:
     def __call__(self, setting: Setting) -> Measurement:
         """Simulate."""
         return measure(
-            joint_run(setting.problem, setting.offered, self.placement),
+            setting.runs(Whole(self.placement)),
             self.rate,
             setting.problem.slo,
             setting.offered.cv,
@@ -148,44 +146,3 @@ class JointPoint:
 
 def _kinds(placement: Placement) -> list[tuple[Role, ParallelConfig]]:
     return [(instance.spec.role, instance.spec.parallel) for instance in placement.instances]
-
-
-T = TypeVar("T")
-
-
-def _execute(setting: Setting, task: Callable[[Setting], T]) -> T:
-    return task(setting)
-
-
-class Workers:
-    """Processes that run tasks; with one worker they run here. A context manager."""
-
-    def __init__(self, setting: Setting, num_workers: int | None) -> None:
-        self._setting = setting
-        self._num_workers = num_workers or os.cpu_count() or 1
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Self:
-        if self._num_workers > 1:
-            # Spawned, not forked: the caller may have threads.
-            self._pool = ProcessPoolExecutor(self._num_workers, mp_context=get_context("spawn"))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def run(self, tasks: Sequence[Callable[[Setting], T]]) -> list[T]:
-        """The tasks' results, in the tasks' order."""
-        if self._pool is None:
-            return [task(self._setting) for task in tasks]
-        futures = [self._pool.submit(_execute, self._setting, task) for task in tasks]
-        return [future.result() for future in futures]
-
-    def begin(self, task: Callable[[Setting], T]) -> Callable[[], T]:
-        """Start a task beside those of :meth:`run`; calling the answer waits for its result."""
-        if self._pool is None:
-            return partial(task, self._setting)
-        return self._pool.submit(_execute, self._setting, task).result

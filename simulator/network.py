@@ -60,6 +60,9 @@ class Network:
         self._changed_at = 0.0
         self._num_solutions = 0
         self._seen = [0] * num_links  # the last solution that saw each link
+        self._left = [0.0] * num_links  # while solving: bytes/s of each link not given to a flow yet,
+        self._num = [0] * num_links  # the flows on it without a rate yet,
+        self._levels = [0.0] * num_links  # and what each of them could have: left / num
         self._num_bytes = [0.0] * num_links
         self._busy = [0.0] * num_links
         self._busy_since = [0.0] * num_links
@@ -117,6 +120,29 @@ class Network:
                 return time
             heappop(heap)
         return _INFINITY
+
+    def due(self, now: float) -> tuple[float, int] | None:
+        """:meth:`next_completion` if it is not after ``now``.
+
+        Rates are not found anew between flows that end at one time: what has arrived has, whatever the others' rates.
+        """
+        heap = self._heap
+        while heap:
+            time, entry, of_route, flow_id = heap[0]
+            if of_route is None:
+                break
+            if of_route.entry == entry:
+                flow_id = of_route.marks[0][1]
+                break
+            heappop(heap)
+        else:
+            time, flow_id = _INFINITY, -1
+        if time <= now:
+            return time, flow_id
+        if not self._changed:
+            return None
+        self._solve()
+        return self.due(now)
 
     def next_completion(self) -> tuple[float, int] | None:
         """:attr:`next_time` and the flow that ends then, None without flows."""
@@ -210,8 +236,9 @@ class Network:
             self._change(now, of_route)
 
     def _change(self, now: float, of_route: _Class) -> None:
-        """The flows of a class that is served up to ``now`` are others: its rate is to be found."""
+        """The flows of a class that is served up to ``now`` are others: its rate and its next end are to be found."""
         of_route.rate = 0.0
+        of_route.entry = -1
         self._changed.append(of_route)
         self._changed_at = now
 
@@ -222,9 +249,8 @@ class Network:
         on, seen, capacities = self._on, self._seen, self._capacities
         reached = self._changed
         self._changed = []
-        left: dict[int, float] = {}  # bytes/s of each link not given to a flow yet
-        num: dict[int, int] = {}  # flows on it without a rate yet
-        levels: dict[int, float] = {}  # what each of them could have: left / num
+        left, num, levels = self._left, self._num, self._levels
+        links: list[int] = []  # those with flows without a rate yet
         for of_route in reached:  # grows on the way
             for link in of_route.route:
                 if seen[link] == solution:
@@ -237,28 +263,29 @@ class Network:
                         other.reached = solution
                         reached.append(other)
                 if count:
+                    links.append(link)
                     left[link] = capacities[link]
                     num[link] = count
                     levels[link] = capacities[link] / count
-        level_of = levels.__getitem__
-        while levels:
-            tightest = min(levels, key=level_of)
+        while links:
+            tightest = links[0]
             level = levels[tightest]
+            for link in links:
+                if levels[link] < level:
+                    tightest, level = link, levels[link]
             for of_route in on[tightest]:
                 if of_route.settled == solution:
                     continue
                 of_route.settled = solution
                 weight = of_route.num
                 for link in of_route.route:
-                    count = num[link] - weight
+                    num[link] = count = num[link] - weight
                     if count:
-                        num[link] = count
                         left[link] = rest = left[link] - level * weight
                         levels[link] = rest / count if rest > 0.0 else level
-                    else:
-                        del levels[link]
                 if level != of_route.rate:
                     self._retime(of_route, now, level)
+            links = [link for link in links if num[link]]
 
     def _retime(self, of_route: _Class, now: float, rate: float) -> None:
         """From ``now`` on each flow of the class has ``rate``."""

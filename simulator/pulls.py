@@ -183,12 +183,10 @@ class Pulls:
             if pull is not None:
                 self._take_turns(now, pull.pair)
         network = self._network
-        while network is not None and network.flows.next_time <= now:
-            completion = network.flows.next_completion()
-            assert completion is not None
-            flow_id = completion[1]
-            self._show_links(completion[0])
-            network.flows.finish(completion[0], flow_id)
+        while network is not None and (completion := network.flows.due(now)) is not None:
+            time, flow_id = completion
+            self._show_links(time)
+            network.flows.finish(time, flow_id)
             pull = self._of_flow.pop(flow_id)
             pull.flows.remove(flow_id)
             if not pull.flows:

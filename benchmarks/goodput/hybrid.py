@@ -30,7 +30,7 @@ from distserve.core.latency import StepTime
 from distserve.core.router import RouterConfig
 from distserve.core.topology import Gpu
 from placement.goodput import find_goodput
-from placement.measure import Effort
+from placement.measure import Effort, one_by_one
 from simulator.latency.analytic import AnalyticModel
 from simulator.latency.gpus import find_gpu
 from simulator.latency.memory import kv_config
@@ -149,7 +149,7 @@ def goodput(
         return Effort(num, num)
 
     ceiling = load.most * composition.num_instances
-    found = find_goodput(run, slo, 1.0, ceiling, effort, tolerance=TOLERANCE, start=start, floor=floor)
+    found = find_goodput(one_by_one(run), slo, 1.0, ceiling, effort, tolerance=TOLERANCE, start=start, floor=floor)
     if found.low <= 0:
         return 0.0, 0.0, found.num_simulated
     return found.interval.estimate, local_share(found.nearest(found.low).last), found.num_simulated

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from distserve.core.config import SLO
 from placement.goodput import find_goodput
-from placement.measure import Effort, measure
+from placement.measure import Effort, measure, one_by_one
 from placement.steady import measure_window
 from simulator.results import Simulation, Timelines
 
@@ -50,7 +50,7 @@ def coin(threshold, softness=0.3):
         arrival = np.cumsum(rng.exponential(1 / rate, num_requests))
         return simulation(timelines(arrival, np.where(draws < share, 0.5, 1.5), np.full(num_requests, 0.01)))
 
-    return run
+    return one_by_one(run)
 
 
 def queue(service):
@@ -63,7 +63,7 @@ def queue(service):
         done = np.maximum.accumulate(arrival - served) + served + service
         return simulation(timelines(arrival, done - arrival, np.full(num_requests, 0.0)))
 
-    return run
+    return one_by_one(run)
 
 
 @given(st.floats(0.5, 200), st.floats(0.05, 0.95))
@@ -81,7 +81,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     for seed in range(20):
         run = coin(10.0)
         found = find_goodput(
-            lambda rate, number, num, seed=seed, run=run: run(rate, number + 100 * seed, num),
+            lambda rate, numbers, num, seed=seed, run=run: run(rate, [n + 100 * seed for n in numbers], num),
             SLO_1S,
             1.0,
             20.0,
@@ -98,7 +98,7 @@ def test_a_queue_is_followed_to_what_long_runs_attain():
     # M/D/1 with service D: P(wait <= 0.9 s) with D = 0.1 crosses 90% close below capacity, computed by a long run.
     long = queue(0.1)
     for rate in np.arange(9.0, 10.0, 0.05):
-        lines = long(rate, 77, 200_000).timelines
+        lines = long(rate, [77], 200_000)[0].timelines
         if measure_window(lines, SLO_1S).met.mean() < 0.9:
             break
     found = find_goodput(

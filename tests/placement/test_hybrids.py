@@ -28,7 +28,8 @@ from placement.race import Bounds
 from placement.search import find_plan, silent
 from placement.sensitivity import look_around
 from placement.shapes import Shape, find_shapes
-from placement.tasks import JointPoint, Setting, Workers
+from placement.tasks import JointPoint, Setting
+from placement.workers import Workers
 from simulator.command import simulate
 from simulator.replay import prepare
 from tests.placement import plans
