@@ -24,9 +24,11 @@ _STEPS_DOWN = ((0.1, 0.94), (0.3, 0.85), (math.inf, 0.5))
 """(attainment missing, up to; step), while no rate has held; after ``_FEW`` rates only the largest step."""
 _FEW = 5
 _DOWN = (1.0, 0.97, 0.94, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
-_UP = (1.0, 1.03, 1.06, 1.1, 1.2)
+_UP = (1.0, 1.03, 1.08)
 """Where an interval is looked for, beside the bracket: far down where attainment hardly falls with the rate. Upwards
 the ceiling, which no rate exceeds, ends it."""
+_SAME = 1.02
+"""One of two rates that are no further apart is enough."""
 _NEAR = (0.95, 1.05)
 """Rates further from the bracket than these shares of it are always looked at, if nothing closer decides."""
 
@@ -43,11 +45,13 @@ class Goodput:
     low: float
     high: float
     measured: tuple[Measurement, ...]
+    num_before: int = 0
+    """Requests simulated to know where to look."""
 
     @property
     def num_simulated(self) -> int:
         """Requests simulated."""
-        return sum(measurement.num_simulated for measurement in self.measured)
+        return self.num_before + sum(measurement.num_simulated for measurement in self.measured)
 
     def nearest(self, rate: float) -> Measurement:
         """The measurement closest to ``rate``."""
@@ -99,20 +103,20 @@ def find_goodput(
         below, above = low, high
         for factor in _DOWN:
             rate = factor * below
+            if any(m.point.surely_holds(slo.attainment) for at, m in measured.items() if rate / _SAME <= at <= below):
+                break
             may_decide = slope == 0 or measured[below].point.attainment.low + slope * (below - rate) >= slo.attainment
             if rate not in measured and (may_decide or factor < _NEAR[0]):
                 probe(rate)
-            if rate in measured and measured[rate].point.surely_holds(slo.attainment):
-                break
         for factor in _UP:
             rate = factor * above
-            if rate >= ceiling:
+            if rate >= ceiling or any(
+                m.point.surely_fails(slo.attainment) for at, m in measured.items() if above <= at <= rate * _SAME
+            ):
                 break
             may_decide = slope == 0 or measured[above].point.attainment.high - slope * (rate - above) < slo.attainment
             if rate not in measured and (may_decide or factor > _NEAR[1]):
                 probe(rate)
-            if rate in measured and measured[rate].point.surely_fails(slo.attainment):
-                break
     points = [measurement.point for measurement in measured.values()]
     fails = min((p.rate for p in points if p.surely_fails(slo.attainment) and p.rate >= estimate), default=ceiling)
     sure = max((p.rate for p in points if p.surely_holds(slo.attainment) and p.rate <= estimate), default=0.0)

@@ -57,7 +57,7 @@ class SearchLimits:
     max_pp: int = 8
     max_instances: int = 64
     num_finalists: int = 2
-    tolerance: float = 0.03
+    tolerance: float = 0.04
     num_requests: int = 300
     max_requests: int = 4000
     seed: int = 0

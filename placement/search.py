@@ -23,12 +23,10 @@ from placement.plan import Evaluation, Plan, SearchStats
 from placement.problem import Problem
 from placement.race import Bounds, Note, Ranked, race
 from placement.shapes import Shape, find_shapes
-from placement.tasks import JointGoodput, JointPoint, Setting
+from placement.tasks import SHORT_RUNS_FLATTER, JointGoodput, JointPoint, Setting
 from placement.unreachable import explain_unreachable
 from placement.workers import Workers
 
-_SHORT_RUNS_FLATTER = 0.95
-"""Where the goodput of long runs is looked for, as a share of what short ones showed."""
 _MAX_ROUNDS = 4
 _AS_GOOD = 0.92
 """Goodputs of short runs that are no further from the best are as good: they are found to no more than this."""
@@ -204,7 +202,7 @@ class _Searcher:
             JointGoodput(
                 entry.placement,
                 self._bounds.of_candidate(entry.candidate),
-                _SHORT_RUNS_FLATTER * entry.goodput.interval.estimate,
+                SHORT_RUNS_FLATTER * entry.goodput.interval.estimate,
                 floor * entry.candidate.num_gpus,
                 fine=True,
             )

@@ -5,7 +5,7 @@ nor on which of them is faster.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distserve.core.config import ParallelConfig, Role
 from distserve.core.topology import Placement
@@ -22,6 +22,8 @@ _RESIDENCES = 5.0
 _PATIENCES = 12.0
 """And so many times the TTFT allowed: in shorter ones a queue that grows is not yet too long."""
 _COARSE_TOLERANCE = 0.08
+SHORT_RUNS_FLATTER = 0.95
+"""Where the goodput of long runs is looked for, as a share of what short ones showed."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class PhasePoint:
 
 @dataclass(frozen=True)
 class JointGoodput:
-    """The goodput of a whole placement; ``fine`` with a narrow interval."""
+    """The goodput of a whole placement; ``fine`` with an interval, near ``start`` or what short runs find."""
 
     placement: Placement
     ceiling: float
@@ -112,6 +114,10 @@ class JointGoodput:
 
     def __call__(self, setting: Setting) -> Goodput:
         """Simulate."""
+        if self.fine and self.start is None:
+            roughly = replace(self, fine=False)(setting)
+            found = replace(self, start=SHORT_RUNS_FLATTER * roughly.interval.estimate or None)(setting)
+            return replace(found, num_before=roughly.num_simulated)
         return find_goodput(
             setting.runs(Whole(self.placement)),
             setting.problem.slo,
