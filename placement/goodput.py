@@ -7,7 +7,7 @@ rate whose whole interval is at the target, and up to the smallest of which no p
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distserve.core.config import SLO
 from placement.measure import Effort, Measurement, Runs, measure
@@ -23,7 +23,7 @@ _MAX_PROBES = 16
 _STEPS_DOWN = ((0.1, 0.94), (0.3, 0.85), (math.inf, 0.5))
 """(attainment missing, up to; step), while no rate has held; after ``_FEW`` rates only the largest step."""
 _FEW = 5
-_DOWN = (1.0, 0.97, 0.94, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
+_DOWN = (1.0, 0.97, 0.94, 0.9, 0.85, 0.78, 0.65, 0.5, 0.35, 0.2)
 _UP = (1.0, 1.03, 1.08)
 """Where an interval is looked for, beside the bracket: far down where attainment hardly falls with the rate. Upwards
 the ceiling, which no rate exceeds, ends it."""
@@ -78,9 +78,12 @@ def find_goodput(
     measured: dict[float, Measurement] = {}
     low, high = 0.0, ceiling
 
-    def probe(rate: float) -> bool:
+    def probe(rate: float, *, surely: bool = False) -> bool:
         nonlocal low, high
-        measured[rate] = measure(runs, rate, slo, cv, effort_at(rate))
+        effort = effort_at(rate)
+        if surely and effort.sure_requests is not None:
+            effort = replace(effort, max_requests=effort.sure_requests)
+        measured[rate] = measure(runs, rate, slo, cv, effort)
         holds = measured[rate].point.holds(slo.attainment)
         if holds and rate < high:
             low = max(low, rate)
@@ -105,23 +108,30 @@ def find_goodput(
             rate = factor * below
             if any(m.point.surely_holds(slo.attainment) for at, m in measured.items() if rate / _SAME <= at <= below):
                 break
-            may_decide = slope == 0 or measured[below].point.attainment.low + slope * (below - rate) >= slo.attainment
+            expected = _between(measured[below].point.attainment, -1) + slope * (below - rate)
+            may_decide = slope == 0 or expected >= slo.attainment
             if rate not in measured and (may_decide or factor < _NEAR[0]):
-                probe(rate)
+                probe(rate, surely=True)
         for factor in _UP:
             rate = factor * above
             if rate >= ceiling or any(
                 m.point.surely_fails(slo.attainment) for at, m in measured.items() if above <= at <= rate * _SAME
             ):
                 break
-            may_decide = slope == 0 or measured[above].point.attainment.high - slope * (rate - above) < slo.attainment
+            expected = _between(measured[above].point.attainment, 1) - slope * (rate - above)
+            may_decide = slope == 0 or expected < slo.attainment
             if rate not in measured and (may_decide or factor > _NEAR[1]):
-                probe(rate)
+                probe(rate, surely=True)
     points = [measurement.point for measurement in measured.values()]
     fails = min((p.rate for p in points if p.surely_fails(slo.attainment) and p.rate >= estimate), default=ceiling)
     sure = max((p.rate for p in points if p.surely_holds(slo.attainment) and p.rate <= estimate), default=0.0)
     ordered = tuple(measured[rate] for rate in sorted(measured))
     return Goodput(Interval(estimate, sure, max(fails, estimate)), low, high, ordered)
+
+
+def _between(interval: Interval, side: int) -> float:
+    """Half way from the estimate to an end, for the ends come closer where attainment is near 0 or 1."""
+    return (interval.estimate + (interval.high if side > 0 else interval.low)) / 2
 
 
 def _slope(measured: dict[float, Measurement], low: float, high: float) -> float:

@@ -34,7 +34,8 @@ class Effort:
     """How much may be simulated at one rate.
 
     ``num_requests`` in each of the first runs and ``max_requests`` in all; ``min_runs`` at a time. ``half_width`` of
-    the interval ends it, and so does an interval that excludes the target if ``until_decided``.
+    the interval ends it, and so does an interval that excludes the target if ``until_decided``. ``sure_requests``, in
+    place of ``max_requests``, where only a rate that surely holds or fails is of use (None: no more).
     """
 
     num_requests: int
@@ -42,6 +43,7 @@ class Effort:
     min_runs: int = 1
     half_width: float = 0.02
     until_decided: bool = True
+    sure_requests: int | None = None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class Setting:
         span = _RESIDENCES * self._residence(kinds) + _PATIENCES * self.problem.slo.ttft
         num = max(search.num_requests, int(rate * span))
         if fine:
-            return Effort(3 * num // 2, max(search.max_requests, 4 * num), min_runs=2, half_width=half_width)
+            most, sure = max(search.max_requests, 4 * num), max(search.max_requests, 6 * num)
+            return Effort(3 * num // 2, most, min_runs=2, half_width=half_width, sure_requests=sure)
         return Effort(num, num, half_width=0.03)
 
     def _residence(self, kinds: Iterable[tuple[Role, ParallelConfig]]) -> float:

@@ -61,9 +61,8 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._processes is not None and self._threads is not None:
-            self._processes.shutdown(wait=False, cancel_futures=True)  # what tasks wait for is cancelled
+            self._processes.shutdown(cancel_futures=True)  # what tasks wait for ends, or is cancelled
             self._threads.shutdown(cancel_futures=True)
-            self._processes.shutdown()
 
     def run(self, tasks: Sequence[Callable[[Setting], T]]) -> list[T]:
         """The tasks' results, in the tasks' order."""

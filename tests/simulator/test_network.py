@@ -121,6 +121,24 @@ def test_a_history_of_starts_ends_and_cancellations_is_that_of_brute_force(
             assert carried <= capacity * busy * (1 + CLOSE) + CLOSE
 
 
+@given(networks())
+def test_taking_what_is_due_together_ends_every_flow_when_one_by_one_does(
+    network: tuple[list[float], list[Route]],
+) -> None:
+    capacities, routes = network
+    together, alone = Network(capacities), Network(capacities)
+    for route in routes:
+        assert together.start(0.0, route, 10.0) == alone.start(0.0, route, 10.0)
+    ends = {}
+    while (now := together.next_time) < math.inf:
+        assert together.due(now * (1 - CLOSE) - CLOSE) is None
+        while (completion := together.due(now)) is not None:
+            together.finish(*completion)
+            ends[completion[1]] = completion[0]
+    assert ends == pytest.approx({flow: time for time, flow in run_out(alone)}, rel=CLOSE)
+    assert together.link_bytes(now) == pytest.approx(alone.link_bytes(now), rel=CLOSE)
+
+
 def test_equal_flows_share_a_link_equally_and_end_in_order_of_their_start() -> None:
     net = Network([10.0])
     flows = [net.start(0.0, (0,), 20.0) for _ in range(5)]
