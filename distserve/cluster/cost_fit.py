@@ -111,6 +111,11 @@ def work_out(found: Samples, step_time: MeasuredStepTime, *, pull: float, pull_p
     cpu_per_request, cpu_per_prompt_token, cpu_per_step, cpu_per_token = _shares(counts, light)
     # What a step takes beside the engine is in the step's own cost: left out here, but not laid on the pulls either.
     cpu_per_pull, cpu_per_pulled_token, _ = _shares(counts[:, :3], beside_decode)
+    if all(len(sample.cpu.instances) == 1 for sample in busy):
+        # One mixed instance pulls nothing: what it does for a request is the request's.
+        cpu_per_request += cpu_per_pull
+        cpu_per_prompt_token += cpu_per_pulled_token
+        cpu_per_pull = cpu_per_pulled_token = 0.0
     return ClusterCosts(
         step=step,
         step_per_sequence=per_sequence,

@@ -3,6 +3,9 @@
 One prefill and one decode instance are served as ``distserve serve`` does it, in processes of their own, and asked over
 HTTP from this one by ``distserve bench``'s client, one load after the other and never by Poisson arrivals: what is to
 be predicted from a profile is not what it was taken on. Times come from the timelines that the server returns.
+
+Where two engines have no cores of their own they would be in each other's way, and that is no cost of a cluster: there
+one mixed instance is served, as it would be on such a machine.
 """
 
 import asyncio
@@ -103,11 +106,16 @@ def measure_costs(
         InstanceError: the cluster did not start, or did not answer.
     """
     pull, pull_per_byte = measure_pulls(layout)
-    with _serving(model_dir, {"prefill": 1, "decode": 1, **flags}, show) as (url, root):
-        num_threads = int(str(flags.get("threads", 1)))
+    num_threads = int(str(flags.get("threads", 1)))
+    with _serving(model_dir, {**_instances(num_threads, len(os.sched_getaffinity(0))), **flags}, show) as (url, root):
         found = asyncio.run(_load(url, root, (*loads.usual, *loads.rested), vocab_size, num_threads, show))
     samples = Samples(found[: len(loads.usual)], found[len(loads.usual) :])
     return work_out(samples, step_time, pull=pull, pull_per_byte=pull_per_byte)
+
+
+def _instances(num_threads: int, num_cores: int) -> dict[str, int]:
+    """How many of which role are served."""
+    return {"prefill": 1, "decode": 1} if 2 * num_threads <= num_cores else {"mixed": 1}
 
 
 def measure_pulls(layout: KvLayout, num_blocks: int = 64, num_rounds: int = 30) -> tuple[float, float]:

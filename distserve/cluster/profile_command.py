@@ -97,7 +97,7 @@ def profile(
     MODEL is a Hugging Face directory. First the engine's own prefill and decode steps are timed over a grid of batch
     sizes and lengths, in each shape, and formulas are fitted to them, whose errors are shown. Then a cluster of one
     prefill and one decode instance of one rank is started and asked over HTTP, to see what scheduling, messages and
-    streaming add.
+    streaming add; where there are not cores for both, one mixed instance.
     """
     from rich.console import Console
 

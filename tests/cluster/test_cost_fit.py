@@ -1,12 +1,13 @@
 """Loads as a cluster of known costs would have served them: what is worked out of them is what it was made of."""
 
 from array import array
+from dataclasses import replace
 
 import pytest
 
 from distserve.bench.records import RequestRecord, Status
 from distserve.cluster.cost_fit import PROMPTS_ALONE, Cpu, Load, Sample, Samples, work_out
-from distserve.cluster.costs import _cpu, _Spent
+from distserve.cluster.costs import _cpu, _instances, _Spent
 from distserve.core.profile import MeasuredStepTime, StepFit, Surface, Table
 
 DECODE, PROMPT = 0.010, 0.100
@@ -74,6 +75,26 @@ def test_light_work_is_shared_out():
     assert found.cpu_per_token == pytest.approx(PER_TOKEN, rel=1e-3)
     assert found.cpu_per_pull == pytest.approx(PER_PULL, rel=1e-3)
     assert found.cpu_per_pulled_token == pytest.approx(PER_PULLED_TOKEN, rel=1e-3)
+
+
+def test_what_one_mixed_instance_does_for_a_request_is_the_requests():
+    def alone(sample: Sample) -> Sample:
+        return replace(sample, cpu=Cpu(sample.cpu.light, {DECODE_ID: sample.cpu.instances[DECODE_ID]}))
+
+    samples = Samples([alone(sample) for sample in USUAL], RESTED)
+    found = work_out(samples, MeasuredStepTime(FIT), pull=0.0, pull_per_byte=0.0)
+    assert (found.cpu_per_pull, found.cpu_per_pulled_token) == (0, 0)
+    assert found.cpu_per_request == pytest.approx(PER_REQUEST + PER_PULL, rel=1e-3)
+    assert found.cpu_per_prompt_token == pytest.approx(PER_PROMPT_TOKEN + PER_PULLED_TOKEN, rel=1e-3)
+    assert found.cpu_per_step == pytest.approx(PER_STEP, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "num_cores", "roles"),
+    [(1, 2, {"prefill", "decode"}), (2, 4, {"prefill", "decode"}), (2, 2, {"mixed"}), (1, 1, {"mixed"})],
+)
+def test_instances_that_are_profiled_have_cores_of_their_own(num_threads: int, num_cores: int, roles: set[str]) -> None:
+    assert _instances(num_threads, num_cores).keys() == roles
 
 
 @pytest.mark.parametrize(("num_threads", "engine"), [(1, 2.0), (2, 3.5)])
