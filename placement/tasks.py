@@ -22,6 +22,8 @@ _RESIDENCES = 5.0
 _PATIENCES = 12.0
 """And so many times the TTFT allowed: in shorter ones a queue that grows is not yet too long."""
 _COARSE_TOLERANCE = 0.08
+_HALF_WIDTH = 0.03
+"""Of an attainment's interval, narrow enough to need no more runs."""
 SHORT_RUNS_FLATTER = 0.95
 """Where the goodput of long runs is looked for, as a share of what short ones showed."""
 
@@ -37,17 +39,15 @@ class Setting:
         """How ``deployed`` is simulated: here, unless a setting knows better."""
         return one_by_one(deployed.run(self.problem, self.offered))
 
-    def effort(
-        self, kinds: Iterable[tuple[Role, ParallelConfig]], rate: float, *, fine: bool, half_width: float = 0.03
-    ) -> Effort:
+    def effort(self, kinds: Iterable[tuple[Role, ParallelConfig]], rate: float, *, fine: bool) -> Effort:
         """How much to simulate at ``rate``: by Little's law several times as many requests as are present at once."""
         search = self.problem.search
         span = _RESIDENCES * self._residence(kinds) + _PATIENCES * self.problem.slo.ttft
         num = max(search.num_requests, int(rate * span))
         if fine:
             most, sure = max(search.max_requests, 4 * num), max(search.max_requests, 6 * num)
-            return Effort(3 * num // 2, most, min_runs=2, half_width=half_width, sure_requests=sure)
-        return Effort(num, num, half_width=0.03)
+            return Effort(3 * num // 2, most, min_runs=2, half_width=_HALF_WIDTH, sure_requests=sure)
+        return Effort(num, num, half_width=_HALF_WIDTH)
 
     def _residence(self, kinds: Iterable[tuple[Role, ParallelConfig]]) -> float:
         """About how many seconds a request decodes: its tokens, each at twice the lone TPOT at most."""

@@ -16,10 +16,10 @@ from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape, StepTime
 from distserve.core.topology import Gpu, PlacedInstance, Placement
 from placement.bounds import ShapeBound, bound_shape, network_capacity
-from placement.deployment import joint_run
+from placement.deployment import Whole
 from placement.evaluation import binding_constraint
 from placement.goodput import Goodput, find_goodput
-from placement.measure import Effort, measure
+from placement.measure import Effort, Runs, measure, one_by_one
 from placement.offered import Offered
 from placement.plan import Interval
 from placement.problem import Problem
@@ -227,8 +227,8 @@ class Fleet:
         if goodput.low <= 0:
             return found  # a slower network makes nothing better
         problem = self.problem
-        run = joint_run(problem, self.offered, self.placement(found.mode, found.knob))
-        point = measure(run, goodput.low, problem.slo, self.offered.cv, self._effort(goodput.low))
+        runs = self._runs(self.placement(found.mode, found.knob))
+        point = measure(runs, goodput.low, problem.slo, self.offered.cv, self._effort(goodput.low))
         if point.point.holds(problem.slo.attainment):
             return replace(found, num_simulated=point.num_simulated)
         return self.best(found.mode, floor, found.knob)
@@ -248,7 +248,7 @@ class Fleet:
             most = min(ceiling, floor)
             return Goodput(Interval(0.0, 0.0, most), 0.0, most, ())
         return find_goodput(
-            joint_run(self.problem, self.offered, placement),
+            self._runs(placement),
             self.problem.slo,
             self.offered.cv,
             ceiling,
@@ -257,6 +257,9 @@ class Fleet:
             start=likely or _LIKELY * ceiling,
             floor=floor,
         )
+
+    def _runs(self, placement: Placement) -> Runs:
+        return one_by_one(Whole(placement).run(self.problem, self.offered))
 
     def _ceiling(self, mode: Mode, knob: int, placement: Placement) -> float:
         """Requests/s that bounds without a simulation allow; 0 if even an idle instance misses the objective."""
