@@ -28,7 +28,7 @@ Times = NDArray[np.float64]
 
 _SIGNIFICANCE = 1e-4
 _MARGIN = 0.1
-"""Relative difference from which on a plan is worth making again; the planner's own goodput is within 3%."""
+"""Relative difference from which on a plan is worth making again; the planner's own goodput is bracketed to 4%."""
 _FEWEST_LENGTHS = 50
 _FEWEST_ARRIVALS = 20
 _LARGEST_SAMPLE = 20_000

@@ -23,14 +23,10 @@ _MAX_PROBES = 16
 _STEPS_DOWN = ((0.1, 0.94), (0.3, 0.85), (math.inf, 0.5))
 """(attainment missing, up to; step), while no rate has held; after ``_FEW`` rates only the largest step."""
 _FEW = 5
-_DOWN = (1.0, 0.97, 0.94, 0.9, 0.85, 0.78, 0.65, 0.5, 0.35, 0.2)
-_UP = (1.0, 1.03, 1.08)
-"""Where an interval is looked for, beside the bracket: far down where attainment hardly falls with the rate. Upwards
-the ceiling, which no rate exceeds, ends it."""
-_SAME = 1.02
-"""One of two rates that are no further apart is enough."""
-_NEAR = (0.95, 1.05)
-"""Rates further from the bracket than these shares of it are always looked at, if nothing closer decides."""
+_DOWN = (0.95, 0.9, 0.85, 0.78, 0.65, 0.5, 0.35, 0.2)
+_UP = (1.05, 1.12, 1.25)
+"""Where an interval's ends are looked for, beside the bracket: far down where attainment hardly falls with the rate.
+Upwards the ceiling, which no rate exceeds, ends it."""
 
 
 @dataclass(frozen=True)
@@ -102,44 +98,22 @@ def find_goodput(
         rate = _next(measured, low, high, slo.attainment)
     estimate = _crossing(measured, low, high, slo.attainment)
     if with_interval and low > 0:
-        slope = _slope(measured, low, high)
         below, above = low, high
         for factor in _DOWN:
-            rate = factor * below
-            if any(m.point.surely_holds(slo.attainment) for at, m in measured.items() if rate / _SAME <= at <= below):
+            if any(m.point.surely_holds(slo.attainment) for at, m in measured.items() if factor * below <= at <= below):
                 break
-            expected = _between(measured[below].point.attainment, -1) + slope * (below - rate)
-            may_decide = slope == 0 or expected >= slo.attainment
-            if rate not in measured and (may_decide or factor < _NEAR[0]):
-                probe(rate, surely=True)
+            probe(factor * below, surely=True)
         for factor in _UP:
-            rate = factor * above
-            if rate >= ceiling or any(
-                m.point.surely_fails(slo.attainment) for at, m in measured.items() if above <= at <= rate * _SAME
-            ):
+            if any(m.point.surely_fails(slo.attainment) for at, m in measured.items() if above <= at <= factor * above):
                 break
-            expected = _between(measured[above].point.attainment, 1) - slope * (rate - above)
-            may_decide = slope == 0 or expected < slo.attainment
-            if rate not in measured and (may_decide or factor > _NEAR[1]):
-                probe(rate, surely=True)
+            if factor * above >= ceiling:
+                break
+            probe(factor * above, surely=True)
     points = [measurement.point for measurement in measured.values()]
     fails = min((p.rate for p in points if p.surely_fails(slo.attainment) and p.rate >= estimate), default=ceiling)
     sure = max((p.rate for p in points if p.surely_holds(slo.attainment) and p.rate <= estimate), default=0.0)
     ordered = tuple(measured[rate] for rate in sorted(measured))
     return Goodput(Interval(estimate, sure, max(fails, estimate)), low, high, ordered)
-
-
-def _between(interval: Interval, side: int) -> float:
-    """Half way from the estimate to an end, for the ends come closer where attainment is near 0 or 1."""
-    return (interval.estimate + (interval.high if side > 0 else interval.low)) / 2
-
-
-def _slope(measured: dict[float, Measurement], low: float, high: float) -> float:
-    """By how much attainment falls with each request/s between the bracket's ends; 0 where that is not known."""
-    if high not in measured:
-        return 0.0
-    fallen = measured[low].point.attainment.estimate - measured[high].point.attainment.estimate
-    return max(fallen, 0.0) / (high - low)
 
 
 def _next(measured: dict[float, Measurement], low: float, high: float, target: float) -> float:

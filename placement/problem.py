@@ -45,11 +45,11 @@ class SearchLimits:
     """How hard the planner looks.
 
     ``policies`` of mixed instances are rivals, and with ``hybrid`` so are SplitFuse's beside prefill instances.
-    ``max_pp`` and ``max_instances`` (per phase) bound the space,
-    ``num_finalists`` placements are measured with intervals, ``tolerance`` is how wide, as a share of itself, a
-    finalist's goodput may stay bracketed. ``num_requests`` is the length of the shortest runs, ``max_requests`` of all
-    runs at one rate together. ``seed`` decides every random number; ``num_workers`` None takes every core, and the
-    answer does not depend on it.
+    ``max_pp`` and ``max_instances`` (per phase) bound the space, ``num_finalists`` placements are measured with
+    intervals, ``tolerance`` is how wide, as a share of itself, a finalist's goodput may stay bracketed.
+    ``num_requests`` is the length of the shortest runs, ``max_requests`` of all runs at one rate together, unless a
+    pair of runs is longer. ``seed`` decides every random number; ``num_workers`` None takes every core, and the answer
+    does not depend on it.
     """
 
     policies: tuple[PrefillPolicy, ...] = (PrefillPolicy.SPLITFUSE,)

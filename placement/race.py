@@ -70,7 +70,7 @@ class Bounds:
         if (shape, count) in self._phases:
             return self._phases[shape, count].high
         bound = self.of_shape(shape).capacity * count * _SLACK
-        for (known, number), goodput in self._phases.items():
+        for (known, number), goodput in list(self._phases.items()):  # another race may note one meanwhile
             if known == shape and number > count:
                 bound = min(bound, goodput.high * count / number)
         return bound

@@ -205,11 +205,13 @@ def _lost_by(plan: Plan) -> str:
     if math.isinf(apart):
         return f"The runner-up, {loser.label}, reaches the objective at no rate that was tried."
     if apart < 0:
-        return (
-            f"The runner-up has {1 / (1 + apart) - 1:.1%} more goodput per GPU{overlap}; it lost because it takes "
-            f"{loser.num_gpus} GPUs on {loser.placement.num_nodes} nodes, not {winner.num_gpus} on "
-            f"{winner.placement.num_nodes}."
+        why = (
+            f"it takes {loser.num_gpus} GPUs on {loser.placement.num_nodes} nodes, not {winner.num_gpus} on "
+            f"{winner.placement.num_nodes}"
         )
+        if (loser.num_gpus, loser.placement.num_nodes) == (winner.num_gpus, winner.placement.num_nodes):
+            why = "a hybrid is more to run"
+        return f"The runner-up has {1 / (1 + apart) - 1:.1%} more goodput per GPU{overlap}; it lost because {why}."
     if apart < 0.01:
         return (
             f"The runner-up, {loser.label}, has the same goodput per GPU within 1%; ties go to fewer GPUs, then "

@@ -7,7 +7,7 @@ their leaders then have to do better than both.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -23,13 +23,10 @@ from placement.plan import Evaluation, Plan, SearchStats
 from placement.problem import Problem
 from placement.race import Bounds, Note, Ranked, race
 from placement.shapes import Shape, find_shapes
-from placement.tasks import SHORT_RUNS_FLATTER, JointGoodput, JointPoint, Setting
+from placement.tasks import COARSE_TOLERANCE, SHORT_RUNS_FLATTER, JointGoodput, JointPoint, Setting
 from placement.unreachable import explain_unreachable
 from placement.workers import Workers
 
-_MAX_ROUNDS = 4
-_AS_GOOD = 0.92
-"""Goodputs of short runs that are no further from the best are as good: they are found to no more than this."""
 _TIE = 0.01
 """Goodputs per GPU closer than this are equal: fewer GPUs and nodes decide, then what is simpler to run."""
 
@@ -50,7 +47,8 @@ class _Count:
 def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None = None) -> Plan:
     """The plan for ``problem``. ``paper`` is a placement to be measured beside, and to be beaten.
 
-    ``progress`` hears what is going on and how many candidates are settled of how many. Raises UnreachableError if no
+    ``progress`` hears what is going on and how many candidates are settled of how many; from several threads, for kinds
+    of placement that are looked at side by side. Raises UnreachableError if no
     placement on the cluster reaches the objective; ConfigError and WorkloadError for a problem that is wrong itself.
     """
     began = time.perf_counter()
@@ -128,11 +126,10 @@ def _as_good(one: Evaluation, best: Evaluation, tolerance: float) -> bool:
     return overlap and one.goodput_per_gpu >= (1 - tolerance) * best.goodput_per_gpu
 
 
-def _first_looked_at(found: Iterable[Ranked]) -> list[Ranked]:
+def _cheap_first(found: Sequence[Ranked]) -> list[Ranked]:
     """Of equally good ones those of few requests/s: they take least to simulate, and their goodput bars the others."""
-    waiting = list(found)
-    bar = _AS_GOOD * max((entry.per_gpu for entry in waiting), default=0.0)
-    return sorted(waiting, key=lambda entry: entry.goodput.interval.estimate if entry.per_gpu >= bar else float("inf"))
+    bar = (1 - COARSE_TOLERANCE) * max((entry.per_gpu for entry in found), default=0.0)
+    return sorted(found, key=lambda entry: entry.goodput.interval.estimate if entry.per_gpu >= bar else float("inf"))
 
 
 class _Searcher:
@@ -163,8 +160,9 @@ class _Searcher:
         if problem.search.hybrid:
             ordered = sorted(measured, key=_by_goodput)
             seeds = find_seeds(problem, shapes, [e.candidate for e in ordered if e.candidate is not None])
-            # More than a tie ahead, else it is not worth an interval.
-            beaten = (1 + 2 * _TIE) * max((evaluation.goodput_per_gpu for evaluation in measured), default=0.0)
+            # More than goodputs are told apart by, else it is not worth an interval.
+            ahead = 1 + problem.search.tolerance
+            beaten = ahead * max((evaluation.goodput_per_gpu for evaluation in measured), default=0.0)
             found = self._race(hybrid_units(problem, seeds), 1, paper, beaten)
             measured += self._refine(found, problem.search.num_finalists, beaten)
         return measured
@@ -183,17 +181,15 @@ class _Searcher:
 
         ``beaten`` requests/s and GPU are known to be served by others.
         """
-        best, waiting = beaten, list(found)
+        best, waiting = beaten, _cheap_first(found)
         measured: list[Evaluation] = []
-        for _ in range(_MAX_ROUNDS):
-            waiting = _first_looked_at(entry for entry in waiting if entry.per_gpu > best)
+        while waiting:
             leaders, waiting = waiting[:wanted], waiting[wanted:]
-            if not leaders:
-                break
             self._progress("measuring the leaders with intervals", len(measured), len(measured) + len(leaders))
             floor = (1 - _TIE) * best
             measured += [entry for entry in self._measure(leaders, floor) if entry.goodput.estimate > 0]
-            best = max((entry.goodput_per_gpu for entry in measured), default=best)
+            best = max([best, *(entry.goodput_per_gpu for entry in measured)])
+            waiting = sorted((entry for entry in waiting if entry.per_gpu > best), key=lambda entry: -entry.per_gpu)
         return measured
 
     def _measure(self, leaders: Sequence[Ranked], floor: float) -> list[Evaluation]:

@@ -5,7 +5,8 @@ nor on which of them is faster.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import Lock
 
 from distserve.core.config import ParallelConfig, Role
 from distserve.core.topology import Placement
@@ -21,7 +22,9 @@ _RESIDENCES = 5.0
 """Runs last so many times as long as a request stays: shorter ones end before the system has filled."""
 _PATIENCES = 12.0
 """And so many times the TTFT allowed: in shorter ones a queue that grows is not yet too long."""
-_COARSE_TOLERANCE = 0.08
+COARSE_TOLERANCE = 0.08
+"""How wide a goodput stays bracketed that is only to be ranked, as a share of itself."""
+_WORKING_OUT = Lock()
 _HALF_WIDTH = 0.03
 """Of an attainment's interval, narrow enough to need no more runs."""
 SHORT_RUNS_FLATTER = 0.95
@@ -34,6 +37,9 @@ class Setting:
 
     problem: Problem
     offered: Offered
+    _residences: dict[frozenset[tuple[Role, ParallelConfig]], float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def runs(self, deployed: Deployed) -> Runs:
         """How ``deployed`` is simulated: here, unless a setting knows better."""
@@ -42,21 +48,28 @@ class Setting:
     def effort(self, kinds: Iterable[tuple[Role, ParallelConfig]], rate: float, *, fine: bool) -> Effort:
         """How much to simulate at ``rate``: by Little's law several times as many requests as are present at once."""
         search = self.problem.search
-        span = _RESIDENCES * self._residence(kinds) + _PATIENCES * self.problem.slo.ttft
+        span = _RESIDENCES * self._residence(frozenset(kinds)) + _PATIENCES * self.problem.slo.ttft
         num = max(search.num_requests, int(rate * span))
         if fine:
-            most, sure = max(search.max_requests, 4 * num), max(search.max_requests, 6 * num)
-            return Effort(3 * num // 2, most, min_runs=2, half_width=_HALF_WIDTH, sure_requests=sure)
+            pair = 3 * num  # a bracket takes one pair of runs at least; to be sure, two
+            most, sure = max(search.max_requests, pair), max(search.max_requests, 2 * pair)
+            return Effort(pair // 2, most, min_runs=2, half_width=_HALF_WIDTH, sure_requests=sure)
         return Effort(num, num, half_width=_HALF_WIDTH)
 
-    def _residence(self, kinds: Iterable[tuple[Role, ParallelConfig]]) -> float:
+    def _residence(self, kinds: frozenset[tuple[Role, ParallelConfig]]) -> float:
         """About how many seconds a request decodes: its tokens, each at twice the lone TPOT at most."""
+        with _WORKING_OUT:  # a source of step times takes its time to make some, and is not asked by two tasks at once
+            if kinds not in self._residences:
+                self._residences[kinds] = self._work_out_residence(kinds)
+            return self._residences[kinds]
+
+    def _work_out_residence(self, kinds: frozenset[tuple[Role, ParallelConfig]]) -> float:
         prompts, outputs = self.offered.sample
         slo = self.problem.slo
         context = int(prompts.mean() + outputs.mean() / 2)
         gaps = [
             min(slo.tpot, 2 * lone_decode(self.problem.latency.step_time(parallel), parallel.pp, context))
-            for role, parallel in set(kinds)
+            for role, parallel in kinds
             if role is not Role.PREFILL
         ]
         return float(outputs.mean()) * max(gaps, default=0.0)
@@ -79,7 +92,7 @@ class PhaseGoodput:
             setting.offered.cv,
             self.ceiling,
             lambda rate: setting.effort([(self.shape.role, self.shape.parallel)], rate, fine=False),
-            tolerance=_COARSE_TOLERANCE,
+            tolerance=COARSE_TOLERANCE,
             start=self.start,
         )
 
@@ -117,7 +130,9 @@ class JointGoodput:
         """Simulate."""
         if self.fine and self.start is None:
             roughly = replace(self, fine=False)(setting)
-            found = replace(self, start=SHORT_RUNS_FLATTER * roughly.interval.estimate or None)(setting)
+            if roughly.interval.estimate <= 0:
+                return roughly  # it serves nothing; longer runs would not either
+            found = replace(self, start=SHORT_RUNS_FLATTER * roughly.interval.estimate)(setting)
             return replace(found, num_before=roughly.num_simulated)
         return find_goodput(
             setting.runs(Whole(self.placement)),
@@ -125,7 +140,7 @@ class JointGoodput:
             setting.offered.cv,
             self.ceiling,
             lambda rate: setting.effort(_kinds(self.placement), rate, fine=self.fine),
-            tolerance=setting.problem.search.tolerance if self.fine else _COARSE_TOLERANCE,
+            tolerance=setting.problem.search.tolerance if self.fine else COARSE_TOLERANCE,
             start=self.start,
             floor=self.floor,
             with_interval=self.fine,

@@ -59,10 +59,12 @@ def explain_unreachable(
         )
     if closest is not None and problem.rate is not None:
         point = closest.measurement.point
+        surely = "surely " if point.attainment.estimate >= problem.slo.attainment else ""
         return UnreachableError(
             "rate",
             f"at {problem.rate:g} requests/s the closest placement ({closest.candidate}; {closest.candidate.num_gpus} "
-            f"of {cluster.num_gpus} GPUs) serves {point.attainment.estimate:.1%} within the limits, not {target}",
+            f"of {cluster.num_gpus} GPUs) serves {point.attainment.estimate:.1%} within the limits, not {surely}"
+            f"{target}",
             "more GPUs, a lower rate or looser limits would help",
         )
     if problem.rate is not None:

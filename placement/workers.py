@@ -70,7 +70,7 @@ class Workers:
         return [result() for result in results]
 
     def begin(self, task: Callable[[Setting], T]) -> Callable[[], T]:
-        """Start a task beside those of :meth:`run`; calling the answer waits for its result."""
+        """Start a task beside those of :meth:`run`; calling the answer waits for it, or with one worker runs it."""
         if self._threads is None:
             return partial(self._execute, task)
         return self._threads.submit(self._execute, task).result

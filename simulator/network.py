@@ -137,12 +137,10 @@ class Network:
             heappop(heap)
         else:
             time, flow_id = _INFINITY, -1
-        if time <= now:
-            return time, flow_id
-        if not self._changed:
-            return None
-        self._solve()
-        return self.due(now)
+        if self._changed and time > self._changed_at:
+            self._solve()
+            return self.due(now)
+        return (time, flow_id) if time <= now else None
 
     def next_completion(self) -> tuple[float, int] | None:
         """:attr:`next_time` and the flow that ends then, None without flows."""

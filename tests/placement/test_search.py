@@ -83,6 +83,22 @@ def test_the_answer_does_not_depend_on_the_number_of_workers():
     together = find_plan(replace(problem, search=replace(problem.search, num_workers=2)))
     assert together.chosen == alone.chosen
     assert together.finalists == alone.finalists
+    assert together.stats.num_requests == alone.stats.num_requests
+
+
+@pytest.mark.parametrize("rate", [None, 4.0])
+def test_a_given_placement_that_serves_nothing_is_said_to(rate):
+    # One GPU takes too long for most prompts, two do not.
+    problem = toy_problem(rate, slo=SLO(0.042, 0.02), gpus_per_node=4, max_pp=1)
+    shapes, _ = find_shapes(problem, Offered(problem.workload))
+    slow = next(pair for pair in pairs(problem, shapes) if all(shape.num_gpus == 1 for shape, _ in pair.pools))
+    plan = find_plan(problem, paper=slow)
+    assert plan.paper is not None
+    assert plan.paper.goodput.estimate == 0.0
+    together = find_plan(replace(problem, search=replace(problem.search, num_workers=2)), paper=slow)
+    assert together.paper is not None
+    assert together.paper.goodput == plan.paper.goodput
+    assert together.chosen == plan.chosen
 
 
 def test_bounds_are_above_what_is_simulated():

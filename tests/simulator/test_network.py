@@ -121,6 +121,17 @@ def test_a_history_of_starts_ends_and_cancellations_is_that_of_brute_force(
             assert carried <= capacity * busy * (1 + CLOSE) + CLOSE
 
 
+def test_what_is_due_later_is_due_as_others_that_end_before_leave_it() -> None:
+    net = Network([10.0])
+    net.start(0.0, (0,), 10.0)
+    longer = net.start(0.0, (0,), 30.0)
+    ends = []
+    while (completion := net.due(math.inf)) is not None and completion[0] < math.inf:
+        net.finish(*completion)
+        ends.append(completion)
+    assert ends == [(pytest.approx(2.0), 0), (pytest.approx(4.0), longer)]
+
+
 @given(networks())
 def test_taking_what_is_due_together_ends_every_flow_when_one_by_one_does(
     network: tuple[list[float], list[Route]],
