@@ -16,7 +16,7 @@ import psutil
 from benchmarks.common.servers import Server
 
 ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("distserve", "torch", "transformers", "ray", "numpy", "numba")
+_PACKAGES = ("distserve", "torch", "transformers", "ray", "numpy")
 
 
 def describe_run(module: str) -> dict[str, Any]:
