@@ -1,6 +1,7 @@
 """Measured goodputs: which rates are asked for, what is kept and gone on with, and what the reports say of it."""
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from benchmarks.common.store import Store
 from benchmarks.goodput import reach, real
 from benchmarks.goodput.measured import reach_report
 from benchmarks.goodput.measured.contenders import CONTENDERS
+from benchmarks.goodput.measured.invocation import prepared
 from benchmarks.goodput.measured.ladder import Ladder, bracket, goodput
 from benchmarks.goodput.measured.prediction import predict
 from benchmarks.goodput.measured.real_report import write_report
@@ -296,3 +298,11 @@ def test_a_prediction_is_of_the_requests_that_were_sent_whatever_became_of_them(
 
 def test_a_prediction_knows_the_token_budget() -> None:
     assert predicted("mixed-x2", 4.0, budget=128)["ttft_p90"] != predicted("mixed-x2", 4.0, budget=512)["ttft_p90"]
+
+
+def test_measurements_of_another_processor_are_not_gone_on_with(tmp_path):
+    (tmp_path / "machine.json").write_text(json.dumps({"cpu": "another"}))
+    options = argparse.Namespace(output_dir=tmp_path, logs=None, model=tmp_path, vllm=tmp_path)
+    with pytest.raises(SystemExit, match="another processor"), prepared("benchmarks.goodput.real", options):
+        pass
+    assert json.loads((tmp_path / "machine.json").read_text()) == {"cpu": "another"}

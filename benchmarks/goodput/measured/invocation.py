@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.common.machine import describe_run
+from benchmarks.common.machine import cpu_name, describe_run
 from benchmarks.common.systems import Bench, vllm_versions
 
 
@@ -48,10 +48,24 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 @contextmanager
 def prepared(module: str, options: argparse.Namespace) -> Iterator[Bench]:
-    """The systems to compare in this run of ``python -m module``, which the output directory is told of."""
+    """The systems to compare in this run of ``python -m module``, which the output directory is told of.
+
+    Raises SystemExit where the directory holds measurements of another processor: they would be mixed with these.
+    """
+    _check_processor(options.output_dir / "machine.json")
     with TemporaryDirectory() as temporary:
         logs: Path = options.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
         facts = describe_run(module) | {"vllm": vllm_versions(options.vllm)}
         (options.output_dir / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
         yield Bench(options.model.resolve(), options.vllm, logs)
+
+
+def _check_processor(facts: Path) -> None:
+    here = cpu_name()
+    before = json.loads(facts.read_text())["cpu"] if facts.exists() else here
+    if before != here:
+        raise SystemExit(
+            f"{facts.parent} holds measurements of another processor ({before}; this one: {here}), and what is "
+            "compared has to be measured on one. Give another --output-dir, or go on there."
+        )
