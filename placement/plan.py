@@ -137,6 +137,12 @@ class Evaluation:
         """Requests/s and GPU."""
         return self.goodput.estimate / self.num_gpus
 
+    def overlaps(self, other: "Evaluation") -> bool:
+        """Whether the intervals of their goodputs per GPU have a value in common."""
+        lows = [found.goodput.low / found.num_gpus for found in (self, other)]
+        highs = [found.goodput.high / found.num_gpus for found in (self, other)]
+        return max(lows) <= min(highs)
+
     @property
     def kind(self) -> Kind:
         """How it divides the phases."""

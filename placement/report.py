@@ -196,7 +196,7 @@ def _lost_by(plan: Plan) -> str:
         return "No other placement came into question."
     more_gpus = loser.num_gpus - winner.num_gpus
     apart = winner.goodput_per_gpu / loser.goodput_per_gpu - 1 if loser.goodput_per_gpu else math.inf
-    overlap = " (their intervals overlap)" if _overlap(winner, loser) else ""
+    overlap = " (their intervals overlap)" if winner.overlaps(loser) else ""
     if plan.problem.rate is not None and more_gpus > 0:
         return (
             f"The runner-up lost by {more_gpus} GPU{'s' if more_gpus > 1 else ''}: {loser.label} needs "
@@ -218,12 +218,6 @@ def _lost_by(plan: Plan) -> str:
             "to fewer nodes."
         )
     return f"The runner-up, {loser.label}, lost by {apart:.1%} of goodput per GPU{overlap}."
-
-
-def _overlap(one: Evaluation, other: Evaluation) -> bool:
-    lows = [found.goodput.low / found.num_gpus for found in (one, other)]
-    highs = [found.goodput.high / found.num_gpus for found in (one, other)]
-    return max(lows) <= min(highs)
 
 
 def _colocated_words(plan: Plan) -> str:

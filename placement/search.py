@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
 
 from distserve.core.config import Role
 from placement.candidates import Candidate, Kind, colocated, pairs, replications
@@ -122,8 +121,7 @@ def _as_good(one: Evaluation, best: Evaluation, tolerance: float) -> bool:
     """Closer than a tie, or than goodputs are looked for, with intervals that overlap."""
     if one.goodput_per_gpu >= (1 - _TIE) * best.goodput_per_gpu:
         return True
-    overlap = one.goodput.high / one.num_gpus >= best.goodput.low / best.num_gpus
-    return overlap and one.goodput_per_gpu >= (1 - tolerance) * best.goodput_per_gpu
+    return one.overlaps(best) and one.goodput_per_gpu >= (1 - tolerance) * best.goodput_per_gpu
 
 
 def _cheap_first(found: Sequence[Ranked]) -> list[Ranked]:
@@ -138,7 +136,6 @@ class _Searcher:
         self._workers = workers
         self._bounds = bounds
         self._progress = progress
-        self._counting = Lock()  # kinds of placement are looked at side by side
         self.count = _Count()
         self.closest: Holding | None = None
         self.evaluate_paper: Callable[[], Evaluation | None] = lambda: None
@@ -150,9 +147,12 @@ class _Searcher:
         """Finalists of every kind, measured with intervals."""
         problem = self._setting.problem
         kinds = self._kinds(shapes, problem.search.num_finalists)
-        units = [[unit for single in kind for unit in replications(problem, single)] for kind, _ in kinds]
-        races = [partial(self._race, rivals, wanted, paper) for rivals, (_, wanted) in zip(units, kinds, strict=True)]
+        # The paper's placement is measured in any case.
+        units = [[u for single in kind for u in replications(problem, single) if u != paper] for kind, _ in kinds]
+        races = [partial(self._race, rivals, wanted) for rivals, (_, wanted) in zip(units, kinds, strict=True)]
         raced = self._workers.side_by_side(races)
+        for rivals, found in zip(units, raced, strict=True):
+            self._tally(len(rivals), len(found))
         if paper is not None and any(raced):
             self.evaluate_paper = self._begin(paper)
         finals = [partial(self._refine, found, wanted) for found, (_, wanted) in zip(raced, kinds, strict=True)]
@@ -163,25 +163,22 @@ class _Searcher:
             # More than goodputs are told apart by, else it is not worth an interval.
             ahead = 1 + problem.search.tolerance
             beaten = ahead * max((evaluation.goodput_per_gpu for evaluation in measured), default=0.0)
-            found = self._race(hybrid_units(problem, seeds), 1, paper, beaten)
+            hybrids = [unit for unit in hybrid_units(problem, seeds) if unit != paper]
+            found = self._race(hybrids, 1, beaten)
+            self._tally(len(hybrids), len(found))
             measured += self._refine(found, problem.search.num_finalists, beaten)
         return measured
 
-    def _race(
-        self, units: Sequence[Candidate], num_wanted: int, paper: Candidate | None, beaten: float = 0.0
-    ) -> list[Ranked]:
-        """Race all ``units`` but the paper's placement, which is measured in any case."""
-        rivals = [unit for unit in units if unit != paper]
-        found = race(self._setting, self._workers, self._bounds, rivals, num_wanted, self._progress, beaten)
-        self._tally(len(rivals), len(found))
-        return found
+    def _race(self, units: Sequence[Candidate], num_wanted: int, beaten: float = 0.0) -> list[Ranked]:
+        return race(self._setting, self._workers, self._bounds, units, num_wanted, self._progress, beaten)
 
     def _refine(self, found: Sequence[Ranked], wanted: int, beaten: float = 0.0) -> list[Evaluation]:
         """Measure a race's leaders with intervals, until none of the rest looked better than the best of them is.
 
         ``beaten`` requests/s and GPU are known to be served by others.
         """
-        best, waiting = beaten, _cheap_first(found)
+        best = beaten
+        waiting = [entry for entry in _cheap_first(found) if entry.per_gpu > best]
         measured: list[Evaluation] = []
         while waiting:
             leaders, waiting = waiting[:wanted], waiting[wanted:]
@@ -276,7 +273,6 @@ class _Searcher:
         return kinds
 
     def _tally(self, num_seen: int, num_simulated: int) -> None:
-        with self._counting:
-            self.count.candidates += num_seen
-            self.count.simulated += num_simulated
-            self.count.pruned += num_seen - num_simulated
+        self.count.candidates += num_seen
+        self.count.simulated += num_simulated
+        self.count.pruned += num_seen - num_simulated

@@ -140,15 +140,11 @@ class Network:
         if self._changed and time > self._changed_at:
             self._solve()
             return self.due(now)
-        return (time, flow_id) if time <= now else None
+        return (time, flow_id) if heap and time <= now else None
 
     def next_completion(self) -> tuple[float, int] | None:
         """:attr:`next_time` and the flow that ends then, None without flows."""
-        time = self.next_time
-        if not self._heap:
-            return None
-        _, _, of_route, flow_id = self._heap[0]
-        return (time, flow_id) if of_route is None else (time, of_route.marks[0][1])
+        return self.due(self.next_time)
 
     def finish(self, now: float, flow_id: int) -> None:
         """The flow that :meth:`next_completion` named has ended, ``now`` being the time it named."""
