@@ -8,7 +8,6 @@ when the stretch ends, or when anything else is about to happen to the instance.
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
 
 from distserve.core.commands import RunStep
 from distserve.core.events import Event
@@ -135,20 +134,15 @@ class Engine:
         num_decodes = shape.num_decodes
         context = shape.decode_context + num_decodes * (len(ends) - 1)
         ahead = min(max(_AHEAD[0], self._usual_stretch, len(ends)), _AHEAD[-1])
-        times = self._decode_run(num_decodes, context + num_decodes, min(ahead, stretch.num_steps - len(ends)))
-        ends += islice(accumulate(times, initial=ends[-1]), 1, None)
-        return ends[-1]
-
-    def _decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
+        num_steps = min(ahead, stretch.num_steps - len(ends))
         if self._run_time is not None:
-            return self._run_time.decode_run(num_decodes, context, num_steps)
-        steps_ahead = (context - self._shape.decode_context) // num_decodes
-        longest = self._shape.longest_context + steps_ahead
-        seconds = self.step_time.seconds
-        return [
-            seconds(StepShape(0, 0, num_decodes, context + step * num_decodes, 0, longest + step))
-            for step in range(num_steps)
-        ]
+            ends += self._run_time.decode_ends(num_decodes, context + num_decodes, num_steps, ends[-1])
+            return ends[-1]
+        longest = shape.longest_context + len(ends) - 1
+        for step in range(1, num_steps + 1):
+            following = StepShape(0, 0, num_decodes, context + step * num_decodes, 0, longest + step)
+            ends.append(ends[-1] + self.step_time.seconds(following))
+        return ends[-1]
 
     def cut(self, num_more: int) -> tuple[float, StretchPoint] | None:
         """After the step now in flight there will be ``num_more`` alike; None if the point on the heap stands."""
@@ -175,16 +169,21 @@ class Engine:
         scheduler.skip(ends[settled:reached])
         self.worker.skip(count)
         stretch.num_settled = reached
+        num_decodes = self._shape.num_decodes
+        self.busy += ends[reached] - ends[settled]
+        self.num_steps += count
+        self.num_tokens += count * num_decodes
+        self.num_sequences += count * num_decodes
+        self._free_at[0] = ends[reached]
+        if self.recorder is not None:
+            self._record(self.recorder, ends, settled, reached)
+
+    def _record(self, recorder: Recorder, ends: list[float], settled: int, reached: int) -> None:
         shape = self._shape
         for index in range(settled, reached):
-            start, end = ends[index], ends[index + 1]
-            self._count(shape, end - start)
-            if self.recorder is not None:
-                context = shape.decode_context + shape.num_decodes * (index + 1)
-                longest = shape.longest_context + index + 1
-                step = StepShape(0, 0, shape.num_decodes, context, 0, longest)
-                self.recorder.on_step(self.name, 0, start, end, step)
-        self._free_at[0] = ends[reached]
+            context = shape.decode_context + shape.num_decodes * (index + 1)
+            step = StepShape(0, 0, shape.num_decodes, context, 0, shape.longest_context + index + 1)
+            recorder.on_step(self.name, 0, ends[index], ends[index + 1], step)
 
     def end_stretch(self) -> Event:
         """The last step of the stretch has ended: the event that says so."""

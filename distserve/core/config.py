@@ -132,7 +132,7 @@ class SchedulerConfig:
     lease: float = 10.0
     pull_timeout: float = 120.0
     report_interval: float = 0.1
-    heartbeat: float = 1.0
+    heartbeat: float = 3.0
     max_model_len: int = 2048
     prefix_caching: bool = False
     prefix_cache_tokens: int | None = None

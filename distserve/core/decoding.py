@@ -100,7 +100,7 @@ class DecodingScheduler(InstanceScheduler):
             return 0
         steps = self._steady_steps
         if steps is None:
-            steps = min([seq.request.sampling.max_tokens - seq.num_output for seq in running]) - 1
+            steps = min([seq.max_output - seq.num_output for seq in running]) - 1
             self._steady_steps = steps
         # Cheap where memory is plenty: no sequence grows by more blocks than this.
         if len(running) * (steps // self.spec.kv.block_size + 1) > self.blocks.num_free:
@@ -123,9 +123,12 @@ class DecodingScheduler(InstanceScheduler):
             self._growth_at = [0] * block_size
             for seq, _, _ in batch.entries:
                 self._growth_at[len(seq.blocks) * block_size - seq.num_computed] += 1
-        growth_at, start = self._growth_at, self._num_skipped
-        self._num_skipped = end = start + num_steps
-        grown = sum([growth_at[step % len(growth_at)] for step in range(start, end)])
+        growth_at = self._growth_at
+        num_rounds, num_rest = divmod(num_steps, len(growth_at))
+        grown = num_rounds * len(batch.entries)  # in so many steps as a block has slots every sequence needs one
+        for step in range(self._num_skipped, self._num_skipped + num_rest):
+            grown += growth_at[step % len(growth_at)]
+        self._num_skipped += num_steps
         if grown:
             self._grown += self.blocks.allocate(grown)
 
@@ -161,7 +164,7 @@ class DecodingScheduler(InstanceScheduler):
         return super()._end_step(step_id)
 
     def _on_unseen_token(self, seq: Sequence) -> None:
-        if seq.marks or seq.num_output == 0 or seq.num_output + 1 >= seq.request.sampling.max_tokens:
+        if seq.marks or seq.num_output == 0 or seq.num_output + 1 >= seq.max_output:
             super()._on_unseen_token(seq)
             return
         seq.num_tokens += 1

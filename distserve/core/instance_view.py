@@ -40,6 +40,13 @@ class InstanceView:
     becoming: Role | None = None
     """The role it changes to; it is draining until it has."""
     prefixes: RoutedPrefixes | None = None
+    max_kv_tokens: int = field(init=False)
+    max_model_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked for every request: what a role changes is neither.
+        self.max_kv_tokens = self.spec.kv.num_tokens
+        self.max_model_len = self.spec.scheduler.max_model_len
 
     @classmethod
     def fresh(cls, spec: InstanceSpec, now: float, window: float, *, remembers: bool) -> "InstanceView":

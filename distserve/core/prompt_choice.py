@@ -61,8 +61,9 @@ class PromptChooser:
         """
         rates = [view.report.prefill_rate for view in candidates if view.report.prefill_rate > 0]
         rate = sum(rates) / len(rates) if rates else 0.0
-        remote = [view for view in candidates if view.spec.role is Role.PREFILL]
-        local = [view for view in candidates if view.spec.role is Role.MIXED]
+        mixed = Role.MIXED
+        remote = [view for view in candidates if view.spec.role is not mixed]
+        local = [view for view in candidates if view.spec.role is mixed]
         if not remote or not local:
             return self._soonest(candidates, request, rate)
         there, here = self._soonest(remote, request, rate), self._soonest(local, request, rate)
@@ -93,6 +94,8 @@ class PromptChooser:
             ),
         )
         wait = shortest.wait(default_rate)
+        if all(view.prefixes is None for view in candidates):
+            return PromptChoice(shortest, 0, wait, default_rate)
         cached = {view.spec.instance_id: self._num_cached(view, request) for view in candidates}
         num_cached = cached[shortest.spec.instance_id]
         if max(cached.values()) <= num_cached:

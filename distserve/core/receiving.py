@@ -44,6 +44,7 @@ class ReceivingScheduler(DecodingScheduler):
         self._pulls: dict[int, RequestKey] = {}
         self._dropped: dict[int, Intake] = {}
         """Given up while their pulls run: their blocks are freed when the transport says it has ended."""
+        self._renew_timer = 0.0
 
     def _is_settled(self) -> bool:
         return not any(intake.is_complete for intake in self._intakes.values())
@@ -135,7 +136,7 @@ class ReceivingScheduler(DecodingScheduler):
             self._on_kv_there(key, intake)
             return
         intake.asked_at, intake.term = intake.pending_at, term
-        self._commands.append(WakeAt(intake.asked_at + term / 2))
+        self._renew_at(intake.asked_at + term / 2)
         if intake.pull_id is not None:
             return
         self._next_pull_id += 1
@@ -252,12 +253,28 @@ class ReceivingScheduler(DecodingScheduler):
 
     def _on_timer(self) -> None:
         """Renew leases of pulls past half their term."""
+        if self._renew_timer > self._now:
+            return
+        earliest = float("inf")
         for key, intake in self._intakes.items():
             is_pulling = intake.pull_id is not None and intake.ended_at is None
             is_asked = intake.pending_at > intake.asked_at
-            if is_pulling and not is_asked and self._now >= intake.asked_at + intake.term / 2:
+            if not is_pulling or is_asked:
+                continue
+            half_term = intake.asked_at + intake.term / 2
+            if self._now >= half_term:
                 intake.pending_at = self._now
                 self._send(intake.source_id, Renew(key))
+            else:
+                earliest = min(earliest, half_term)
+        if earliest < float("inf"):
+            self._renew_at(earliest)
+
+    def _renew_at(self, time: float) -> None:
+        """A lease is to be renewed then; the earliest of all has a timer, which finds the next when it fires."""
+        if self._renew_timer <= self._now or time < self._renew_timer:
+            self._renew_timer = time
+            self._commands.append(WakeAt(time))
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 

@@ -1,13 +1,20 @@
 """Dataclasses made by the million: events, commands, messages, requests.
 
-``@record(frozen=True, slots=True)`` is ``dataclass`` to readers and type checkers, who keep the fields from being set.
-At run time nobody guards them: ``__init__`` of a guarded class goes through ``object.__setattr__`` for every field and
-takes two and a half times as long. A request through the simulator is about seventy records.
+``@record(frozen=True, slots=True)`` is ``dataclass`` to readers and type checkers. At run time the class is a
+:class:`msgspec.Struct` of the same fields, which is made five times as fast, nobody can set a field of, and the wire
+takes as it is; :mod:`dataclasses`' functions (``replace``, ``fields``, ``asdict``) work on it. A request through the
+simulator is about seventy records. Where msgspec is not installed, on machines that run an engine alone, it is a
+slotted dataclass that nobody guards.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import MISSING, Field, dataclass
+from typing import TYPE_CHECKING, Any
+
+try:
+    import msgspec
+except ImportError:
+    msgspec = None  # type: ignore[assignment]
 
 __all__ = ["record"]
 
@@ -16,6 +23,35 @@ if TYPE_CHECKING:
 else:
 
     def record(*, frozen: bool, slots: bool) -> Callable[[type], type]:
-        """A slotted dataclass, equal and hashed by its fields as a frozen one is."""
+        """A slotted class, equal and hashed by its fields as a frozen dataclass is."""
         assert frozen, "what may be changed is a plain dataclass"
-        return dataclass(slots=slots, unsafe_hash=True)
+
+        def make(cls: type) -> type:
+            namespace = dict(vars(cls))
+            made = dataclass(slots=slots, unsafe_hash=True)(cls)
+            # A class of a compiled module stays what it is.
+            is_compiled = "__mypyc_attrs__" in namespace
+            return made if msgspec is None or is_compiled else _struct(made, namespace)
+
+        return make
+
+    def _struct(made: type, namespace: dict[str, Any]) -> type:
+        """The struct with the fields of a dataclass, and whatever else was in its class's ``namespace``."""
+        fields: dict[str, Field[Any]] = made.__dataclass_fields__
+        for name in (*fields, "__dict__", "__weakref__", "__annotations__"):
+            namespace.pop(name, None)
+        struct = msgspec.defstruct(
+            made.__name__,
+            [(field.name, field.type, *_default(field)) for field in fields.values()],
+            namespace=namespace,
+            module=made.__module__,
+            frozen=True,
+        )
+        struct.__qualname__ = made.__qualname__
+        struct.__dataclass_fields__ = fields
+        return struct
+
+    def _default(field: Field[Any]) -> tuple[Any, ...]:
+        if field.default_factory is not MISSING:
+            return (msgspec.field(default_factory=field.default_factory),)
+        return () if field.default is MISSING else (field.default,)

@@ -235,7 +235,8 @@ class Router:
                 raise AssertionError(f"not for the router: {message}")
 
     def _on_submit(self, request: Request) -> None:
-        refusal = self._refusal(request)
+        takers = self._takers(request)
+        refusal = self._refusal(request, takers)
         if refusal is not None:
             status, reason = refusal
             if status == 503 and request.attempt > 0:
@@ -247,9 +248,7 @@ class Router:
             self._send(request.owner_id, Rejected(request.key, status, reason))
             return
         decoding = self._pool(Role.DECODE, Role.MIXED)
-        choice = self._chooser.choose(
-            self._now, request, self._takers(request), decoding, is_memory_short=bool(self._pending)
-        )
+        choice = self._chooser.choose(self._now, request, takers, decoding, is_memory_short=bool(self._pending))
         wait = choice.wait
         # What was admitted once, and may be half answered, is not turned away when it comes again.
         if wait > self._config.max_wait and request.attempt == 0:
@@ -274,23 +273,26 @@ class Router:
         for request in [request for _, request in self._parked.values()]:
             self._on_submit(request)
 
-    def _refusal(self, request: Request) -> tuple[int, str] | None:
-        """(status, reason) if the request cannot be served, ever (400) or with the instances there are now (503)."""
+    def _refusal(self, request: Request, takers: Collection[InstanceView]) -> tuple[int, str] | None:
+        """(status, reason) if the request cannot be served, ever (400) or with the instances there are now (503).
+
+        ``takers`` are those that can compute its prompt.
+        """
         prefill, decode = self._pool(Role.PREFILL, Role.MIXED), self._pool(Role.DECODE, Role.MIXED)
         for name, pool in (("prefill", prefill), ("decode", decode)):
             if not pool:
                 return 503, f"no {name} instance is up"
         num_total = request.max_total_tokens
         for view in prefill + decode:
-            limit = view.spec.scheduler.max_model_len
+            limit = view.max_model_len
             if num_total > limit:
                 return 400, f"{num_total} tokens (prompt and max_tokens) exceed the context of {limit}"
-        if not any(self._can_ever_prefill(view, request) for view in prefill):
-            largest = max(view.spec.kv.num_tokens for view in prefill)
+        largest = max([view.max_kv_tokens for view in prefill])
+        if request.num_prefill_tokens > largest:
             return 400, f"a prompt of {request.num_prefill_tokens} tokens exceeds the KV memory of {largest} tokens"
         # A prompt that only mixed instances can take has to be decoded there.
-        if not any(self._can_ever_decode(view, request) for view in decode) or not self._takers(request):
-            largest = max(view.spec.kv.num_tokens for view in decode)
+        if not takers or not any(self._can_ever_decode(view, request) for view in decode):
+            largest = max(view.max_kv_tokens for view in decode)
             count = len(request.choices)
             return 400, (
                 f"{num_total} tokens (prompt and max_tokens) for {count} choices exceed the KV memory "
@@ -300,16 +302,13 @@ class Router:
 
     def _takers(self, request: Request) -> list[InstanceView]:
         """Instances that can compute the prompt; mixed ones decode as well what they computed."""
+        num_tokens = request.num_prefill_tokens
         return [
             view
             for view in self._pool(Role.PREFILL, Role.MIXED)
-            if self._can_ever_prefill(view, request)
+            if num_tokens <= view.max_kv_tokens
             and (view.spec.role is Role.PREFILL or self._can_ever_decode(view, request))
         ]
-
-    @staticmethod
-    def _can_ever_prefill(view: InstanceView, request: Request) -> bool:
-        return request.num_prefill_tokens <= view.spec.kv.num_tokens
 
     @staticmethod
     def _can_ever_decode(view: InstanceView, request: Request) -> bool:
@@ -363,10 +362,11 @@ class Router:
             needed = kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
             headroom = 0 if view.is_idle else int(view.spec.scheduler.headroom * kv.num_blocks)
             has_slot = view.num_free_slots >= wanted.num_choices or view.is_idle
-            has_room = needed + headroom <= view.num_free_blocks and has_slot
+            num_free = view.num_free_blocks
+            has_room = needed + headroom <= num_free and has_slot
             if not has_room or view.spec.instance_id in refused_by:
                 continue
-            rank = (view.num_free_blocks - needed) / kv.num_blocks
+            rank = (num_free - needed) / kv.num_blocks
             if view.spec.instance_id in near:
                 rank += _NEAR
             if view.prefixes is not None:

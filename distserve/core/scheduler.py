@@ -215,21 +215,21 @@ class InstanceScheduler(ABC):
     def handle(self, now: float, event: Event) -> list[Command]:
         """Take one event; see :class:`distserve.core.events.Machine`."""
         self._now = now
-        match event:
-            case Received(sender, message):
-                self._on_message(sender, message)
-            case StepDone():
-                self._on_step_done(event)
-            case UnseenStepDone(step_id):
-                self._on_unseen_step_done(step_id)
-            case Migrated():
-                self._on_migrated(event)
-            case Timer():
-                self._on_timer()
-            case StepFailed():
-                self._on_step_failed(event)
-            case _:
-                raise AssertionError(f"not an instance's event: {event}")
+        # Records have no subclasses, and isinstance() asks a struct's class for what its type says at once.
+        if type(event) is Received:
+            self._on_message(event.sender, event.message)
+        elif type(event) is Timer:
+            self._on_timer()
+        elif type(event) is StepDone:
+            self._on_step_done(event)
+        elif type(event) is UnseenStepDone:
+            self._on_unseen_step_done(event.step_id)
+        elif type(event) is Migrated:
+            self._on_migrated(event)
+        elif type(event) is StepFailed:
+            self._on_step_failed(event)
+        else:
+            raise AssertionError(f"not an instance's event: {event}")
         if len(self._steps) < self._config.max_in_flight:
             self._launch_steps()
         self._flush()

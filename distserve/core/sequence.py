@@ -48,7 +48,12 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     """Output tokens, kept only where the sequence may be recomputed without its owner, or its KV be found later."""
 
+    max_output: int = field(init=False)
+    """Output tokens allowed, across attempts."""
     _step: Chunk | None = None
+
+    def __post_init__(self) -> None:
+        self.max_output = self.request.sampling.max_tokens
 
     def chunk(self, num_tokens: int, *, samples: bool) -> Chunk:
         """Its part in a batch; that of a decode step is made once."""
@@ -73,7 +78,7 @@ class Sequence:
     @property
     def num_remaining_output(self) -> int:
         """Output tokens still allowed."""
-        return self.request.sampling.max_tokens - self.num_output
+        return self.max_output - self.num_output
 
     def finish_reason(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         """Why the sequence ends with ``token_id`` as its ``num_output``-th output token.

@@ -15,6 +15,7 @@ from typing import Any, Self
 from distserve.core.config import ParallelConfig
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
+from simulator.latency.runs import affine_ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,10 @@ class DistServeStepTime:
         tokens = shape.num_prefill_tokens
         return time + base + per_token * tokens + per_square * (2 * shape.prefill_pairs - tokens)
 
-    def decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
+    def decode_ends(self, num_decodes: int, context: int, num_steps: int, start: float) -> list[float]:
         """See :class:`simulator.latency.interface.DecodeRunTime`."""
         base, per_context, per_sequence = self.decode if num_decodes < self.threshold else self.decode_large
-        sequences = per_sequence * num_decodes
-        contexts = range(context, context + num_steps * num_decodes, num_decodes)
-        return [per_context * tokens + sequences + base for tokens in contexts]
+        return affine_ends(start, num_steps, num_decodes, context, per_context, per_sequence * num_decodes, base)
 
     def handover(self, shape: StepShape) -> float:  # noqa: ARG002 -- the interface's
         """None: the fits count it among a stage's time."""

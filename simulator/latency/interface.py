@@ -29,11 +29,11 @@ class LatencyModel(Protocol):
 
 @runtime_checkable
 class DecodeRunTime(Protocol):
-    """A :class:`distserve.core.latency.StepTime` that knows a quick way to the times of one decode batch's steps."""
+    """A :class:`distserve.core.latency.StepTime` that knows a quick way through the steps of one decode batch."""
 
-    def decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
-        """Seconds of ``num_steps`` steps of ``num_decodes`` sequences, one after the other; ``context`` is the first's.
+    def decode_ends(self, num_decodes: int, context: int, num_steps: int, start: float) -> list[float]:
+        """When each of ``num_steps`` steps of ``num_decodes`` sequences ends, the first of which starts at ``start``.
 
-        To the last bit what :meth:`StepTime.seconds` says of each.
+        ``context`` is the first's. Seconds, to the last bit the sums of what :meth:`StepTime.seconds` says of each.
         """
         ...

@@ -4,8 +4,10 @@ Knows no model and no GPU; whoever does fills the tables.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from distserve.core.latency import StepShape
+from simulator.latency.runs import affine_ends
 
 # Steps of more tokens or sequences than this are extrapolated: kernels of that size run at a steady rate.
 LARGEST = 8192
@@ -51,15 +53,15 @@ class TabulatedStepTime:
             time += attention * self.mixed if num_prefill_tokens else attention
         return self.serial + (time if time > floor else floor)  # noqa: FURB136 -- half the time of max()
 
-    def decode_run(self, num_decodes: int, context: int, num_steps: int) -> list[float]:
+    def decode_ends(self, num_decodes: int, context: int, num_steps: int, start: float) -> list[float]:
         """See :class:`simulator.latency.interface.DecodeRunTime`."""
-        contexts = range(context, context + num_steps * num_decodes, num_decodes)
         if num_decodes > LARGEST:
-            return [self._beyond(StepShape(num_decodes=num_decodes, decode_context=tokens)) for tokens in contexts]
+            contexts = range(context, context + num_steps * num_decodes, num_decodes)
+            steps = [self._beyond(StepShape(num_decodes=num_decodes, decode_context=tokens)) for tokens in contexts]
+            return list(accumulate(steps, initial=start))[1:]
         fixed, base = self.token[num_decodes] + self.row[num_decodes], self.decode[num_decodes]
         slope, floor, serial = self.context[num_decodes], self.floor_decode, self.serial
-        times = [fixed + (base + tokens * slope) for tokens in contexts]
-        return [serial + (max(floor, time)) for time in times]
+        return affine_ends(start, num_steps, num_decodes, context, slope, base, fixed, floor, serial)
 
     def _beyond(self, shape: StepShape) -> float:
         num_prefill_tokens, num_decodes = shape.num_prefill_tokens, shape.num_decodes

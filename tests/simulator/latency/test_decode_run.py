@@ -1,5 +1,7 @@
 """The quick way to the times of a decode batch's steps is the slow way's answer, to the last bit."""
 
+from itertools import accumulate
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,4 +40,5 @@ def test_a_run_is_its_steps(source: str, num_decodes: int, context: int, num_ste
     shapes = [
         StepShape(num_decodes=num_decodes, decode_context=context + step * num_decodes) for step in range(num_steps)
     ]
-    assert step_time.decode_run(num_decodes, context, num_steps) == [step_time.seconds(shape) for shape in shapes]
+    ends = list(accumulate((step_time.seconds(shape) for shape in shapes), initial=12.3))
+    assert step_time.decode_ends(num_decodes, context, num_steps, 12.3) == ends[1:]
