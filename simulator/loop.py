@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from distserve.core.commands import (
     CancelMigrate,
@@ -30,13 +30,8 @@ from simulator.model import Delays
 from simulator.pulls import Pulls
 
 
-class PullPoint:
-    """Something is due to happen to a pull."""
-
-
-_PULL_POINT = PullPoint()
-_TIMER = Timer()
-_NEVER = float("inf")
+_TIMER: Final = Timer()
+_NEVER: Final = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +74,14 @@ class Loop:
         self._delay, self._pairs, self._loss_delay = delays.message, delays.pairs, delays.loss
         self._observer = observer
         self._parts: dict[str, Part] = {}
-        self._heap: list[tuple[float, int, Part | None, Event | StretchPoint | PullPoint]] = []
+        self._heap: list[tuple[float, int, Part, Event | StretchPoint]] = []
         self._mail: deque[tuple[float, int, Part, Received]] = deque()
         """Messages under way that take the usual delay: the earliest is the first."""
         self._count = 0
         self._pulls = pulls or Pulls(delays)
-        self._pull_point = float("inf")
-        """The earliest time at which pulls will be looked at, infinite if none is on the heap."""
+        self._pull_time = _NEVER
+        """When pulls will be looked at next."""
+        self._pull_number = 0
 
     def add(self, name: str, machine: Machine, engine: Engine | None = None, *, may_jump: bool = False) -> None:
         """Add a part; like every driver, the loop feeds it one Timer first."""
@@ -99,7 +95,7 @@ class Loop:
         if found is not None:
             self._push(time, found, event)
 
-    def _push(self, time: float, part: Part | None, event: Event | StretchPoint | PullPoint) -> None:
+    def _push(self, time: float, part: Part, event: Event | StretchPoint) -> None:
         self._count += 1
         heappush(self._heap, (time, self._count, part, event))
 
@@ -123,30 +119,32 @@ class Loop:
         """Handle nothing more in this run."""
         self.is_stopped = True
 
-    def run(self, until: float = float("inf")) -> None:
+    def run(self, until: float = _NEVER) -> None:
         """Handle events in order up to and including time ``until``."""
         heap, mail = self._heap, self._mail
         while not self.is_stopped:
-            time, number = (heap[0][0], heap[0][1]) if heap else (_NEVER, 0)
-            if mail:
-                arrives, sent, receiver, received = mail[0]
-                if arrives < time or (arrives == time and sent < number):
-                    if arrives > until:
-                        return
-                    mail.popleft()
-                    self.now = arrives
-                    if receiver.is_alive:
-                        self._turn(receiver, received)
-                    continue
-            if not heap or time > until:
+            time, number = self._pull_time, self._pull_number
+            is_heap = bool(heap) and _is_before(heap[0][0], heap[0][1], time, number)
+            if is_heap:
+                time, number = heap[0][0], heap[0][1]
+            is_mail = bool(mail) and _is_before(mail[0][0], mail[0][1], time, number)
+            if is_mail:
+                time = mail[0][0]
+            if time > until or time == _NEVER:
                 return
-            self.now, _, part, event = heappop(heap)
-            if part is None:
-                self._on_pull_point()
-            elif part.is_alive and self._still_holds(part, event):
-                self._turn(part, event)
+            self.now = time
+            if is_mail:
+                _, _, part, received = mail.popleft()
+                if part.is_alive:
+                    self._turn(part, received)
+            elif is_heap:
+                _, _, part, event = heappop(heap)
+                if part.is_alive and self._still_holds(part, event):
+                    self._turn(part, event)
+            else:
+                self._on_pull_time()
 
-    def _turn(self, part: Part, event: Event | StretchPoint | PullPoint) -> None:
+    def _turn(self, part: Part, event: Event | StretchPoint) -> None:
         now, engine, jumper = self.now, part.engine, part.jumper
         if engine is not None and jumper is not None:
             stretch = engine.stretch
@@ -240,23 +238,25 @@ class Loop:
         else:
             self._await_pulls()
 
-    def _still_holds(self, part: Part, event: Event | StretchPoint | PullPoint) -> bool:
+    def _still_holds(self, part: Part, event: Event | StretchPoint) -> bool:
         """Whether an event is not the end of a pull that was given up meanwhile."""
         return type(event) is not Migrated or not event.ok or self._pulls.end(self.now, part.name, event.pull_id)
 
     def _await_pulls(self) -> None:
-        """Have a point on the heap at the next time that something happens to a pull; early ones do no harm."""
+        """Look at pulls when something happens to one next; to look early does no harm."""
         time = self._pulls.next_time
-        if time < self._pull_point:
-            self._pull_point = time
-            self._push(time, None, _PULL_POINT)
+        if time < self._pull_time:
+            self._count += 1
+            self._pull_time, self._pull_number = time, self._count
 
-    def _on_pull_point(self) -> None:
-        if self.now < self._pull_point:
-            return
-        self._pull_point = float("inf")
+    def _on_pull_time(self) -> None:
+        self._pull_time = _NEVER
         for puller, event in self._pulls.advance(self.now):
             part = self._parts.get(puller)
             if part is not None:
                 self._turn(part, event)
         self._await_pulls()
+
+
+def _is_before(time: float, number: int, other: float, other_number: int) -> bool:
+    return time < other or (time == other and number < other_number)

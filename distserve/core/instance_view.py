@@ -40,13 +40,17 @@ class InstanceView:
     becoming: Role | None = None
     """The role it changes to; it is draining until it has."""
     prefixes: RoutedPrefixes | None = None
+    # What is asked for every request, from the specification; a change of role leaves it as it is.
     max_kv_tokens: int = field(init=False)
     max_model_len: int = field(init=False)
+    num_blocks: int = field(init=False)
+    headroom: int = field(init=False)
+    """Blocks that it keeps free when it takes KV in while anything runs."""
 
     def __post_init__(self) -> None:
-        # Asked for every request: what a role changes is neither.
-        self.max_kv_tokens = self.spec.kv.num_tokens
-        self.max_model_len = self.spec.scheduler.max_model_len
+        kv, scheduler = self.spec.kv, self.spec.scheduler
+        self.max_kv_tokens, self.max_model_len = kv.num_tokens, scheduler.max_model_len
+        self.num_blocks, self.headroom = kv.num_blocks, int(scheduler.headroom * kv.num_blocks)
 
     @classmethod
     def fresh(cls, spec: InstanceSpec, now: float, window: float, *, remembers: bool) -> "InstanceView":
@@ -143,6 +147,5 @@ class InstanceView:
         kv = self.spec.kv
         needed = kv.blocks_for(num_tokens + self.num_tokens_ahead)
         needed += sum([work.blocks for work in self.assigned.values()])
-        headroom = int(self.spec.scheduler.headroom * kv.num_blocks)
         has_slot = self.spec.role is not Role.MIXED or self.num_free_slots >= num_choices
-        return has_slot and needed + headroom <= self.report.num_free_blocks
+        return has_slot and needed + self.headroom <= self.report.num_free_blocks

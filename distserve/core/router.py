@@ -358,20 +358,19 @@ class Router:
         near = self._config.near.get(sender, ())
         best, best_rank = None, -1.0
         for view in self._pool(Role.DECODE, Role.MIXED):
-            kv = view.spec.kv
-            needed = kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
-            headroom = 0 if view.is_idle else int(view.spec.scheduler.headroom * kv.num_blocks)
-            has_slot = view.num_free_slots >= wanted.num_choices or view.is_idle
-            num_free = view.num_free_blocks
+            spec, is_idle, num_free = view.spec, view.is_idle, view.num_free_blocks
+            needed = spec.kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
+            headroom = 0 if is_idle else view.headroom
+            has_slot = is_idle or view.num_free_slots >= wanted.num_choices
             has_room = needed + headroom <= num_free and has_slot
-            if not has_room or view.spec.instance_id in refused_by:
+            if not has_room or spec.instance_id in refused_by:
                 continue
-            rank = (num_free - needed) / kv.num_blocks
-            if view.spec.instance_id in near:
+            rank = (num_free - needed) / view.num_blocks
+            if spec.instance_id in near:
                 rank += _NEAR
             if view.prefixes is not None:
-                num_held = view.prefixes.num_held(self._keys.find(wanted.key, kv.block_size))
-                rank += _HELD * num_held / needed + num_held / kv.num_blocks
+                num_held = view.prefixes.num_held(self._keys.find(wanted.key, spec.kv.block_size))
+                rank += _HELD * num_held / needed + num_held / view.num_blocks
             if rank > best_rank:
                 best, best_rank = view, rank
         return best

@@ -42,6 +42,9 @@ from distserve.core.strays import answer_stray
 ROUTER = "router"
 """The router's name, to which every part speaks."""
 
+_UNKNOWN = (-1, -1, -1, -1)
+"""The state before the first report."""
+
 UNSEEN = 0
 """Stands for a token that nobody looks at."""
 
@@ -103,8 +106,7 @@ class InstanceScheduler(ABC):
         self._prompt_step_seconds = 0.0
         self._prompt_step_tokens = 0.0
         self._last_end = 0.0
-        self._reported: tuple[int, ...] = ()
-        self._last_state: tuple[int, ...] = ()
+        self._reported = self._last_state = _UNKNOWN
         self._report_timer = 0.0
 
     @abstractmethod
@@ -497,7 +499,7 @@ class InstanceScheduler(ABC):
         interval = config.heartbeat if state == self._reported else config.report_interval
         due = last < 0 or self._now >= last + interval
         if due:
-            self._reported = self._last_state = (*state[:-1], 0)
+            self._reported = self._last_state = (waiting, waiting_tokens, running, 0)
             self._last_report = self._now
             report = Report(
                 instance_id=self.spec.instance_id,
