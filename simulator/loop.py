@@ -29,7 +29,6 @@ from simulator.engine import Engine, StretchPoint
 from simulator.model import Delays
 from simulator.pulls import Pulls
 
-
 _TIMER: Final = Timer()
 _NEVER: Final = float("inf")
 
