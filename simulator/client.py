@@ -122,6 +122,9 @@ class Client:
                 else:
                     record.decode_id = instance_id
                     self._take_charge(record, instance_id)
+            case Status(instances):
+                if self._gone:
+                    self._gone.difference_update(spec.instance_id for spec, _ in instances)
             case Rejected(key, status):
                 record = self._find(key)
                 if record is not None:
@@ -143,9 +146,6 @@ class Client:
             case RoleAnswer(_, _, status):
                 if status != 202:
                     self.refusals.append(message)
-            case Status(instances):
-                if self._gone:
-                    self._gone.difference_update(spec.instance_id for spec, _ in instances)
             case _:
                 raise AssertionError(f"not for a client: {message}")
 

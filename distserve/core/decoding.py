@@ -93,7 +93,7 @@ class DecodingScheduler(InstanceScheduler):
 
     def steady_steps(self) -> int:
         """See the base class; pipelined and lookahead batches are not followed."""
-        if len(self._steps) != 1 or self._config.max_in_flight > 1 or not self._is_settled():
+        if len(self._steps) != 1 or self._max_in_flight > 1 or not self._is_settled():
             return 0
         running = self._running
         if not self._is_steady or self._running_changes != self._changes_at_launch:

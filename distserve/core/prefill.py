@@ -245,7 +245,7 @@ class PrefillScheduler(InstanceScheduler):
         self._close(handoff.seq)
 
     def _on_timer(self) -> None:
-        if self._expiry_timer > self._now:
+        if not self._handoffs or self._expiry_timer > self._now:
             return
         for key, handoff in list(self._handoffs.items()):
             if handoff.expires > self._now or handoff.is_pulled:

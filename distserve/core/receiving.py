@@ -253,7 +253,7 @@ class ReceivingScheduler(DecodingScheduler):
 
     def _on_timer(self) -> None:
         """Renew leases of pulls past half their term."""
-        if self._renew_timer > self._now:
+        if not self._intakes or self._renew_timer > self._now:
             return
         earliest = float("inf")
         for key, intake in self._intakes.items():

@@ -18,7 +18,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from itertools import islice
 
 from distserve.core.block_manager import BlockManager
@@ -49,19 +48,26 @@ UNSEEN = 0
 """Stands for a token that nobody looks at."""
 
 
-@dataclass(slots=True)
 class Batch:
     """A step being formed or in flight: ``entries`` are (sequence, tokens, samples) in chunk order.
 
     ``labelled`` are blocks that can be found by what this step computes.
     """
 
-    entries: list[tuple[Sequence, int, bool]]
-    chunks: tuple[Chunk, ...]
-    copies: list[tuple[int, int]]
-    num_tokens: int
-    labelled: list[int] = field(default_factory=list)
-    start: float = 0.0
+    def __init__(
+        self,
+        entries: list[tuple[Sequence, int, bool]],
+        chunks: tuple[Chunk, ...],
+        copies: list[tuple[int, int]],
+        num_tokens: int,
+        labelled: list[int] | None = None,
+    ) -> None:
+        self.entries = entries
+        self.chunks = chunks
+        self.copies = copies
+        self.num_tokens = num_tokens
+        self.labelled: list[int] = [] if labelled is None else labelled
+        self.start = 0.0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -75,6 +81,7 @@ class InstanceScheduler(ABC):
     def __init__(self, spec: InstanceSpec) -> None:
         self.spec = spec
         self._config = spec.scheduler
+        self._max_in_flight = spec.scheduler.max_in_flight
         kept = spec.scheduler.prefix_cache_tokens
         self.blocks = BlockManager(spec.kv.num_blocks, None if kept is None else kept // spec.kv.block_size)
         self._now = 0.0
@@ -232,7 +239,7 @@ class InstanceScheduler(ABC):
             self._on_step_failed(event)
         else:
             raise AssertionError(f"not an instance's event: {event}")
-        if len(self._steps) < self._config.max_in_flight:
+        if len(self._steps) < self._max_in_flight:
             self._launch_steps()
         self._flush()
         commands, self._commands = self._commands, []
@@ -422,7 +429,7 @@ class InstanceScheduler(ABC):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _launch_steps(self) -> None:
-        while len(self._steps) < self._config.max_in_flight:
+        while len(self._steps) < self._max_in_flight:
             batch = self._form_batch()
             if batch is None:
                 return

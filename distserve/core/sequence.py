@@ -1,59 +1,68 @@
 """A request's state on one instance."""
 
-from dataclasses import dataclass, field
-
 from distserve.core.commands import Chunk
 from distserve.core.prefix import BlockKey, extend_keys
 from distserve.core.request import FinishReason, Request, TokenLogprobs
 
 
-@dataclass(slots=True, eq=False)
 class Sequence:
     """One line of tokens with one block table, on one instance.
 
     On a prefill instance it stands for all choices of a request, elsewhere for one. ``num_tokens`` counts known
     tokens (prompt and output), ``num_computed`` those whose KV is in ``blocks`` once all steps in flight are done, so
-    it includes what they compute. ``num_output`` counts output tokens across attempts.
+    it includes what they compute. ``num_output`` counts output tokens across attempts, ``max_output`` those allowed.
+    ``output_token_ids`` are kept only where it may be recomputed without its owner, or its KV be found later. ``keys``
+    say what its full blocks hold, from the first on, as far as somebody wanted to know; see :meth:`extend_keys`.
+    ``num_labelled`` entries of ``blocks`` are those whose content the block manager was told, or that it found.
 
     Invariant: ``num_computed <= num_tokens`` except under lookahead, where the token a step in flight will sample may
     be computed by the step after it.
     """
 
-    seq_id: int
-    request: Request
-    choices: tuple[int, ...]
-    num_tokens: int
-    num_output: int
-    blocks: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    num_in_flight: int = 0
-    is_open: bool = False
-    """The engine knows the sequence."""
-    is_closed: bool = False
-    """Finished, aborted or preempted: results still in flight are discarded."""
-    num_published: int = 0
-    """Entries of ``blocks`` that the engine's block table has."""
-    marks: tuple[tuple[str, float], ...] = ()
-    keys: list[BlockKey] = field(default_factory=list)
-    """What its full blocks hold, from the first on, as far as somebody wanted to know; see :meth:`extend_keys`."""
-    num_labelled: int = 0
-    """Entries of ``blocks`` whose content the block manager was told, or that were found by it."""
-    num_expected: int = 0
-    """Tokens of a prompt that waits whose KV was there when it came; it need not be any more when it starts."""
-    num_cached: int = 0
-    """Tokens of its prompt whose KV was there when it started first."""
-    is_recomputed: bool = False
-    """It was preempted and starts again."""
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    output_token_ids: list[int] = field(default_factory=list)
-    """Output tokens, kept only where the sequence may be recomputed without its owner, or its KV be found later."""
-
-    max_output: int = field(init=False)
-    """Output tokens allowed, across attempts."""
-    _step: Chunk | None = None
-
-    def __post_init__(self) -> None:
-        self.max_output = self.request.sampling.max_tokens
+    # No dataclass: what it would write for so many fields takes five times as long, compiled ten times.
+    def __init__(
+        self,
+        seq_id: int,
+        request: Request,
+        choices: tuple[int, ...],
+        num_tokens: int,
+        num_output: int,
+        *,
+        output_token_ids: list[int] | None = None,
+        blocks: list[int] | None = None,
+        num_computed: int = 0,
+        keys: list[BlockKey] | None = None,
+        num_labelled: int = 0,
+        num_cached: int = 0,
+        marks: tuple[tuple[str, float], ...] = (),
+    ) -> None:
+        self.seq_id = seq_id
+        self.request = request
+        self.choices = choices
+        self.num_tokens = num_tokens
+        self.num_output = num_output
+        self.max_output: int = request.sampling.max_tokens
+        self.output_token_ids: list[int] = [] if output_token_ids is None else output_token_ids
+        self.blocks: list[int] = [] if blocks is None else blocks
+        self.num_computed = num_computed
+        self.keys: list[BlockKey] = [] if keys is None else keys
+        self.num_labelled = num_labelled
+        self.marks = marks
+        self.num_in_flight = 0
+        self.is_open = False
+        """The engine knows the sequence."""
+        self.is_closed = False
+        """Finished, aborted or preempted: results still in flight are discarded."""
+        self.num_published = 0
+        """Entries of ``blocks`` that the engine's block table has."""
+        self.num_expected = 0
+        """Tokens of a prompt that waits whose KV was there when it came; it need not be any more when it starts."""
+        self.num_cached = num_cached
+        """Tokens of its prompt whose KV was there when it started first."""
+        self.is_recomputed = False
+        """It was preempted and starts again."""
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self._step: Chunk | None = None
 
     def chunk(self, num_tokens: int, *, samples: bool) -> Chunk:
         """Its part in a batch; that of a decode step is made once."""
