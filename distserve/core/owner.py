@@ -33,7 +33,7 @@ from distserve.core.request import Request, TokenOutput
 from distserve.core.scheduler import ROUTER
 
 MAX_LOSSES = 3
-"""How often one request's attempts may be lost or fail before its client is told, unless said otherwise."""
+"""How often one choice's attempts may be lost or fail before its client is told, unless said otherwise."""
 
 
 @dataclass(slots=True)
@@ -45,6 +45,7 @@ class Choice:
     early: dict[int, TokenOutput] = field(default_factory=dict)
     """Tokens that overtook earlier ones: a choice's first token comes from another instance than its second."""
     is_done: bool = False
+    num_losses: int = 0
 
 
 @dataclass(slots=True)
@@ -64,14 +65,13 @@ class Live:
     choices: dict[int, Choice]
     attempts: dict[int, Attempt] = field(default_factory=dict)
     next_attempt: int = 0
-    num_losses: int = 0
     has_prompt_logprobs: bool = False
 
 
 class Owner:
     """One per API process; a machine in the sense of :class:`distserve.core.events.Machine`.
 
-    ``max_losses`` is how often one request's attempts may be lost or fail before the client is told (503); preemption
+    ``max_losses`` is how often one choice's attempts may be lost or fail before the client is told (503); preemption
     does not count.
     """
 
@@ -188,11 +188,15 @@ class Owner:
             self._submit(live, request)
 
     def _on_loss(self, live: Live, number: int, reason: str) -> None:
-        live.num_losses += 1
-        if live.num_losses > self._max_losses:
-            self._conclude(live, 503, f"gave up after {live.num_losses} failed attempts, the last one: {reason}")
+        numbers = set(live.attempts[number].choices)
+        choices = [live.choices[choice] for choice in numbers]
+        for choice in choices:
+            choice.num_losses += 1
+        num_losses = max([choice.num_losses for choice in choices])
+        if num_losses > self._max_losses:
+            self._conclude(live, 503, f"gave up after {num_losses} failed attempts, the last one: {reason}")
             return
-        self._resubmit(live, number, set(live.attempts[number].choices))
+        self._resubmit(live, number, numbers)
 
     # -- messages ---------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from tests.core.remembering_worker import RememberingWorker
 
 EOS = 0
 LONG = 150.0
-"""Seconds, more than any time-out; idle instances say every second that they are."""
+"""Seconds, more than any time-out; idle instances say every few seconds that they are."""
 STEP_TIME = LinearStepTime(base=0.01, per_token=0.0005, per_pair=1e-7, per_context=1e-6)
 
 

@@ -115,6 +115,26 @@ def test_choices_without_tokens_start_over_together_others_alone() -> None:
     ]
 
 
+def test_losses_are_counted_for_each_choice() -> None:
+    """An instance that dies takes all choices with it: that is one loss for each, not three for the request."""
+    desk = Desk(n=3)
+    desk.receive("router", Routed(("a", 0), "mixed-0"))
+    for choice in range(3):
+        desk.tokens("mixed-0", 0, choice=choice)
+    desk.receive("router", InstanceGone("mixed-0"))
+    again = [submit.request for submit in desk.submits[1:]]
+    assert sorted(request.choices for request in again) == [(0,), (1,), (2,)]
+    for request in again:
+        desk.receive("router", Routed(request.key, "mixed-1"))
+    desk.receive("router", InstanceGone("mixed-1"))
+    assert not desk.concluded
+    assert len(desk.submits) == 7
+    for request in [submit.request for submit in desk.submits[4:]]:
+        desk.receive("router", Routed(request.key, "mixed-2"))
+    desk.receive("router", InstanceGone("mixed-2"))
+    assert [done.status for done in desk.concluded] == [503]
+
+
 def test_preemption_does_not_count_as_a_loss() -> None:
     desk = Desk()
     for attempt in range(5):
