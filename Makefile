@@ -31,7 +31,7 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest
 
-fast: $(STAMP)  ## compile the schedulers and the simulator: planning takes 40% of the time; again after every edit
+fast: $(STAMP) pure  ## compile the schedulers and the simulator: planning takes 40% of the time; again after every edit
 	DISTSERVE_COMPILE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 pure:  ## back to the sources as they are

@@ -1,7 +1,7 @@
 """The event loop: what is to happen, as (time, sequence number, part, event), drives the core's machines.
 
-Ties go in the order of their making, so a run is a pure function of its inputs. Messages, which are most of it and all
-take the same time, wait in the order they were sent; the rest is on a heap. The loop holds no policy: it executes
+Ties go in the order of their making, so a run is a pure function of its inputs. Messages, most of it, that take the
+usual time wait in the order they were sent; the rest is on a heap. The loop holds no policy: it executes
 commands the way a cluster does, with delays in place of work. An engine runs its steps one after the other (see
 :mod:`simulator.engine`); a message takes ``Delays.message``; how long a pull takes, :mod:`simulator.pulls` says.
 """
@@ -208,9 +208,8 @@ class Loop:
                 engine.worker.close(command)
             elif type(command) is Migrate:
                 self._migrate(part, command)
-            elif type(command) is CancelMigrate and self._pulls.cancel(now, part.name, command.pull_id):
-                self._push(now, part, Migrated(command.pull_id, ok=False, reason="cancelled"))
-                self._await_pulls()
+            elif type(command) is CancelMigrate:
+                self._cancel(part, command.pull_id)
             # What is left leaves the system: the observer has seen it.
 
     def _deliver(self, now: float, sender: str, receiver: Part, message: Message) -> None:
@@ -235,6 +234,11 @@ class Loop:
         if end is not None:
             self._push(end, part, Migrated(pull.pull_id, ok=True))
         else:
+            self._await_pulls()
+
+    def _cancel(self, part: Part, pull_id: int) -> None:
+        if self._pulls.cancel(self.now, part.name, pull_id):
+            self._push(self.now, part, Migrated(pull_id, ok=False, reason="cancelled"))
             self._await_pulls()
 
     def _still_holds(self, part: Part, event: Event | StretchPoint) -> bool:

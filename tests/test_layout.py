@@ -22,7 +22,7 @@ def test_no_compiled_module_is_older_than_its_source() -> None:
     stale = [
         str(source.relative_to(ROOT))
         for package in ("distserve/core", "simulator")
-        for source in (ROOT / package).glob("*.py")
+        for source in (ROOT / package).rglob("*.py")
         for compiled in source.parent.glob(f"{source.stem}.*.so")
         if compiled.stat().st_mtime < source.stat().st_mtime
     ]

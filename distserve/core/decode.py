@@ -80,4 +80,4 @@ class DecodeScheduler(ReceivingScheduler):
             del self._by_key[seq.request.key]
 
     def _load(self) -> tuple[int, int, int]:
-        return len(self._intakes), 0, len(self._running)
+        return len(self._intakes) + len(self._dropped), 0, len(self._running)

@@ -260,4 +260,4 @@ class MixedScheduler(ReceivingScheduler):
 
     def _load(self) -> tuple[int, int, int]:
         tokens = sum(seq.num_tokens - (seq.num_computed or seq.num_expected) for seq in self._waiting)
-        return len(self._waiting) + len(self._intakes), tokens, len(self._running)
+        return len(self._waiting) + len(self._intakes) + len(self._dropped), tokens, len(self._running)

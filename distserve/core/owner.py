@@ -188,15 +188,15 @@ class Owner:
             self._submit(live, request)
 
     def _on_loss(self, live: Live, number: int, reason: str) -> None:
-        numbers = set(live.attempts[number].choices)
-        choices = [live.choices[choice] for choice in numbers]
+        indices = set(live.attempts[number].choices)
+        choices = [live.choices[index] for index in indices]
         for choice in choices:
             choice.num_losses += 1
         num_losses = max([choice.num_losses for choice in choices])
         if num_losses > self._max_losses:
             self._conclude(live, 503, f"gave up after {num_losses} failed attempts, the last one: {reason}")
             return
-        self._resubmit(live, number, numbers)
+        self._resubmit(live, number, indices)
 
     # -- messages ---------------------------------------------------------------------------------------------------
 

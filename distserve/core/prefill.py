@@ -51,7 +51,8 @@ class PrefillScheduler(InstanceScheduler):
         self._num_waiting_tokens = 0
         self._sequences: dict[RequestKey, Sequence] = {}
         self._handoffs: dict[RequestKey, Handoff] = {}
-        self._expiry_timer = 0.0
+        self._expiry_timer = float("inf")
+        """When the next hand-off expires, for which a timer pends."""
 
     def horizon(self) -> int:
         """Steps over which no batch can change: none, every step ends some prompt's chunk."""
@@ -204,7 +205,7 @@ class PrefillScheduler(InstanceScheduler):
     def _expire_after(self, handoff: Handoff, seconds: float) -> None:
         handoff.expires = self._now + seconds
         # The earliest of all has a timer: it is set again for the earliest that is left when it fires.
-        if self._expiry_timer <= self._now or handoff.expires < self._expiry_timer:
+        if handoff.expires < self._expiry_timer:
             self._expiry_timer = handoff.expires
             self._commands.append(WakeAt(handoff.expires))
 
@@ -245,8 +246,9 @@ class PrefillScheduler(InstanceScheduler):
         self._close(handoff.seq)
 
     def _on_timer(self) -> None:
-        if not self._handoffs or self._expiry_timer > self._now:
+        if self._now < self._expiry_timer:
             return
+        self._expiry_timer = float("inf")
         for key, handoff in list(self._handoffs.items()):
             if handoff.expires > self._now or handoff.is_pulled:
                 continue

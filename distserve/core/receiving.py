@@ -44,7 +44,8 @@ class ReceivingScheduler(DecodingScheduler):
         self._pulls: dict[int, RequestKey] = {}
         self._dropped: dict[int, Intake] = {}
         """Given up while their pulls run: their blocks are freed when the transport says it has ended."""
-        self._renew_timer = 0.0
+        self._renew_timer = float("inf")
+        """When the next lease is to be renewed, for which a timer pends."""
 
     def _is_settled(self) -> bool:
         return not any(intake.is_complete for intake in self._intakes.values())
@@ -253,9 +254,9 @@ class ReceivingScheduler(DecodingScheduler):
 
     def _on_timer(self) -> None:
         """Renew leases of pulls past half their term."""
-        if not self._intakes or self._renew_timer > self._now:
+        if self._now < self._renew_timer:
             return
-        earliest = float("inf")
+        self._renew_timer = earliest = float("inf")
         for key, intake in self._intakes.items():
             is_pulling = intake.pull_id is not None and intake.ended_at is None
             is_asked = intake.pending_at > intake.asked_at
@@ -272,7 +273,7 @@ class ReceivingScheduler(DecodingScheduler):
 
     def _renew_at(self, time: float) -> None:
         """A lease is to be renewed then; the earliest of all has a timer, which finds the next when it fires."""
-        if self._renew_timer <= self._now or time < self._renew_timer:
+        if time < self._renew_timer:
             self._renew_timer = time
             self._commands.append(WakeAt(time))
 

@@ -1,10 +1,10 @@
 """Dataclasses made by the million: events, commands, messages, requests.
 
 ``@record(frozen=True, slots=True)`` is ``dataclass`` to readers and type checkers. At run time the class is a
-:class:`msgspec.Struct` of the same fields, which is made five times as fast, nobody can set a field of, and the wire
-takes as it is; :mod:`dataclasses`' functions (``replace``, ``fields``, ``asdict``) work on it. A request through the
-simulator is about seventy records. Where msgspec is not installed, on machines that run an engine alone, it is a
-slotted dataclass that nobody guards.
+:class:`msgspec.Struct` of the same fields, which is made five times as fast, and :mod:`dataclasses`' functions
+(``replace``, ``fields``, ``asdict``) work on it. A request through the simulator is about seventy records. In compiled
+modules, and where msgspec is not installed, as on machines that run an engine alone, it is a slotted dataclass whose
+fields nobody guards.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,6 @@ else:
         def make(cls: type) -> type:
             namespace = dict(vars(cls))
             made = dataclass(slots=slots, unsafe_hash=True)(cls)
-            # A class of a compiled module stays what it is.
             is_compiled = "__mypyc_attrs__" in namespace
             return made if msgspec is None or is_compiled else _struct(made, namespace)
 
@@ -38,20 +37,20 @@ else:
     def _struct(made: type, namespace: dict[str, Any]) -> type:
         """The struct with the fields of a dataclass, and whatever else was in its class's ``namespace``."""
         fields: dict[str, Field[Any]] = made.__dataclass_fields__
+        assert all(field.default_factory is MISSING for field in fields.values()), "defaults of records are constants"
         for name in (*fields, "__dict__", "__weakref__", "__annotations__"):
             namespace.pop(name, None)
         struct = msgspec.defstruct(
             made.__name__,
-            [(field.name, field.type, *_default(field)) for field in fields.values()],
+            [
+                (field.name, field.type) if field.default is MISSING else (field.name, field.type, field.default)
+                for field in fields.values()
+            ],
             namespace=namespace,
             module=made.__module__,
             frozen=True,
         )
         struct.__qualname__ = made.__qualname__
         struct.__dataclass_fields__ = fields
+        struct.__dataclass_params__ = made.__dataclass_params__
         return struct
-
-    def _default(field: Field[Any]) -> tuple[Any, ...]:
-        if field.default_factory is not MISSING:
-            return (msgspec.field(default_factory=field.default_factory),)
-        return () if field.default is MISSING else (field.default,)

@@ -54,6 +54,7 @@ class Batch:
     ``labelled`` are blocks that can be found by what this step computes.
     """
 
+    # No dataclass, as a Sequence is none.
     def __init__(
         self,
         entries: list[tuple[Sequence, int, bool]],

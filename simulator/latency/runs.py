@@ -9,7 +9,7 @@ def affine_ends(
     slope: float,
     base: float,
     fixed: float,
-    floor: float = 0.0,
+    floor: float = float("-inf"),
     serial: float = 0.0,
 ) -> list[float]:
     """The end of each of ``num_steps`` steps of ``num_decodes`` sequences, the first of which starts at ``start``.

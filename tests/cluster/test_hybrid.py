@@ -73,7 +73,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def prefills(server: Server) -> dict[str, float]:
-    time.sleep(4.5)  # a heartbeat, and a status
+    time.sleep(2.5)  # a status or two
     with server.open("/metrics") as response:
         text = response.read().decode()
     return {

@@ -100,6 +100,30 @@ def test_a_renewed_lease_counts_from_the_renewal() -> None:
     assert ("prefill-0", Pulled(("a", 0))) in node.sent
 
 
+def test_leases_asked_for_at_different_times_are_all_renewed() -> None:
+    node = bench()
+    for name in ("a", "b"):
+        node.receive(offer(make_request(name, 10)), "prefill-0")
+        node.receive(Leased((name, 0), 5.0), "prefill-0")
+        node.tick(1.0)
+    node.tick(0.5)
+    assert node.messages(Renew) == [Renew(("a", 0))]
+    node.tick(1.0)
+    assert node.messages(Renew) == [Renew(("a", 0)), Renew(("b", 0))]
+
+
+def test_a_lease_that_is_granted_as_another_is_to_be_renewed_does_not_put_it_off() -> None:
+    """The timer may be due, and not have been fed yet."""
+    node = bench()
+    node.receive(offer(make_request("a", 10)), "prefill-0")
+    node.receive(Leased(("a", 0), 5.0), "prefill-0")
+    node.now += 2.5
+    node.receive(offer(make_request("b", 10)), "prefill-0")
+    node.receive(Leased(("b", 0), 5.0), "prefill-0")
+    node.tick(0.0)
+    assert node.messages(Renew) == [Renew(("a", 0))]
+
+
 def test_a_failed_pull_is_refused_and_freed() -> None:
     node = bench()
     node.receive(offer(make_request("a", 10)), "prefill-0")

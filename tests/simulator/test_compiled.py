@@ -17,8 +17,10 @@ from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import WorkloadSpec
 from distserve.core.config import InstanceSpec, KvConfig, Role, SchedulerConfig
 from distserve.core.latency import LinearStepTime
+from distserve.core.topology import ClusterSpec, Gpu
 from simulator import engine
-from simulator.model import ClusterModel, HostModel, InstanceModel
+from simulator.latency.distserve_profile import DistServeStepTime
+from simulator.model import ClusterModel, HostModel, InstanceModel, KvGeometry
 from simulator.simulation import simulate
 
 roles = [Role.PREFILL, Role.DECODE, Role.DECODE, Role.MIXED]
@@ -38,6 +40,13 @@ for chosen in (specs(False)[:3], specs(False)[3:], specs(True)[:3], specs(True)[
         assert (lines.status == 200).any()
         for name in lines.__dataclass_fields__:
             digest.update(getattr(lines, name).tobytes())
+step = DistServeStepTime((0.018, 1e-4, 7e-9), (0.0199, 6.3e-7, 3.9e-5), (0.0072, 5.8e-7, 1.6e-4), 12)
+node = ClusterSpec("cpu", 1, 4, intra_node_bandwidth=3e6, inter_node_bandwidth=3e6)
+placed = tuple(InstanceModel(spec, step, (Gpu(0, i),)) for i, spec in enumerate(specs(False)))
+lines = simulate(ClusterModel(placed, node, KvGeometry(2, 2, 100)), load).timelines
+assert (lines.status == 200).all()
+for name in lines.__dataclass_fields__:
+    digest.update(getattr(lines, name).tobytes())
 print(engine.__file__.rpartition(".")[2], digest.hexdigest())
 """
 
@@ -52,7 +61,7 @@ def timelines(directory: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # the compiler takes minutes
+@pytest.mark.timeout(900)  # the compiler takes a minute
 def test_compiled_modules_give_the_same_timelines(tmp_path):
     for name in ("distserve", "simulator", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
