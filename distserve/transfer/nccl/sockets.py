@@ -46,6 +46,7 @@ class SocketCollectives:
         self._lock = threading.Lock()
         # By id, with the time it was made.
         self._listening: dict[bytes, tuple[socket.socket, float]] = {}
+        self._is_closed = False
 
     def unique_id(self) -> bytes:
         """Listen for the other rank."""
@@ -58,6 +59,9 @@ class SocketCollectives:
         unique_id = word + _PORT.pack(server.getsockname()[1]) + self._host.encode()
         now = time.monotonic()
         with self._lock:
+            if self._is_closed:
+                server.close()
+                raise RuntimeError("closed: no communicators are made any more")
             for stale in [each for each, (_, made) in self._listening.items() if made + _LIFETIME < now]:
                 self._listening.pop(stale)[0].close()
             self._listening[unique_id] = server, now
@@ -75,8 +79,9 @@ class SocketCollectives:
         return SocketCommunicator(connection, self._device)
 
     def close(self) -> None:
-        """End the waits of those who make communicators that nobody has come for."""
+        """End the waits of those who make communicators that nobody has come for. No id is given any more."""
         with self._lock:
+            self._is_closed = True
             servers = tuple(self._listening.values())
             self._listening.clear()
         for server, _ in servers:

@@ -82,6 +82,8 @@ def test_an_id_that_nobody_used_keeps_no_port(monkeypatch):
     with pytest.raises(RuntimeError, match="refused"):
         SocketCollectives().communicator(stale, 1)
     collectives.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        collectives.unique_id()
 
 
 def test_what_is_no_id_and_no_interface_is_refused():
