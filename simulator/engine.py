@@ -112,11 +112,11 @@ class Engine:
             self.recorder.on_step(self.name, stage, start, start + seconds, shape)
         return start
 
-    def _count(self, shape: StepShape, seconds: float) -> None:
+    def _count(self, shape: StepShape, seconds: float, num_steps: int = 1) -> None:
         self.busy += seconds
-        self.num_steps += 1
-        self.num_tokens += shape.num_prefill_tokens + shape.num_decodes
-        self.num_sequences += shape.num_prefills + shape.num_decodes
+        self.num_steps += num_steps
+        self.num_tokens += num_steps * (shape.num_prefill_tokens + shape.num_decodes)
+        self.num_sequences += num_steps * (shape.num_prefills + shape.num_decodes)
 
     # -- stretches ----------------------------------------------------------------------------------------------------
 
@@ -169,11 +169,7 @@ class Engine:
         scheduler.skip(ends[settled:reached])
         self.worker.skip(count)
         stretch.num_settled = reached
-        num_decodes = self._shape.num_decodes
-        self.busy += ends[reached] - ends[settled]
-        self.num_steps += count
-        self.num_tokens += count * num_decodes
-        self.num_sequences += count * num_decodes
+        self._count(self._shape, ends[reached] - ends[settled], count)
         self._free_at[0] = ends[reached]
         if self.recorder is not None:
             self._record(self.recorder, ends, settled, reached)

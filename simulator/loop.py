@@ -1,7 +1,7 @@
 """The event loop: what is to happen, as (time, sequence number, part, event), drives the core's machines.
 
-Ties go in the order of their making, so a run is a pure function of its inputs. Messages, most of it, that take the
-usual time wait in the order they were sent; the rest is on a heap. The loop holds no policy: it executes
+Ties go in the order of their making, so a run is a pure function of its inputs. Most of it are messages; those that
+take the usual time wait in the order they were sent, everything else on a heap. The loop holds no policy: it executes
 commands the way a cluster does, with delays in place of work. An engine runs its steps one after the other (see
 :mod:`simulator.engine`); a message takes ``Delays.message``; how long a pull takes, :mod:`simulator.pulls` says.
 """

@@ -100,7 +100,7 @@ class DecodingScheduler(InstanceScheduler):
             return 0
         steps = self._steady_steps
         if steps is None:
-            steps = min([seq.max_output - seq.num_output for seq in running]) - 1
+            steps = min([seq.num_remaining_output for seq in running]) - 1
             self._steady_steps = steps
         # Cheap where memory is plenty: no sequence grows by more blocks than this.
         if len(running) * (steps // self.spec.kv.block_size + 1) > self.blocks.num_free:
@@ -164,7 +164,7 @@ class DecodingScheduler(InstanceScheduler):
         return super()._end_step(step_id)
 
     def _on_unseen_token(self, seq: Sequence) -> None:
-        if seq.marks or seq.num_output == 0 or seq.num_output + 1 >= seq.max_output:
+        if seq.marks or seq.num_output == 0 or seq.num_remaining_output <= 1:
             super()._on_unseen_token(seq)
             return
         seq.num_tokens += 1

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterable
 from itertools import takewhile
 
-from distserve.core.commands import WakeAt
 from distserve.core.config import InstanceSpec
 from distserve.core.handoff import MAX_FAILED_PULLS, PULL_PAUSE, Handoff, HandoffState
 from distserve.core.messages import (
@@ -51,8 +50,6 @@ class PrefillScheduler(InstanceScheduler):
         self._num_waiting_tokens = 0
         self._sequences: dict[RequestKey, Sequence] = {}
         self._handoffs: dict[RequestKey, Handoff] = {}
-        self._expiry_timer = float("inf")
-        """When the next hand-off expires, for which a timer pends."""
 
     def horizon(self) -> int:
         """Steps over which no batch can change: none, every step ends some prompt's chunk."""
@@ -204,10 +201,7 @@ class PrefillScheduler(InstanceScheduler):
 
     def _expire_after(self, handoff: Handoff, seconds: float) -> None:
         handoff.expires = self._now + seconds
-        # The earliest of all has a timer: it is set again for the earliest that is left when it fires.
-        if handoff.expires < self._expiry_timer:
-            self._expiry_timer = handoff.expires
-            self._commands.append(WakeAt(handoff.expires))
+        self._wake_by(handoff.expires)
 
     def _on_lease_wanted(self, key: RequestKey, sender: str) -> None:
         handoff = self._handoffs.get(key)
@@ -245,10 +239,7 @@ class PrefillScheduler(InstanceScheduler):
         del self._handoffs[key]
         self._close(handoff.seq)
 
-    def _on_timer(self) -> None:
-        if self._now < self._expiry_timer:
-            return
-        self._expiry_timer = float("inf")
+    def _on_deadline(self) -> None:
         for key, handoff in list(self._handoffs.items()):
             if handoff.expires > self._now or handoff.is_pulled:
                 continue
@@ -258,10 +249,7 @@ class PrefillScheduler(InstanceScheduler):
             else:
                 self._fail(handoff.seq, f"{handoff.decode_id} did not pull the KV cache in time")
         expiries = [handoff.expires for handoff in self._handoffs.values() if not handoff.is_pulled]
-        earliest = min(expiries, default=float("inf"))
-        if earliest < float("inf"):
-            self._expiry_timer = earliest
-            self._commands.append(WakeAt(earliest))
+        self._wake_by(min(expiries, default=float("inf")))
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 

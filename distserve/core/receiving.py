@@ -9,7 +9,7 @@ The records of offers and their states are :mod:`distserve.core.intake`'s.
 
 from collections.abc import Iterable
 
-from distserve.core.commands import CancelMigrate, Migrate, WakeAt
+from distserve.core.commands import CancelMigrate, Migrate
 from distserve.core.config import InstanceSpec
 from distserve.core.decoding import DecodingScheduler
 from distserve.core.events import Migrated
@@ -44,8 +44,6 @@ class ReceivingScheduler(DecodingScheduler):
         self._pulls: dict[int, RequestKey] = {}
         self._dropped: dict[int, Intake] = {}
         """Given up while their pulls run: their blocks are freed when the transport says it has ended."""
-        self._renew_timer = float("inf")
-        """When the next lease is to be renewed, for which a timer pends."""
 
     def _is_settled(self) -> bool:
         return not any(intake.is_complete for intake in self._intakes.values())
@@ -137,7 +135,7 @@ class ReceivingScheduler(DecodingScheduler):
             self._on_kv_there(key, intake)
             return
         intake.asked_at, intake.term = intake.pending_at, term
-        self._renew_at(intake.asked_at + term / 2)
+        self._wake_by(intake.asked_at + term / 2)
         if intake.pull_id is not None:
             return
         self._next_pull_id += 1
@@ -252,11 +250,8 @@ class ReceivingScheduler(DecodingScheduler):
                 # Its last words may have been HandedOver to the owner, while Prefilled was lost or is late.
                 self._send(intake.request.owner_id, Failed(key, f"{instance_id} was lost"))
 
-    def _on_timer(self) -> None:
+    def _on_deadline(self) -> None:
         """Renew leases of pulls past half their term."""
-        if self._now < self._renew_timer:
-            return
-        self._renew_timer = earliest = float("inf")
         for key, intake in self._intakes.items():
             is_pulling = intake.pull_id is not None and intake.ended_at is None
             is_asked = intake.pending_at > intake.asked_at
@@ -267,15 +262,7 @@ class ReceivingScheduler(DecodingScheduler):
                 intake.pending_at = self._now
                 self._send(intake.source_id, Renew(key))
             else:
-                earliest = min(earliest, half_term)
-        if earliest < float("inf"):
-            self._renew_at(earliest)
-
-    def _renew_at(self, time: float) -> None:
-        """A lease is to be renewed then; the earliest of all has a timer, which finds the next when it fires."""
-        if time < self._renew_timer:
-            self._renew_timer = time
-            self._commands.append(WakeAt(time))
+                self._wake_by(half_term)
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------------
 

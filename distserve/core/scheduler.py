@@ -116,6 +116,8 @@ class InstanceScheduler(ABC):
         self._last_end = 0.0
         self._reported = self._last_state = _UNKNOWN
         self._report_timer = 0.0
+        self._deadline = float("inf")
+        """When :meth:`_on_deadline` is called next (seconds): a timer pends for it."""
 
     @abstractmethod
     def horizon(self) -> int:
@@ -162,8 +164,14 @@ class InstanceScheduler(ABC):
     def _forget(self, seq: Sequence) -> None:
         """Drop the sequence from the role's own queues and tables."""
 
-    def _on_timer(self) -> None:
-        """A deadline of the role may be due."""
+    def _wake_by(self, time: float) -> None:
+        """Have :meth:`_on_deadline` called at ``time`` (seconds; infinite: never) or before."""
+        if time < self._deadline:
+            self._deadline = time
+            self._commands.append(WakeAt(time))
+
+    def _on_deadline(self) -> None:
+        """The role's earliest deadline is due: it does what is, and asks to be woken by the earliest of the rest."""
 
     def _on_migrated(self, event: Migrated) -> None:
         raise AssertionError(f"{self.spec.role} instances pull nothing: {event}")
@@ -229,7 +237,9 @@ class InstanceScheduler(ABC):
         if type(event) is Received:
             self._on_message(event.sender, event.message)
         elif type(event) is Timer:
-            self._on_timer()
+            if now >= self._deadline:
+                self._deadline = float("inf")
+                self._on_deadline()
         elif type(event) is StepDone:
             self._on_step_done(event)
         elif type(event) is UnseenStepDone:

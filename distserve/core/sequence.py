@@ -102,6 +102,6 @@ class Sequence:
                 return FinishReason.STOP, token_id
             if not sampling.ignore_eos and token_id in sampling.eos_token_ids:
                 return FinishReason.STOP, None
-        if self.num_output >= sampling.max_tokens:
+        if self.num_output >= self.max_output:
             return FinishReason.LENGTH, None
         return None, None
