@@ -1,5 +1,6 @@
 """Norms, gates, rotary writes and linear layers against their float64 definitions."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,6 +115,15 @@ def test_packed_linear(num_rows, outputs, inputs, with_bias, out_dtype, dtype, s
     exact = reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("num_rows", range(1, 41))
+def test_packed_linear_of_every_number_of_rows(num_rows):
+    """Few rows are computed by a block of their very number, and what more there are by several."""
+    weight = random(80, 96, dtype=torch.bfloat16, seed=0)
+    x = random(num_rows, 96, dtype=torch.bfloat16, seed=num_rows)
+    y = PackedLinear(weight, out_dtype=torch.float32)(x)
+    torch.testing.assert_close(y.double(), reference.linear(x.double(), weight.double(), None), rtol=1e-4, atol=1e-4)
 
 
 def test_packed_linear_reads_only_its_input():

@@ -10,6 +10,9 @@
 
 /* Bytes ahead of use: enough for a DRAM access, few enough to be there still. */
 enum { PREFETCH_BYTES = 2048 };
+/* Blocks of so many rows compute long enough for each line that they ask for lines further ahead, and into the
+ * second-level cache: there is room for more of them on their way. */
+enum { FAR_ROWS = 5, FAR_PREFETCH_BYTES = 8192 };
 /* Rows whose inputs stay in the second-level cache while the weights pass by. */
 enum { CACHED_INPUT_BYTES = 1 << 20 };
 
@@ -115,9 +118,12 @@ INLINE SIMD void block_avx512(const bf16 *a, int64_t lda, const int rows, const 
     }
     for (int64_t p = 0; p < tiles_k * 16; p++) {
         const char *line0 = (const char *)b0 + p * 64, *line1 = (const char *)b1 + p * 64;
-        if (stream) {
+        if (stream && rows < FAR_ROWS) {
             _mm_prefetch(line0 + PREFETCH_BYTES, _MM_HINT_T0);
             _mm_prefetch(line1 + PREFETCH_BYTES, _MM_HINT_T0);
+        } else if (stream) {
+            _mm_prefetch(line0 + FAR_PREFETCH_BYTES, _MM_HINT_T1);
+            _mm_prefetch(line1 + FAR_PREFETCH_BYTES, _MM_HINT_T1);
         }
         __m512bh w0 = (__m512bh)_mm512_loadu_si512(line0), w1 = (__m512bh)_mm512_loadu_si512(line1);
 #pragma GCC unroll 12
@@ -143,29 +149,48 @@ INLINE SIMD void block_avx512(const bf16 *a, int64_t lda, const int rows, const 
     }
 BLOCK_AVX512(1)
 BLOCK_AVX512(2)
+BLOCK_AVX512(3)
 BLOCK_AVX512(4)
+BLOCK_AVX512(5)
+BLOCK_AVX512(6)
+BLOCK_AVX512(7)
 BLOCK_AVX512(8)
+BLOCK_AVX512(9)
+BLOCK_AVX512(10)
+BLOCK_AVX512(11)
 BLOCK_AVX512(12)
 
+enum { BLOCK_ROWS = 12 };
+
+/* A remainder is one block of its very size: every further one would wait for the weights once more. */
 SIMD static void blocks_avx512(const bf16 *a, int64_t lda, int rows, const bf16 *b0, const bf16 *b1, int64_t tiles_k,
                                float *c, int64_t ldc, int accumulate, int stream) {
+#define CASE(rows)                                                                                                     \
+    case rows:                                                                                                         \
+        block_avx512_##rows(a, lda, b0, b1, tiles_k, c, ldc, accumulate, stream);                                      \
+        break;
     while (rows > 0) {
-        int step;
-        if (rows >= 12)
-            block_avx512_12(a, lda, b0, b1, tiles_k, c, ldc, accumulate, stream), step = 12;
-        else if (rows >= 8)
-            block_avx512_8(a, lda, b0, b1, tiles_k, c, ldc, accumulate, stream), step = 8;
-        else if (rows >= 4)
-            block_avx512_4(a, lda, b0, b1, tiles_k, c, ldc, accumulate, stream), step = 4;
-        else if (rows >= 2)
-            block_avx512_2(a, lda, b0, b1, tiles_k, c, ldc, accumulate, stream), step = 2;
-        else
-            block_avx512_1(a, lda, b0, b1, tiles_k, c, ldc, accumulate, stream), step = 1;
+        int step = rows < BLOCK_ROWS ? rows : BLOCK_ROWS;
+        switch (step) {
+            CASE(1)
+            CASE(2)
+            CASE(3)
+            CASE(4)
+            CASE(5)
+            CASE(6)
+            CASE(7)
+            CASE(8)
+            CASE(9)
+            CASE(10)
+            CASE(11)
+            CASE(12)
+        }
         rows -= step;
         a += step * lda;
         c += step * ldc;
         stream = 0;
     }
+#undef CASE
 }
 
 SIMD void gemm_block(const bf16 *a, int64_t lda, int rows, const bf16 *panel0, const bf16 *panel1, int64_t tiles_k,
