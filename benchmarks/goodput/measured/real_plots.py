@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from benchmarks.goodput.measured.contenders import Contender
 from benchmarks.goodput.measured.results import Results, Run
@@ -42,16 +43,16 @@ def _attainment(results: Results) -> Figure:
                 best = results.best(workload, contender, index)
                 if best is None:
                     continue
-                label = f"{contender.title} ({best.budget})"
                 measured = results.curve(1, workload, contender.name, best.budget)
                 predicted = results.predicted_curve(workload, contender.name, best.budget)
-                _line(axis, contender, {rate: shares[index] for rate, shares in measured.items()}, label)
-                _line(axis, contender, {rate: shares[index] for rate, shares in predicted.items()})
+                _line(axis, contender, {rate: shares[index] for rate, shares in measured.items()})
+                _line(axis, contender, {rate: shares[index] for rate, shares in predicted.items()}, simulated=True)
             axis.axhline(TARGET, color="black", linestyle=":", linewidth=1)
             axis.set(ylim=(0, 1.02), title=f"{workload}: {name}, TTFT {slo.ttft:g} s, TPOT {1e3 * slo.tpot:g} ms")
             _finish(axis, "requests/s")
         row[0].set_ylabel("share within both limits")
-    figure.suptitle("Attainment over rate; dashed: simulated; in brackets the token budget that is best there")
+    figure.suptitle("Attainment over rate, with the token budget that is best there")
+    _legend(figure, results)
     return figure
 
 
@@ -84,11 +85,12 @@ def _latency(results: Results) -> Figure:
                         name, factor = simulated[kind]
                         if figures[name] is not None:
                             predicted[at] = factor * figures[name]
-                _line(axis, contender, line, f"{contender.title} ({budget})")
-                _line(axis, contender, predicted)
+                _line(axis, contender, line)
+                _line(axis, contender, predicted, simulated=True)
             axis.set(ylim=(0, tops[kind]), title=workload, ylabel=kind)
             _finish(axis, "requests/s answered" if over_throughput else "requests/s")
-    figure.suptitle("Latencies over load, token budgets in brackets; dashed: simulated")
+    figure.suptitle("Latencies over load, with each one's first token budget")
+    _legend(figure, results)
     return figure
 
 
@@ -96,23 +98,31 @@ def _is(run: Run, workload: str, contender: Contender, budget: int) -> bool:
     return (run["round"], run["workload"], run["contender"], run["budget"]) == (1, workload, contender.name, budget)
 
 
-def _line(axis: Axes, contender: Contender, points: dict[float, float], label: str | None = None) -> None:
-    """A measured line if it has a ``label``, a simulated one without."""
-    if not points:
-        return
-    at = sorted(points)
+def _line(axis: Axes, contender: Contender, points: dict[float, float], *, simulated: bool = False) -> None:
+    if points:
+        at = sorted(points)
+        axis.plot(at, [points[x] for x in at], **_style(contender, simulated))
+
+
+def _style(contender: Contender, simulated: bool) -> dict[str, Any]:
     style: dict[str, Any] = {"marker": "o", "markersize": 3.5}
-    if not label:
+    if simulated:
         style = {"linestyle": "--", "linewidth": 1, "alpha": 0.8}
-    axis.plot(at, [points[x] for x in at], color=_COLOURS[contender.name], label=label, **style)
+    return {"color": _COLOURS[contender.name], **style}
 
 
 def _finish(axis: Axes, label: str) -> None:
     axis.set_xlabel(label)
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7)
+
+
+def _legend(figure: Figure, results: Results) -> None:
+    """One for all panels, below them."""
+    contenders = results.measured_contenders()
+    lines = [Line2D([], [], label=contender.title, **_style(contender, False)) for contender in contenders]
+    simulated = Line2D([], [], color="grey", linestyle="--", linewidth=1, label="simulated")
+    figure.legend(handles=[*lines, simulated], loc="outside lower center", ncols=4)
 
 
 def _figure(run: Run, name: str) -> float | None:
