@@ -137,13 +137,15 @@ INLINE SIMD __m512 sums_of_16(__m512 v[16]) {
     return _mm512_shuffle_f32x4(d, d, 0xd8); /* its 128-bit lanes are of v[0..], v[8..], v[4..], v[12..] */
 }
 
-SIMD static void score_tile_avx512(const bf16 *queries, const bf16 *keys, int64_t key_stride, int64_t head_dim,
-                                   float *scores, int64_t rows_padded) {
-    for (int64_t first = 0; first < TILE * rows_padded; first += 16) {
+/* `rows_padded` is a constant where this is inlined: dividing by it took longer than all else. */
+INLINE SIMD void score_rows_avx512(const bf16 *queries, const bf16 *keys, int64_t key_stride, int64_t head_dim,
+                                   float *scores, const int rows_padded) {
+    for (int first = 0; first < TILE * rows_padded; first += 16) {
         __m512 sums[16];
-        for (int64_t i = 0; i < 16; i++) {
-            const bf16 *key = keys + (first + i) / rows_padded * key_stride;
-            const bf16 *query = queries + (first + i) % rows_padded * head_dim;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const bf16 *key = keys + (first / rows_padded + i / rows_padded) * key_stride;
+            const bf16 *query = queries + i % rows_padded * head_dim;
             __m512 sum = _mm512_setzero_ps();
             for (int64_t d = 0; d < head_dim; d += 32)
                 sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(key + d),
@@ -152,6 +154,16 @@ SIMD static void score_tile_avx512(const bf16 *queries, const bf16 *keys, int64_
         }
         _mm512_storeu_ps(scores + first, sums_of_16(sums));
     }
+}
+
+SIMD static void score_tile_avx512(const bf16 *queries, const bf16 *keys, int64_t key_stride, int64_t head_dim,
+                                   float *scores, int64_t rows_padded) {
+    if (rows_padded == 4)
+        score_rows_avx512(queries, keys, key_stride, head_dim, scores, 4);
+    else if (rows_padded == 8)
+        score_rows_avx512(queries, keys, key_stride, head_dim, scores, 8);
+    else
+        score_rows_avx512(queries, keys, key_stride, head_dim, scores, 16);
 }
 
 SIMD static void pack_few_queries(const Attention *a, const AttentionItem *item, const Work *w, int64_t rows_padded,
