@@ -82,14 +82,30 @@ class Finding:
 
 
 def judge(expected: Expected, observed: Observed, standing: Collection[Finding] = ()) -> tuple[Finding, ...]:
-    """What differs from the plan now, given what was said to differ before."""
+    """What differs from the plan now, given what was said to differ before.
+
+    An idle service is no news, and a few lengths no distribution: what was said of such a quantity stands.
+    """
     stood = {(finding.quantity, finding.is_more) for finding in standing}
-    found = [
-        _judge_rate(expected, observed, stood),
-        _judge_lengths(Quantity.PROMPT, expected.prompt_lens, observed.prompt_lens, stood),
-        _judge_lengths(Quantity.OUTPUT, expected.output_lens, observed.output_lens, stood),
-    ]
-    return tuple(finding for finding in found if finding is not None)
+    kept = [finding for finding in standing if not _can_tell(finding.quantity, observed)]
+    found = [_judge_rate(expected, observed, stood)] if _can_tell(Quantity.RATE, observed) else []
+    for quantity, planned, seen in (
+        (Quantity.PROMPT, expected.prompt_lens, observed.prompt_lens),
+        (Quantity.OUTPUT, expected.output_lens, observed.output_lens),
+    ):
+        if _can_tell(quantity, observed):
+            found.append(_judge_lengths(quantity, planned, seen, stood))
+    return (*(finding for finding in found if finding is not None), *kept)
+
+
+def _can_tell(quantity: Quantity, observed: Observed) -> bool:
+    match quantity:
+        case Quantity.RATE:
+            return observed.span > 0 and observed.num_arrivals > 0
+        case Quantity.PROMPT:
+            return len(observed.prompt_lens) >= _FEWEST_LENGTHS
+        case Quantity.OUTPUT:
+            return len(observed.output_lens) >= _FEWEST_LENGTHS
 
 
 def rate_interval(num_arrivals: int, span: float, dispersion: float, significance: float) -> tuple[float, float]:
@@ -101,9 +117,6 @@ def rate_interval(num_arrivals: int, span: float, dispersion: float, significanc
 
 
 def _judge_rate(expected: Expected, observed: Observed, stood: set[tuple[Quantity, bool]]) -> Finding | None:
-    # An idle service is no news, and its rate no estimate.
-    if observed.span <= 0 or not observed.num_arrivals:
-        return None
     rate = observed.num_arrivals / observed.span
     change = rate / expected.rate - 1
     low, high = rate_interval(observed.num_arrivals, observed.span, expected.dispersion, _SIGNIFICANCE)
@@ -123,8 +136,6 @@ def _judge_rate(expected: Expected, observed: Observed, stood: set[tuple[Quantit
 def _judge_lengths(
     quantity: Quantity, planned: Lengths, seen: Lengths, stood: set[tuple[Quantity, bool]]
 ) -> Finding | None:
-    if len(seen) < _FEWEST_LENGTHS:
-        return None
     sizes, planned_sizes = _sizes(seen), _sizes(planned)
     changes = sizes / planned_sizes - 1
     # A longer tail is more, whatever the mean: a few long prompts are what the others wait for.

@@ -80,6 +80,8 @@ def launch(config: Path, **options: Any) -> None:
 
     from distserve.cluster.serve import serve
 
+    if options["exit_after_bench"] and not options["bench"]:
+        raise click.UsageError("--exit-after-bench stops after the trial, and --no-bench has none: drop one")
     with _errors_for_humans():
         launcher = _prepare(config, options, Console(), Console(stderr=True))
         serve(launcher.config, launcher.messages, launcher.use)
@@ -224,6 +226,11 @@ def _prepare(file: Path, options: dict[str, Any], report: "Console", messages: "
         if problem is not None:
             rate = problem.rate or (data.get("prediction") or {}).get("rate") or Offered(problem.workload).natural_rate
         _show(config, data.get("prediction") or {}, report)
+    if options["exit_after_bench"] and (problem is None or rate is None):
+        raise ConfigError(
+            f"--exit-after-bench: {file} has no load to send and to compare with; it takes the sections slo, workload "
+            "(with a rate, or --rate) and cluster"
+        )
     return _Launcher(file, config, problem, rate, options, report, messages)
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 import distserve
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 from distserve.cluster.yaml_file import read_yaml
 from distserve.core.config import Role
 from distserve.core.topology import Placement
 from placement.plan import Interval, Percentiles, Plan
 from simulator.latency.shape import ModelShape
 
-_PATHS = (("model",), ("workload", "trace"), ("cluster", "profile"))
+_PATHS = (("model",), ("workload", "trace"), ("cluster", "profile"), ("engine", "profile"))
 
 
 class _Flow(list[Any]):

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 from distserve.core.config import SLO
 from placement.candidates import Kind
 from placement.drawing import draw_cluster

@@ -116,7 +116,7 @@ class Problem:
     def _kv_asked(self, parallel: ParallelConfig) -> KvConfig | None:
         limits = self.limits
         if limits.kv_tokens is not None:
-            return KvConfig(limits.kv_tokens // limits.block_size, limits.block_size)
+            return KvConfig.holding(limits.kv_tokens, limits.block_size)
         if limits.kv_memory is not None:
             return kv_of_bytes(self.model, parallel, limits.kv_memory, limits.block_size)
         return None

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from distserve.cluster.config import ConfigFile, EngineSection
 from distserve.cluster.seats import CPU
 from distserve.cluster.sizing import default_kv_bytes
-from distserve.cluster.yaml_file import explain, read_yaml
+from distserve.cluster.yaml_file import beside, explain, read_yaml
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec
 from simulator.latency.aiconfigurator import AiconfiguratorModel
@@ -86,7 +86,7 @@ def most_kv(cluster: ClusterSection, engine: EngineSection, model: ModelShape) -
     if cluster.spec().gpu != CPU or cluster.gpu_memory is not None:
         return None
     lengths = [length for length in (engine.max_model_len, model.max_model_len) if length]
-    return default_kv_bytes(model.kv.bytes_per_token, min(lengths, default=_UNKNOWN_LENGTH))
+    return default_kv_bytes(model.kv.bytes_per_token, min(lengths, default=_UNKNOWN_LENGTH), engine.block_size)
 
 
 def read_latency(
@@ -132,8 +132,3 @@ def _in_dtype(latency: ProfileLatencyModel, model: ModelShape) -> ProfileLatency
             f"instances would have {model.dtype_bytes}: give engine: {{dtype: {dtype}}}, or take a profile with --dtype"
         )
     return latency
-
-
-def beside(path: Path, base: Path) -> Path:
-    """``path`` as it is or, if only that is there, relative to ``base``."""
-    return base / path if not path.exists() and (base / path).exists() else path

@@ -163,7 +163,7 @@ def _spec(name: str, wanted: WantedInstance, model: ModelShape, limits: Limits) 
     model.check(wanted.parallel)
     kv_tokens = said.kv_tokens or engine.kv_tokens
     if kv_tokens is not None:
-        kv = KvConfig(kv_tokens // engine.block_size, engine.block_size)
+        kv = KvConfig.holding(kv_tokens, engine.block_size)
     elif engine.kv_memory is not None:
         kv = kv_of_bytes(model, wanted.parallel, int(engine.kv_memory), engine.block_size)
     else:

@@ -9,12 +9,13 @@ from typing import Any
 from distserve.bench.arrivals import Gamma
 from distserve.bench.workload import Workload, WorkloadSpec
 from distserve.cluster.placement_section import PlacementSection
+from distserve.cluster.yaml_file import beside
 from distserve.core.config import SLO
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape
 from distserve.core.router import DEFAULT_SLO
 from distserve.core.topology import ClusterSpec, Placement
-from simulator.inputs import SimulationFile, beside, most_kv, read_file, read_latency, read_model
+from simulator.inputs import SimulationFile, most_kv, read_file, read_latency, read_model
 from simulator.latency.gpus import find_gpu
 from simulator.latency.interface import LatencyModel
 from simulator.latency.measured import SEVERAL_RANKS, ProfileLatencyModel
@@ -186,7 +187,19 @@ def _faults(texts: Sequence[str], placement: Placement) -> tuple[Fault, ...]:
         if instance_id not in known:
             raise ConfigError(f"--fault {text!r}: no instance is called {instance_id!r}; there are {', '.join(known)}")
         faults.append(Fault(seconds, FaultKind(kind), instance_id))
+    _check_sequence(faults)
     return tuple(faults)
+
+
+def _check_sequence(faults: Sequence[Fault]) -> None:
+    """Raise ConfigError if something is to befall an instance that is not there, or one is to start that is."""
+    is_there: dict[str, bool] = {}
+    for fault in sorted(faults, key=lambda fault: fault.time):
+        name, is_start = fault.instance_id, fault.kind is FaultKind.START
+        if is_there.get(name, not is_start) == is_start:
+            state = "runs by then, and cannot start" if is_start else "is lost by then: only start can follow"
+            raise ConfigError(f"--fault {fault.time:g}:{fault.kind}:{name}: {name} {state}")
+        is_there[name] = fault.kind is not FaultKind.LOSS
 
 
 def _describe(placement: Placement) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 from distserve.core.errors import ConfigError
 from simulator.results import Simulation
 

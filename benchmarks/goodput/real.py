@@ -58,7 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_for(__doc__, RESULTS, [*WORKLOADS, *CONTENDERS], quick="two rates of few requests")
     parser.add_argument("--rounds", type=int, default=3, help="1: the curves alone")
     parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals in each run")
-    parser.add_argument("--coarse", action="store_true", help="brackets of one step, and no other budgets")
+    parser.add_argument("--coarse", action="store_true", help="brackets of one step")
+    parser.add_argument("--default-budgets", action="store_true", help="try no other budgets")
     options = parse(parser)
     if options.quick:
         options.seconds = 4.0
@@ -126,7 +127,7 @@ class Session:
         first, *others = contender.budgets
         if number == 1:
             yield first, ladder.next_rate
-            for budget in [] if self._options.coarse or self._options.quick else others:
+            for budget in [] if self._options.default_budgets or self._options.quick else others:
                 # Another budget is of use where it serves a rate that none of those before it did.
                 best = [results.limit(workload, contender, index, until=budget) for index in range(len(OBJECTIVES))]
                 yield budget, partial(ladder.next_challenge, best=best)

@@ -15,6 +15,7 @@ from distserve.api.backend import Backend
 from distserve.api.body import read_body
 from distserve.api.errors import ForbiddenError
 from distserve.api.keys import check_key
+from distserve.api.routes import takes
 from distserve.api.schemas import Body
 from distserve.api.settings import ApiSettings
 from distserve.core.config import Role
@@ -79,7 +80,7 @@ def build_admin_router(operator: Operator, backend: Backend, settings: ApiSettin
         authorise(request)
         return _json({"instances": instances()})
 
-    @router.post("/instances/{name}/role", status_code=202)
+    @router.post("/instances/{name}/role", status_code=202, openapi_extra=takes(RoleBody))
     async def change_role(request: Request, name: str) -> Response:
         """Let an instance change its role while it serves. 202: it gets no new requests until it has."""
         authorise(request)

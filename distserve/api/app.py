@@ -8,10 +8,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import distserve
-from distserve.api.admin import Operator, build_admin_router
+from distserve.api.admin import Operator, RoleBody, build_admin_router
 from distserve.api.backend import Backend
 from distserve.api.error_responses import HANDLERS
 from distserve.api.metrics import Metrics
@@ -48,14 +49,16 @@ def create_app(
         redirect_slashes=False,
     )
     app.include_router(build_router(Service(backend, model, settings, metrics, clock)))
+    described: tuple[type[BaseModel], ...] = DESCRIBED
     if operator is not None:
         app.include_router(build_admin_router(operator, backend, settings))
+        described = (*described, RoleBody)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             _, definitions = models_json_schema(
-                [(body, "validation") for body in DESCRIBED], ref_template="#/components/schemas/{model}"
+                [(body, "validation") for body in described], ref_template="#/components/schemas/{model}"
             )
             schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
             app.openapi_schema = schema

@@ -33,6 +33,12 @@ def require_tokenizer(model: ServedModel, param: str) -> TextTokenizer:
 
 async def encode(text: str, model: ServedModel, param: str, *, add_special_tokens: bool) -> list[int]:
     """Tokenise ``text`` of any length without keeping the event loop busy for long."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{param}: character {error.start} is half of a surrogate pair, which is no text", param=param
+        ) from error
     tokenizer = require_tokenizer(model, param)
     if len(text) < LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -45,7 +45,7 @@ def _described(schema: type[BaseModel]) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}}
 
 
-def _takes(schema: type[Body]) -> dict[str, Any]:
+def takes(schema: type[Body]) -> dict[str, Any]:
     """OpenAPI's description of a body that the route reads itself."""
     return {"requestBody": {"required": True, **_described(schema)}}
 
@@ -80,20 +80,20 @@ def build_router(service: Service) -> APIRouter:
             "vocab_size": model.vocab_size,
         }
 
-    @router.post("/v1/completions", openapi_extra=_takes(CompletionBody), responses=_STREAMS)
+    @router.post("/v1/completions", openapi_extra=takes(CompletionBody), responses=_STREAMS)
     async def completions(request: Request) -> Response:
         """Continue one or several prompts."""
         return await generate(request, CompletionBody)
 
-    @router.post("/v1/chat/completions", openapi_extra=_takes(ChatBody), responses=_STREAMS)
+    @router.post("/v1/chat/completions", openapi_extra=takes(ChatBody), responses=_STREAMS)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         return await generate(request, ChatBody)
 
     async def generate(request: Request, schema: type[CompletionBody] | type[ChatBody]) -> Response:
         arrival = service.clock()
-        authorise(request)
         try:
+            authorise(request)
             body = await read_body(request, schema, limit)
             if isinstance(body, ChatBody):
                 job = await chat_job(body, model, backend.owner_id, settings.max_choices, arrival)
@@ -116,7 +116,7 @@ def build_router(service: Service) -> APIRouter:
         authorise(request)
         return _json(describe(check_model(name, model)))
 
-    @router.post("/tokenize", openapi_extra=_takes(TokenizeBody))
+    @router.post("/tokenize", openapi_extra=takes(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         """The tokens of a text or of a conversation."""
         authorise(request)
@@ -132,7 +132,7 @@ def build_router(service: Service) -> APIRouter:
         strings = [tokenizer.vocabulary_token(i) for i in ids] if body.return_token_strs else None
         return _json({"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": strings})
 
-    @router.post("/detokenize", openapi_extra=_takes(DetokenizeBody))
+    @router.post("/detokenize", openapi_extra=takes(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
         authorise(request)

@@ -8,7 +8,8 @@ class ApiSettings:
     """Limits of one API process.
 
     ``max_body_bytes`` bounds a request body; ``max_choices`` prompts times n of one HTTP request. With an
-    ``api_key`` every path but /health, /version and /metrics wants ``Authorization: Bearer <key>``.
+    ``api_key`` every path but /health, /version, /metrics and those that describe the API wants ``Authorization:
+    Bearer <key>``.
     """
 
     api_key: str | None = None

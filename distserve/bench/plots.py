@@ -14,10 +14,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from distserve.bench.files import write_atomically
 from distserve.bench.goodput import Goodput
 from distserve.bench.metrics import SLO, attainment, counted, in_flight
 from distserve.bench.records import RequestRecord, Status
-from distserve.bench.report import write_atomically
 from distserve.bench.session import Measured, Outcome
 
 _LIMIT: dict[str, Any] = {"color": "tab:red", "linestyle": "--", "linewidth": 1.2}

@@ -22,8 +22,6 @@ An infinite limit of the SLO is null too.
 
 import json
 import math
-import os
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +32,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from distserve.bench.files import write_atomically
 from distserve.bench.goodput import Goodput, Probe
 from distserve.bench.metrics import SLO, Distribution, Summary, summarise
 from distserve.bench.records import RequestRecord, Status
@@ -104,16 +103,6 @@ def _clean(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
     return value
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then move it there: whoever looks sees all of it or nothing."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ line, the key's path and what would be valid.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,9 +15,9 @@ from distserve.cluster.parts import CUDA
 from distserve.cluster.placement_section import ClusterSection, PlacementSection, PlannedSeats, read_plan
 from distserve.cluster.planner import Planner, find_planner
 from distserve.cluster.profile_file import read_profile
-from distserve.cluster.seats import WantedInstance, check_kv_transport, check_seats, wanted
+from distserve.cluster.seats import WantedInstance, are_on_gpus, check_kv_transport, check_seats, wanted
 from distserve.cluster.sizing import KvRequest
-from distserve.cluster.yaml_file import explain, read_yaml
+from distserve.cluster.yaml_file import beside, explain, read_yaml
 from distserve.core.budget import check_budget, saturating_budget
 from distserve.core.config import SLO, InstanceSpec, KvConfig, PrefillPolicy, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
@@ -65,14 +65,21 @@ class EngineSection(_Section):
     kv_interface: Annotated[str, Field(min_length=1)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
+    def kv(self) -> KvRequest:
+        """What is said of KV memory; raises ConfigError if it is said twice."""
+        if self.kv_tokens is not None and self.kv_memory is not None:
+            raise ConfigError("kv_tokens and kv_memory both say how much KV memory an instance has: drop one")
+        num_bytes = None if self.kv_memory is None else int(self.kv_memory)
+        return KvRequest(self.kv_tokens, num_bytes, self.block_size)
+
     def token_budget(self, base: Path) -> int:
         """``max_batch_tokens`` if it is set, else where throughput saturates by ``profile``, else the default.
 
-        A relative ``profile`` is beside ``base``. Raises ConfigError if it is no profile, or of another dtype.
+        A relative ``profile`` may be beside ``base``. Raises ConfigError if it is no profile, or of another dtype.
         """
         if self.profile is None or "max_batch_tokens" in self.model_fields_set:
             return self.max_batch_tokens
-        profile = read_profile(base / self.profile)
+        profile = read_profile(beside(self.profile, base))
         if profile.dtype != self.dtype:
             raise ConfigError(f"{self.profile} is a profile in {profile.dtype}, to be served is {self.dtype}")
         return saturating_budget(
@@ -88,7 +95,7 @@ class ServingSection(_Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    api_key: str | None = None
+    api_key: Annotated[str, Field(pattern=r"^[!-~]+$")] | None = None
     served_model_name: str | None = None
     ray_address: str | None = None
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
@@ -194,9 +201,13 @@ def load_config(
         ConfigError: the file cannot be read, or something in it or in the flags is wrong.
     """
     data, lines = read_yaml(path) if path is not None else ({}, {})
+    in_file = {name: _said(data, name) for name in _PLANNED_BY_FILE}
     for name, value in flags.items():
         if value is not None:
-            _override(data, name, value)
+            section = _override(data, name, value)
+            # Said twice on the command line, it is a mistake.
+            if name in _IN_PLACE_OF and flags.get(f"engine.{_IN_PLACE_OF[name]}") is None:
+                section.pop(_IN_PLACE_OF[name], None)
     try:
         checked = ConfigFile.model_validate(data)
     except ValidationError as error:
@@ -208,8 +219,15 @@ def load_config(
             raise ConfigError(f"{path}{line}: cluster.{key} is unknown; known here: {known}")
     serving, engine = checked.serving, checked.engine
     model_dir = Path(checked.model) if checked.model is not None else default_model
+    if path is not None and flags.get("model") is None:
+        model_dir = beside(model_dir, path.parent)
     if not model_dir.is_dir():
         raise ConfigError(f"model directory {model_dir} does not exist")
+    if serving.node_patience and serving.ray_address is None:
+        raise ConfigError(
+            "serving.node_patience (--wait-for-nodes) is for the nodes of a cluster that is joined: give "
+            "serving.ray_address (--ray-address), or drop it"
+        )
     if engine.prefix_cache_tokens is not None and not engine.prefix_caching:
         raise ConfigError("prefix_cache_tokens bounds the prefix cache, which is off: set prefix_caching as well")
     if (engine.prefix_cache_tokens or 0) > (engine.kv_tokens or float("inf")):
@@ -217,7 +235,22 @@ def load_config(
             f"a prefix cache of {engine.prefix_cache_tokens} tokens is more than the KV memory of {engine.kv_tokens}, "
             "of which it is a part"
         )
+    if checked.placement == "auto" and planner is None:
+        for name, said in in_file.items():
+            if flags.get(name) not in (None, said):
+                raise ConfigError(
+                    f"placement: auto is planned from {path}: say {name}: {flags[name]} there, by no flag"
+                )
     planned = _planned(checked, path, model_dir.resolve(), planner)
+    planned = replace(planned, instances=_limited(planned.instances, flags))
+    if isinstance(checked.placement, str) and "dtype" not in engine.model_fields_set:
+        if planned.dtype is not None:
+            engine = engine.model_copy(update={"dtype": planned.dtype})
+        elif are_on_gpus(planned.cluster):
+            raise ConfigError(
+                f"the memory of the placement ({checked.placement}) was planned in a data type that nobody says here: "
+                "give engine.dtype"
+            )
     if engine.gpu is not None:
         _check_gpu(planned, engine, serving)
     check_kv_transport(planned.instances, planned.cluster, engine.kv_transport)
@@ -231,7 +264,7 @@ def load_config(
     settings = EngineSettings(
         dtype=engine.dtype,
         max_model_len=engine.max_model_len,
-        kv=KvRequest(engine.kv_tokens, None if engine.kv_memory is None else int(engine.kv_memory), engine.block_size),
+        kv=engine.kv(),
         max_batch_tokens=engine.token_budget(path.parent if path is not None else Path()),
         max_batch_size=engine.max_batch_size,
         threads=engine.threads,
@@ -303,7 +336,8 @@ def _check_budgets(instances: tuple[WantedInstance, ...], engine: EngineSettings
 
 def _names(checked: ConfigFile) -> tuple[str, ...]:
     """Names in the API; none given leaves the choice to whoever reads the model's directory."""
-    names = tuple(name for name in (checked.serving.served_model_name or "").split(",") if name)
+    said = (name.strip() for name in (checked.serving.served_model_name or "").split(","))
+    names = tuple(dict.fromkeys(name for name in said if name))
     return names or (() if checked.model is not None else (_DEFAULT_MODEL_NAME,))
 
 
@@ -341,7 +375,35 @@ def _planned(checked: ConfigFile, path: Path | None, model_dir: Path, planner: P
     return PlannedSeats(instances, cluster)
 
 
-def _override(data: dict[str, Any], name: str, value: Any) -> None:
+_IN_PLACE_OF = {"engine.kv_tokens": "kv_memory", "engine.kv_memory": "kv_tokens"}
+"""By flag, the file's key that says the same in another way, which the flag overrides too."""
+
+_PLANNED_BY_FILE = ("model", "engine.dtype")
+"""What the planner reads in the file: a flag that says otherwise would start something else than was planned."""
+
+_LIMITS_BY_FLAG = {
+    "max_batch_tokens": ("engine.max_batch_tokens",),
+    "max_batch_size": ("engine.max_batch_size",),
+    "kv_tokens": ("engine.kv_tokens", "engine.kv_memory"),
+}
+"""The flags, for all instances, that win over each of a pool's limits."""
+
+
+def _limited(instances: tuple[WantedInstance, ...], flags: dict[str, Any]) -> tuple[WantedInstance, ...]:
+    """``instances`` without the limits that ``flags`` give to all of them."""
+    said = [limit for limit, names in _LIMITS_BY_FLAG.items() if any(flags.get(name) is not None for name in names)]
+    return tuple(replace(one, limits=replace(one.limits, **dict.fromkeys(said))) for one in instances)
+
+
+def _said(data: dict[str, Any], name: str) -> Any:
+    found: Any = data
+    for key in name.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _override(data: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Set the key of the path ``name``; returns the section it is in."""
     *sections, key = name.split(".")
     for section in sections:
         inner = data.get(section)
@@ -350,3 +412,4 @@ def _override(data: dict[str, Any], name: str, value: Any) -> None:
             inner = data[section] = {}
         data = inner
     data[key] = value
+    return data

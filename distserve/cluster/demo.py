@@ -34,7 +34,7 @@ def demo(config: ServeConfig, question: str, console: Console) -> None:
     """
 
     async def ask(endpoint: Endpoint) -> None:
-        console.print(f"\n[bold]{question}[/bold]")
+        console.print(f"\n{question}", style="bold", markup=False, highlight=False)
         timeline: dict[str, Any] = {}
         num_tokens = 0
         async for chunk in _stream(endpoint.url, question):

@@ -45,8 +45,9 @@ class Blueprint:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of prompt and output together that every instance takes."""
-        return min(spec.scheduler.max_model_len for spec in self.specs)
+        """Most tokens of prompt and output together that every instance takes and some instance can decode."""
+        longest = min(spec.scheduler.max_model_len for spec in self.specs)
+        return min(longest, max(spec.kv.num_tokens for spec in self.specs if spec.role is not Role.PREFILL))
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the first new attempt (by then supervision has mostly said if a peer died) and between later ones."""
+_MOST_DOUBLINGS = 10
 
 
 class KvPeers:
@@ -83,7 +84,7 @@ class KvPeers:
         self._thread.join()
 
     def _again(self, peer: str, num_failed: int) -> None:
-        pause = min(_FIRST_PAUSE * 2**num_failed, _LONGEST_PAUSE)
+        pause = min(_FIRST_PAUSE * 2 ** min(num_failed, _MOST_DOUBLINGS), _LONGEST_PAUSE)
         with self._changed:
             if all(peer != other for _, other, _ in self._due):
                 heapq.heappush(self._due, (time.monotonic() + pause, peer, num_failed))

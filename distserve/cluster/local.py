@@ -41,7 +41,7 @@ class LocalCluster:
         mixed: Number of instances that do both, alone or beside the others.
         dtype: ``float32`` or ``bfloat16``.
         kv: KV memory of each instance.
-        scheduler: Limits of every instance; ``max_model_len`` is cut to the model's.
+        scheduler: Limits of every instance.
         num_threads: Threads that compute, per instance.
         log_dir: Where each part writes its event log, if wanted.
         router: How requests are admitted and given to instances.

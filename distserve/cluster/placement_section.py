@@ -6,7 +6,7 @@ it was planned for and what was predicted. Serving needs the placement and the c
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -114,21 +114,29 @@ class ClusterSection(BaseModel):
         )
 
 
+class _PlanEngine(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+
 class _PlanFile(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     model: str | None = None
     placement: PlacementSection
     cluster: ClusterSection
+    engine: _PlanEngine = _PlanEngine()
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedSeats:
-    """What a plan says of starting it: the instances, the cluster they are for and the model, if it says so."""
+    """What a plan says of starting it: instances, the cluster they are for; model and data type, if it says so."""
 
     instances: tuple[WantedInstance, ...]
     cluster: ClusterSpec | None
     model: str | None = None
+    dtype: str | None = None
 
 
 def read_plan(path: Path) -> PlannedSeats:
@@ -157,7 +165,7 @@ def read_plan(path: Path) -> PlannedSeats:
         raise ConfigError(f"the plan {path} is damaged: {'; '.join(problems)}") from error
     except ConfigError as error:
         raise ConfigError(f"the plan {path} is damaged: {error}") from error
-    return PlannedSeats(instances, cluster, plan.model)
+    return PlannedSeats(instances, cluster, plan.model, plan.engine.dtype)
 
 
 def _wanted(role: Role, pool: PoolSection) -> list[WantedInstance]:

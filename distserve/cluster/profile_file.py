@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from distserve.bench.files import write_atomically
 from distserve.core.errors import ConfigError
 from distserve.core.profile import FORMAT, Profile
 
@@ -13,10 +14,10 @@ _ONE_SHAPE = "distserve-profile/2"
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Write ``profile``, indented for human eyes; raises ConfigError if ``path`` cannot be written."""
+    """Write ``profile``, indented for human eyes, whole or not at all; raises ConfigError if it cannot be written."""
     data = msgspec.json.format(msgspec.json.encode(profile), indent=1)
     try:
-        path.write_bytes(data + b"\n")
+        write_atomically(path, lambda temporary: temporary.write_bytes(data + b"\n"))
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 

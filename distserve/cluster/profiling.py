@@ -60,6 +60,8 @@ def take_profile(settings: Settings, output: Path, console: Console) -> Profile:
     engine = settings.engine
     if not output.parent.is_dir():
         raise ConfigError(f"{output.parent} is no directory to write {output.name} to")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"nothing can be written to {output.parent}")
     if settings.with_cluster and (engine.device != "cpu" or ONE_RANK not in settings.shapes):
         raise ConfigError(
             "what a cluster adds is measured with instances of one rank on CPUs: add "

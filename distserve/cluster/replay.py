@@ -5,6 +5,7 @@ is written by the process that runs the machine, in the order things happened, a
 scheduler did what it did.
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,21 @@ from typing import BinaryIO, Self
 
 from distserve.cluster.wire import COMMANDS, EVENTS
 from distserve.core.commands import Command
+from distserve.core.errors import ConfigError
 from distserve.core.events import Event, Machine
 
 _EVENT, _COMMAND = b"e", b"c"
 _HEAD = struct.Struct("<cIxxxd")
+
+
+def check_log_directory(directory: Path) -> None:
+    """Make ``directory`` for logs; raises ConfigError if there can be none, or nothing can be written there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--event-log {directory} cannot be a directory: {error.strerror or error}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"--event-log {directory}: nothing can be written there")
 
 
 class EventLog:
@@ -26,8 +38,12 @@ class EventLog:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("xb")
+        """Raises ConfigError if ``path`` cannot be written."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = path.open("xb")
+        except OSError as error:
+            raise ConfigError(f"cannot write the event log {path}: {error.strerror or error}") from error
         self._flushed = 0.0
 
     @classmethod

@@ -31,7 +31,7 @@ from distserve.cluster.operator import ClusterOperator
 from distserve.cluster.owner_backend import OwnerBackend
 from distserve.cluster.parts import OWNER
 from distserve.cluster.ray_environment import prepare_ray_environment
-from distserve.cluster.replay import EventLog
+from distserve.cluster.replay import EventLog, check_log_directory
 from distserve.core.config import InstanceSpec
 from distserve.core.errors import ConfigError
 from distserve.core.messages import InstanceGone
@@ -47,7 +47,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A deployment that takes requests: its address, model name, instances, and a way to watch what comes in."""
+    """A deployment that takes requests: its address, model name, instances, and a way to watch what comes in.
+
+    ``instances`` are in the order of the configuration.
+    """
 
     url: str
     model: str
@@ -77,6 +80,8 @@ def serve(config: ServeConfig, console: Console, client: Client | None = None) -
         ConfigError: it cannot be served; nothing is left running.
         InstanceError: an instance did not start; likewise.
     """
+    if config.event_log is not None and config.ray_address is None:
+        check_log_directory(config.event_log)
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(config.host, config.port))
         model = load_served_model(
@@ -142,7 +147,7 @@ async def _serve(
             url = _url(listener)
             announce(url)
             if client is not None:
-                specs = tuple(member.spec for member in launched.deployment.members.values())
+                specs = launched.deployment.blueprint.specs
                 using = asyncio.create_task(client(Endpoint(url, model.names[0], specs, backend.observe)))
                 ends.add(using)
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -50,16 +50,20 @@ class Room:
     share: float = 1.0
 
 
-def free_memory() -> int:
-    """Bytes this process and its children may still take: what the machine has, or what a control group leaves."""
+def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process and its children may still take: what the machine has, or what its control ``group`` leaves.
+
+    Files that the group has read count as used there and give way to whoever needs the memory.
+    """
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    cached = int(parts.get("active_file", 0)) + int(parts.get("inactive_file", 0))
+    return free if limit == "max" else max(0, min(free, int(limit) - used + cached))
 
 
 def check_processes(num_instances: int, num_ranks: int, free: int) -> None:
@@ -77,12 +81,12 @@ def _process_bytes(num_instances: int, num_ranks: int) -> int:
     return num_instances * PROCESS_BYTES + (num_ranks - num_instances) * RANK_BYTES
 
 
-def default_kv_bytes(token_bytes: int, max_model_len: int) -> int:
+def default_kv_bytes(token_bytes: int, max_model_len: int, block_size: int) -> int:
     """KV memory that an instance on CPUs is given unless asked otherwise, where there is room for it.
 
     ``token_bytes`` is the KV memory of one token, ``max_model_len`` the tokens of the longest sequence.
     """
-    sequence = max_model_len * token_bytes
+    sequence = KvConfig.holding(max_model_len, block_size).num_tokens * token_bytes
     return max(min(_DEFAULT_SEQUENCES * sequence, _DEFAULT_KV_BYTES), sequence)
 
 
@@ -115,13 +119,14 @@ def size_kv(
     block_bytes = token_bytes * request.block_size
     processes = _process_bytes(num_instances, num_ranks)
     if request.num_tokens is not None:
-        kv_bytes = -(-request.num_tokens // request.block_size) * block_bytes
+        kv_bytes = KvConfig.holding(request.num_tokens, request.block_size).num_blocks * block_bytes
     elif request.num_bytes is not None:
         kv_bytes = request.num_bytes
     else:
         left = free - processes - num_instances * share * weight_bytes
-        wanted = default_kv_bytes(token_bytes, max_model_len)
-        kv_bytes = min(wanted, max(int(left * _KV_SHARE / (num_instances * share)), max_model_len * token_bytes))
+        wanted = default_kv_bytes(token_bytes, max_model_len, request.block_size)
+        least = KvConfig.holding(max_model_len, request.block_size).num_blocks * block_bytes
+        kv_bytes = min(wanted, max(int(left * _KV_SHARE / (num_instances * share)), least))
     num_blocks = kv_bytes // block_bytes
     if num_blocks < 1:
         raise ConfigError(

@@ -35,6 +35,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     return data, dict(_lines(root, ()))
 
 
+def beside(path: Path, base: Path) -> Path:
+    """A path that a file in ``base`` says: as it is or, if only that is there, relative to ``base``."""
+    return base / path if not path.exists() and (base / path).exists() else path
+
+
 def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
     if not isinstance(node, yaml.MappingNode):
         return []

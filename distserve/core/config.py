@@ -54,6 +54,11 @@ class KvConfig:
     num_blocks: int
     block_size: int = 16
 
+    @classmethod
+    def holding(cls, num_tokens: int, block_size: int) -> "KvConfig":
+        """The fewest blocks that hold ``num_tokens`` tokens."""
+        return cls(-(-num_tokens // block_size), block_size)
+
     @property
     def num_tokens(self) -> int:
         """KV capacity in tokens."""
@@ -69,6 +74,13 @@ class KvConfig:
         One token of growth; every choice but the first needs its own copy of a partly filled last block.
         """
         return self.blocks_for(num_tokens + 1) + num_choices - 1
+
+    def can_ever_hold(self, num_tokens: int, max_total_tokens: int, num_choices: int) -> bool:
+        """Whether a prompt of ``num_tokens`` fits that ``num_choices`` continue, up to ``max_total_tokens`` each.
+
+        All choices must be able to start; at the end one has to fit, for the others can be preempted.
+        """
+        return max(self.blocks_for(max_total_tokens), self.blocks_to_admit(num_tokens, num_choices)) <= self.num_blocks
 
 
 @dataclass(frozen=True, slots=True)

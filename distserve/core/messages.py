@@ -4,8 +4,8 @@ Who speaks to whom; a mixed instance that takes KV in is ``decode`` here::
 
     owner   -> router    Hello, Submit
     operator -> router   ChangeRole, answered with RoleAnswer; operators speak through an owner's process
-    router  -> owner     Routed, Rejected, InstanceGone, Status
-    router  -> prefill   Prefill, DecodeAssigned
+    router  -> owner     Routed, Rejected, Failed, InstanceGone, Status
+    router  -> prefill   Prefill, DecodeAssigned, Abort
     prefill -> router    DecodeWanted, DecodeDropped, Report
     prefill -> decode    Offer, Leased, Prefilled, Withdrawn
     decode  -> prefill   Accepted, Refused, Renew, Pulled
@@ -85,14 +85,15 @@ class Prefill:
 class DecodeWanted:
     """A prompt's last chunk starts, or has ended: its KV needs a decode instance.
 
-    There are ``num_tokens`` tokens of KV for ``num_choices`` choices. ``refused_by`` names instances that had no room
-    when asked before.
+    There are ``num_tokens`` tokens of KV for ``num_choices`` choices, each of which may come to ``max_total_tokens``.
+    ``refused_by`` names instances that had no room when asked before.
     """
 
     key: RequestKey
     owner_id: str
     num_tokens: int
     num_choices: int
+    max_total_tokens: int
     refused_by: tuple[str, ...] = ()
 
 

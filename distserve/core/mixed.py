@@ -58,8 +58,11 @@ class MixedScheduler(ReceivingScheduler):
     def _on_request(self, request: Request) -> None:
         self._seen.append(request.key)
         kv = self.spec.kv
-        if kv.blocks_for(request.max_total_tokens) + len(request.choices) - 1 > kv.num_blocks:
-            reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
+        if not kv.can_ever_hold(request.num_prefill_tokens, request.max_total_tokens, len(request.choices)):
+            reason = (
+                f"{request.max_total_tokens} tokens for {len(request.choices)} choices exceed this instance's "
+                f"{kv.num_tokens} tokens of KV"
+            )
             self._send(request.owner_id, Failed(request.key, reason, status=400))
             return
         seq = self._prompt_of(request)

@@ -173,9 +173,12 @@ class PrefillScheduler(InstanceScheduler):
 
     def _want(self, key: RequestKey, handoff: Handoff) -> None:
         seq = handoff.seq
+        request, num_choices = seq.request, len(seq.choices)
         self._send(
             ROUTER,
-            DecodeWanted(key, seq.request.owner_id, seq.num_tokens, len(seq.choices), handoff.refused_by),
+            DecodeWanted(
+                key, request.owner_id, seq.num_tokens, num_choices, request.max_total_tokens, handoff.refused_by
+            ),
         )
 
     def _want_again(self, key: RequestKey, handoff: Handoff, refused_by: str | None, pause: float = 0.0) -> None:

@@ -90,7 +90,7 @@ class ReceivingScheduler(DecodingScheduler):
             return  # a repeated offer: the first one counts
         kv = self.spec.kv
         total = kv.blocks_to_admit(offer.num_tokens, len(request.choices))
-        if max(total, kv.blocks_for(request.max_total_tokens)) > kv.num_blocks:
+        if not kv.can_ever_hold(offer.num_tokens, request.max_total_tokens, len(request.choices)):
             reason = f"{request.max_total_tokens} tokens exceed this instance's {kv.num_tokens} tokens of KV"
             self._send(request.owner_id, Failed(key, reason, status=400))
             self._send(sender, Refused(key))
@@ -107,7 +107,8 @@ class ReceivingScheduler(DecodingScheduler):
         is_idle = not self._running and num_promised == 0
         headroom = 0 if is_idle else int(self._config.headroom * kv.num_blocks)
         has_slot = len(self._running) + num_promised + len(request.choices) <= self._config.max_batch_size
-        if blocks_ahead + needed + headroom > self.blocks.num_free or not (has_slot or is_idle):
+        has_room = blocks_ahead + needed + headroom <= self.blocks.num_free and (has_slot or is_idle)
+        if not has_room or self._writes_free_blocks():
             self._send(sender, Refused(key))
             return
         self.blocks.claim(held)
@@ -124,6 +125,15 @@ class ReceivingScheduler(DecodingScheduler):
             keys=keys,
         )
         self._send(sender, Accepted(key))
+
+    def _writes_free_blocks(self) -> bool:
+        """Whether a step in flight writes blocks that its sequence, preempted under lookahead, has given back.
+
+        Later steps write them after it, but a pull would not wait for it.
+        """
+        if not self._config.lookahead:
+            return False
+        return any(not seq.blocks for batch in self._steps.values() for seq, _, _ in batch.entries)
 
     def _on_leased(self, key: RequestKey, term: float) -> None:
         intake = self._intakes.get(key)
@@ -249,6 +259,20 @@ class ReceivingScheduler(DecodingScheduler):
                 self._drop_intake(key)
                 # Its last words may have been HandedOver to the owner, while Prefilled was lost or is late.
                 self._send(intake.request.owner_id, Failed(key, f"{instance_id} was lost"))
+
+    def _on_blocks_lost(self, lost: set[int], reason: str) -> None:
+        for seq in self._live():
+            if not lost.isdisjoint(seq.blocks):
+                self._fail(seq, reason)
+        for key, intake in list(self._intakes.items()):
+            if lost.isdisjoint(intake.blocks[: intake.num_held]):
+                continue
+            is_pulled = intake.ended_at is not None
+            self._drop_intake(key)
+            if is_pulled:
+                self._send(intake.request.owner_id, Failed(key, reason))
+            else:
+                self._send(intake.source_id, Refused(key))
 
     def _on_deadline(self) -> None:
         """Renew leases of pulls past half their term."""

@@ -16,6 +16,7 @@ fresh router is complete as soon as every instance has reported once.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from math import ceil
 
 from distserve.core.commands import Command, Send, WakeAt
@@ -110,8 +111,8 @@ class Router:
         self._next_status = 0.0
         self._num_local = 0
         self._num_remote = 0
-        self._no_decode_since: float | None = None
-        """Since when questions have waited with no decode instance up."""
+        self._homeless: dict[RequestKey, float] = {}
+        """Since when questions have waited that no decode instance which is up could ever answer."""
 
     def handle(self, now: float, event: Event) -> list[Command]:
         """Take one event; see :class:`distserve.core.events.Machine`."""
@@ -239,6 +240,8 @@ class Router:
         refusal = self._refusal(request, takers)
         if refusal is not None:
             status, reason = refusal
+            if request.attempt > 0:
+                status = 503  # it was admitted once: it is the instances that have changed
             if status == 503 and request.attempt > 0:
                 until, _ = self._parked.get(request.key, (self._now + self._config.patience, request))
                 if self._now < until:
@@ -248,7 +251,8 @@ class Router:
             self._send(request.owner_id, Rejected(request.key, status, reason))
             return
         decoding = self._pool(Role.DECODE, Role.MIXED)
-        choice = self._chooser.choose(self._now, request, takers, decoding, is_memory_short=bool(self._pending))
+        is_memory_short = any(self._has_home(wanted) for _, wanted, _ in self._pending.values())
+        choice = self._chooser.choose(self._now, request, takers, decoding, is_memory_short=is_memory_short)
         wait = choice.wait
         # What was admitted once, and may be half answered, is not turned away when it comes again.
         if wait > self._config.max_wait and request.attempt == 0:
@@ -312,10 +316,9 @@ class Router:
 
     @staticmethod
     def _can_ever_decode(view: InstanceView, request: Request) -> bool:
-        kv, num_choices = view.spec.kv, len(request.choices)
-        at_start = kv.blocks_to_admit(request.num_prefill_tokens, num_choices)
-        blocks = max(kv.blocks_for(request.max_total_tokens), at_start)
-        return blocks <= kv.num_blocks and num_choices <= view.spec.scheduler.max_batch_size
+        num_choices = len(request.choices)
+        is_held = view.spec.kv.can_ever_hold(request.num_prefill_tokens, request.max_total_tokens, num_choices)
+        return is_held and num_choices <= view.spec.scheduler.max_batch_size
 
     def _pool(self, *roles: Role) -> list[InstanceView]:
         pool = self._pools.get(roles)
@@ -327,12 +330,19 @@ class Router:
     # -- decode instances -------------------------------------------------------------------------------------------
 
     def _assign_pending(self) -> None:
-        """Answer waiting questions in order; the first that finds no room keeps those behind it waiting too."""
-        while self._pending:
-            key, (sender, wanted, refused_by) = next(iter(self._pending.items()))
+        """Answer waiting questions in order; the first that finds no room keeps those behind it waiting too.
+
+        Unless it would wait for an instance that is not there.
+        """
+        num_homeless = 0
+        while len(self._pending) > num_homeless and self._pool(Role.DECODE, Role.MIXED):
+            key, (sender, wanted, refused_by) = next(islice(self._pending.items(), num_homeless, None))
             view = self._choose_decode(sender, wanted, refused_by)
             if view is None:
-                return
+                if self._has_home(wanted):
+                    return
+                num_homeless += 1
+                continue
             del self._pending[key]
             blocks = view.spec.kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
             view.assigned[key] = Work(sender, blocks=blocks)
@@ -342,17 +352,23 @@ class Router:
 
     def _end_pending(self) -> None:
         """Questions wait for a decode instance to come up no longer than requests wait for a pool."""
-        if not self._pending or self._pool(Role.DECODE, Role.MIXED):
-            self._no_decode_since = None
-            return
-        if self._no_decode_since is None:
-            self._no_decode_since = self._now
-        if self._now < self._no_decode_since + self._config.patience:
-            return
-        for key, (sender, wanted, _) in self._pending.items():
-            self._send(wanted.owner_id, Failed(key, "no decode instance is up", 503))
-            self._send(sender, Abort(key))
-        self._pending.clear()
+        waiting = [key for key, (_, wanted, _) in self._pending.items() if not self._has_home(wanted)]
+        self._homeless = {key: self._homeless.get(key, self._now) for key in waiting}
+        for key, since in self._homeless.items():
+            if self._now >= since + self._config.patience:
+                sender, wanted, _ = self._pending.pop(key)
+                is_any = bool(self._pool(Role.DECODE, Role.MIXED))
+                which = f"that can hold {wanted.max_total_tokens} tokens " if is_any else ""
+                self._send(wanted.owner_id, Failed(key, f"no decode instance {which}is up", 503))
+                self._send(sender, Abort(key))
+
+    def _has_home(self, wanted: DecodeWanted) -> bool:
+        """Whether an instance that is up could hold it, now or later."""
+        return any(self._could_hold(view, wanted) for view in self._pool(Role.DECODE, Role.MIXED))
+
+    @staticmethod
+    def _could_hold(view: InstanceView, wanted: DecodeWanted) -> bool:
+        return view.spec.kv.can_ever_hold(wanted.num_tokens, wanted.max_total_tokens, wanted.num_choices)
 
     def _choose_decode(self, sender: str, wanted: DecodeWanted, refused_by: set[str]) -> InstanceView | None:
         near = self._config.near.get(sender, ())
@@ -363,7 +379,7 @@ class Router:
             headroom = 0 if is_idle else view.headroom
             has_slot = is_idle or view.num_free_slots >= wanted.num_choices
             has_room = needed + headroom <= num_free and has_slot
-            if not has_room or spec.instance_id in refused_by:
+            if not has_room or spec.instance_id in refused_by or not self._could_hold(view, wanted):
                 continue
             rank = (num_free - needed) / view.num_blocks
             if spec.instance_id in near:

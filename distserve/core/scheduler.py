@@ -313,7 +313,12 @@ class InstanceScheduler(ABC):
             self.blocks.forget(later.labelled)
             for seq, _, _ in later.entries:
                 if not (seq.is_closed or lost.isdisjoint(seq.blocks)):
+                    lost |= set(later.labelled).intersection(seq.blocks)
                     self._fail(seq, event.reason)
+        self._on_blocks_lost(lost, event.reason)
+
+    def _on_blocks_lost(self, lost: set[int], reason: str) -> None:
+        """Whoever has blocks of those ``lost`` and is in no step has nothing to go on from."""
 
     def _end_step(self, step_id: int) -> Batch:
         batch = self._steps.pop(step_id)

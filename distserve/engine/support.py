@@ -2,7 +2,7 @@
 
 "Exactly" means that a token's hidden state depends on the tokens before it in its own sequence and on nothing else:
 not on how the prompt was cut into chunks, nor on what else is in the batch. What a configuration cannot tell is
-found by :mod:`distserve.engine.probe` once the model is loaded.
+found by :mod:`distserve.engine.verify` once the model is loaded.
 """
 
 from collections.abc import Iterator, Mapping

@@ -8,7 +8,7 @@ same seed gives the same text.
 import asyncio
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +24,7 @@ from distserve.api.model import load_served_model
 from distserve.cluster.clock import cluster_time
 from distserve.cluster.local import LocalCluster
 from distserve.core.config import PrefillPolicy
-from distserve.core.errors import UnavailableError
+from distserve.core.errors import RequestError, UnavailableError
 from distserve.core.router import RouterConfig
 from distserve.demo import model_dir
 from distserve.offline.background import Background
@@ -105,7 +105,9 @@ class LLM:
         directory = Path(model) if model is not None else model_dir()
         instance = size_instance(directory, options)
         scheduler = instance.spec.scheduler
-        self.model = load_served_model(directory, max_model_len=scheduler.max_model_len)
+        self.model = load_served_model(
+            directory, max_model_len=min(scheduler.max_model_len, instance.spec.kv.num_tokens)
+        )
         """Name, limits and tokenizer."""
         self._max_outstanding = _OUTSTANDING * scheduler.max_batch_size
         self._background = Background(
@@ -165,7 +167,9 @@ class LLM:
         inbox: asyncio.Queue[Delta | None] = asyncio.Queue()
 
         def put(delta: Delta | None) -> None:
-            loop.call_soon_threadsafe(inbox.put_nowait, delta)
+            # A loop that is closed has nobody left who reads.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(inbox.put_nowait, delta)
 
         async def produce() -> None:
             try:
@@ -244,14 +248,21 @@ class LLM:
         generation = Generation(job, self._backend, self._metrics, cluster_time)
         (request,) = job.requests
         self._metrics.on_prompt(len(request.prompt_token_ids))
+        outcome = "abandoned"
         try:
             async for item in self._backend.submit(request):
                 for choice, piece in generation.advance([item]):
                     take(choice.index, piece)
+            outcome = "ok" if generation.failure is None else str(generation.failure.status)
+        except RequestError as error:
+            outcome = str(error.status)
+            raise
         finally:
             self._backend.abandon(request.request_id)
+            self._metrics.on_outcome(outcome)
         if generation.failure is not None:
             raise generation.failure
+        self._metrics.e2e.observe(cluster_time() - job.arrival)
         return generation
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distserve.cluster.config import EngineSection
-from distserve.cluster.sizing import KvRequest, free_memory, size_kv
+from distserve.cluster.sizing import free_memory, size_kv
 from distserve.cluster.yaml_file import explain
 from distserve.core.budget import check_budget
 from distserve.core.config import InstanceSpec, Role, SchedulerConfig
@@ -43,7 +43,7 @@ def size_instance(directory: Path, options: dict[str, Any]) -> SizedInstance:
             f"max_model_len {max_model_len} is more than the model can take: at most {model.max_model_len}"
         )
     kv = size_kv(
-        KvRequest(engine.kv_tokens, None if engine.kv_memory is None else int(engine.kv_memory), engine.block_size),
+        engine.kv(),
         weight_bytes=model.weight_bytes(engine.dtype),
         token_bytes=model.token_bytes(engine.dtype),
         max_model_len=max_model_len,

@@ -51,7 +51,7 @@ def race_uniforms(keys: Tensor, vocab_size: int) -> Tensor:
     words = words + keys[:, 1:] & _LOW
     words = words * 0x846CA68B & _LOW
     words = words ^ words >> 16
-    return (words.float() + 0.5) * 2.0**-32
+    return ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
 def race_draw(weights: Tensor, keys: Tensor) -> Tensor:

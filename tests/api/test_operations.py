@@ -139,8 +139,11 @@ def test_a_key_guards_what_costs(locked: Server) -> None:
     fine = {"authorization": "Bearer sesame"}
     assert locked.client.post("/v1/completions", json=body, headers=fine).status_code == 200
     assert locked.client.get("/v1/models", headers=fine).status_code == 200
-    for path in ("/health", "/version", "/metrics"):
+    for path in ("/health", "/version", "/metrics", "/docs", "/openapi.json"):
         assert locked.client.get(path).status_code == 200
+    found = samples(locked)
+    assert found["distserve:requests_total", ("401",)] == 10
+    assert found["distserve:requests_total", ("ok",)] == 1
 
 
 def test_other_origins_are_not_invited(server: Server) -> None:

@@ -157,6 +157,7 @@ def options(tmp_path: Path) -> argparse.Namespace:
         seconds=30.0,
         minutes=10.0,
         coarse=False,
+        default_budgets=False,
         quick=False,
         max_other_load=float("inf"),
         output_dir=tmp_path,

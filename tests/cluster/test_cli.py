@@ -50,6 +50,8 @@ def test_commands_are_listed() -> None:
         (["--prefix-caching", "--prefix-cache-tokens", "65", "--kv-tokens", "64"], "more than the KV memory of 64"),
         (["--prefix-caching", "--prefix-cache-tokens", "0"], "--prefix-cache-tokens"),
         (["--port", "99999"], "--port"),
+        (["--api-key", ""], "--api-key"),
+        (["--kv-tokens", "64", "--kv-memory", "1e6"], "kv_tokens and kv_memory both say"),
         (["--kv-tokens", "-4"], "--kv-tokens"),
         (["--drain-timeout", "nan"], "--drain-timeout"),
         (["--host", "203.0.113.7", "--port", "0"], "cannot listen on 203.0.113.7"),
@@ -61,6 +63,13 @@ def test_mistakes_end_with_a_sentence(arguments: list[str], expected: str) -> No
     assert result.exit_code == 1
     assert expected in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_place_where_no_log_can_be_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["serve", "--port", "0", "--event-log", str(tmp_path / "file")])
+    assert (result.exit_code, len(result.output.splitlines())) == (1, 1)
+    assert "file cannot be a directory: File exists" in result.output
 
 
 def test_a_port_in_use_is_refused() -> None:

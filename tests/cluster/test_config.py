@@ -7,7 +7,7 @@ import pytest
 
 from distserve.cluster.config import ServeConfig, load_config
 from distserve.cluster.seats import PlannedLimits, WantedInstance
-from distserve.cluster.sizing import PROCESS_BYTES, KvRequest, Room, least_kv, size_kv
+from distserve.cluster.sizing import PROCESS_BYTES, KvRequest, Room, free_memory, least_kv, size_kv
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, Role
 from distserve.core.errors import ConfigError
 from distserve.core.topology import ClusterSpec, Gpu, PlacedInstance, Placement
@@ -38,7 +38,7 @@ placement:
   prefill: {{instances: 3}}
   decode: {{instances: 2}}
 engine: {{dtype: bfloat16, kv_tokens: 4096, threads: 2, prefix_caching: true, kv_transport: tcp, kv_interface: eth1}}
-serving: {{port: 9000, served_model_name: "a,b"}}
+serving: {{port: 9000, served_model_name: "a, b,a"}}
 """
     config = load(tmp_path, text, **{"placement.prefill.instances": 1, "serving.port": 9001, "engine.dtype": None})
     assert config.pools == ((Role.PREFILL, 1), (Role.DECODE, 2))
@@ -93,6 +93,7 @@ placement:
   prefill: {instances: 2, tp: 2, gpus: [[[0, 0], [0, 1]], [[1, 0], [1, 1]]]}
   decode: {instances: 1, pp: 2, gpus: [[[0, 2], [1, 2]]], max_batch_size: 48, kv_tokens: 9000}
 cluster: {gpu: h100-sxm, nodes: 2, gpus_per_node: 4, intra_node_bandwidth: 450.0e+9, inter_node_bandwidth: 50.0e+9}
+engine: {dtype: bfloat16}
 slo: {ttft: 0.4, tpot: 0.04}
 workload: {prompt: 100, output: 10}
 prediction: {attainment: 0.97}
@@ -109,6 +110,10 @@ def test_a_plan_says_which_instances_sit_where(tmp_path: Path) -> None:
         assert config.instances[2].gpus == (Gpu(0, 2), Gpu(1, 2))
         assert config.instances[2].limits == PlannedLimits(None, 48, 9000)
         assert config.cluster == ClusterSpec("h100-sxm", 2, 4, 450e9, 50e9)
+        assert config.engine.dtype == "bfloat16", "what its memory was planned in"
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("engine: {dtype: bfloat16}\n", ""))
+    with pytest.raises(ConfigError, match=r"planned in a data type that nobody says here: give engine\.dtype"):
+        load(tmp_path, "placement: plan.yaml")
 
 
 def test_flags_win_over_a_plan(tmp_path: Path) -> None:
@@ -116,6 +121,38 @@ def test_flags_win_over_a_plan(tmp_path: Path) -> None:
     config = load(tmp_path, "placement: plan.yaml", **{"placement.mixed.instances": 1})
     assert config.pools == ((Role.MIXED, 1),)
     assert config.cluster is None
+    limits = {"engine.max_batch_size": 8, "engine.kv_memory": 2e9}
+    config = load(tmp_path, "placement: plan.yaml", **limits)
+    assert {instance.limits for instance in config.instances} == {PlannedLimits()}
+    assert (config.engine.max_batch_size, config.engine.kv) == (8, KvRequest(num_bytes=2 * 10**9))
+
+
+def test_kv_memory_is_said_in_one_way(tmp_path: Path) -> None:
+    config = load(tmp_path, "engine: {kv_tokens: 4096}", **{"engine.kv_memory": 1e6})
+    assert config.engine.kv == KvRequest(num_bytes=10**6)
+    config = load(tmp_path, "engine: {kv_memory: 1.0e+6}", **{"engine.kv_tokens": 4096})
+    assert config.engine.kv == KvRequest(num_tokens=4096)
+    for text, flags in (
+        ("engine: {kv_tokens: 4096, kv_memory: 1.0e+6}", {}),
+        ("{}", {"engine.kv_tokens": 4096, "engine.kv_memory": 1e6}),
+    ):
+        with pytest.raises(ConfigError, match="kv_tokens and kv_memory both say"):
+            load(tmp_path, text, **flags)
+
+
+def test_files_are_found_beside_the_one_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-llama").symlink_to(model_dir())
+    assert load(tmp_path, "model: my-llama").model_dir == model_dir().resolve()
+    with pytest.raises(ConfigError, match="model directory my-llama does not exist"):
+        load(tmp_path, "{}", model="my-llama")
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path, "{}", model="my-llama").model_dir == model_dir().resolve()
+
+
+@pytest.mark.parametrize("key", ["", "two words", "schl\u00fcssel"])
+def test_a_key_that_no_client_can_send_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        load_config(None, {"serving.api_key": key}, model_dir())
 
 
 @pytest.mark.parametrize(
@@ -167,6 +204,10 @@ def test_auto_without_a_planner_says_what_to_give(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("distserve.cluster.config.find_planner", lambda: None)
     with pytest.raises(ConfigError, match="needs the planner, which is not installed; give counts"):
         load(tmp_path, "placement: auto")
+    # It reads the file, and would plan for something else than is started.
+    for flag, value in (("engine.dtype", "bfloat16"), ("model", str(model_dir()))):
+        with pytest.raises(ConfigError, match=f"planned from .*serve.yaml: say {flag}: {value} there, by no flag"):
+            load(tmp_path, "placement: auto", **{flag: value})
 
 
 def test_mistakes_in_flags_are_named_as_flags() -> None:
@@ -196,6 +237,21 @@ def test_kv_by_default_fits_and_holds_a_full_sequence() -> None:
         kv = size_kv(KvRequest(), free=free, **SIZES)
         assert kv.num_tokens >= SIZES["max_model_len"]
         assert 2 * (GIB + PROCESS_BYTES + kv.num_tokens * 1024) <= free
+    # Also one that ends within a block, when that is all there is room for, or more than is usual.
+    for token_bytes, free in ((1024, 2 * (GIB + PROCESS_BYTES) + 9 * 2**20), (128 * 1024, 16 * GIB)):
+        sizes = {**SIZES, "max_model_len": 4095, "token_bytes": token_bytes}
+        assert size_kv(KvRequest(), free=free, **sizes).num_tokens == 4096
+
+
+def test_files_that_were_read_leave_room_in_a_control_group(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 300000\nfile 600000\nactive_file 250000\ninactive_file 350000\n")
+    assert free_memory(tmp_path) == 700_000
+    (tmp_path / "memory.current").write_text("1900000\n")
+    assert free_memory(tmp_path) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) > 1_000_000
 
 
 def test_more_instances_than_memory_holds_is_an_error_with_numbers() -> None:

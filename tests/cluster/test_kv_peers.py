@@ -65,6 +65,19 @@ def test_who_cannot_be_reached_is_said_and_tried_again_until_it_can(network: Net
     assert network.connected == {"prefill-0": "a", "prefill-1": "b"}
 
 
+def test_a_peer_may_stay_away_for_long(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_peers, "_FIRST_PAUSE", 1e-6)
+    monkeypatch.setattr(kv_peers, "_LONGEST_PAUSE", 1e-6)
+    peers = KvPeers("decode-0", network.connect, network.forget)
+    network.unreachable["prefill-0"] = TransferError("away")
+    peers.meet({"prefill-0": "a"})
+    network.wait_for_attempt(1_100)  # 2^1024 is no float
+    network.unreachable.clear()
+    network.wait_for_attempt(network.num_attempts + 1)
+    peers.close()
+    assert network.connected == {"prefill-0": "a"}
+
+
 def test_advice_on_networks_is_given_where_the_network_is_at_fault(network: Network, peers: KvPeers) -> None:
     network.unreachable["prefill-0"] = TransferError("block_size 32 there, 16 here")
     (problem,) = peers.meet({"prefill-0": "a"})

@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,13 +140,35 @@ def test_a_gpu_is_profiled(tmp_path):
     assert 0 < profile.step_time().seconds(step) < 0.1
 
 
-def test_wrong_arguments_end_with_a_sentence(tmp_path):
+def test_wrong_arguments_end_with_a_sentence(tmp_path, monkeypatch):
     result = CliRunner().invoke(command, [str(tmp_path / "no-model")])
     assert result.exit_code == 1
     assert "no-model does not exist" in result.output
     result = CliRunner().invoke(command, [str(model_dir()), "--output", str(tmp_path / "no" / "dir.json")])
     assert result.exit_code == 1
     assert "no directory" in result.output
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    result = CliRunner().invoke(command, [str(model_dir()), "--output", str(tmp_path / "p.json")])
+    assert result.exit_code == 1
+    assert "nothing can be written to" in result.output
+
+
+def test_a_profile_that_cannot_be_written_whole_leaves_the_one_before(engine_profile, tmp_path, monkeypatch):
+    path = tmp_path / "p.json"
+    profile = read_profile(engine_profile)
+    write_profile(profile, path)
+    before = path.read_bytes()
+
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        write_profile(profile, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_pulls_take_time_by_the_byte():

@@ -42,7 +42,7 @@ def assignments(near: dict[str, tuple[str, ...]], free: dict[str, int]) -> list[
         router.handle(0.0, InstanceUp(InstanceSpec(name, Role.DECODE, KvConfig(100))))
     for name, blocks in free.items():
         router.handle(0.0, Received(name, Report(name, 0, 0, 1, blocks)))
-    commands = router.handle(0.1, Received("p0", DecodeWanted(("r", 0), "owner", 16, 1, ())))
+    commands = router.handle(0.1, Received("p0", DecodeWanted(("r", 0), "owner", 16, 1, 16, ())))
     return [c.message.decode_id for c in commands if isinstance(c, Send) and isinstance(c.message, DecodeAssigned)]
 
 

@@ -15,8 +15,10 @@ from distserve.core.messages import (
     Accepted,
     DecodeAssigned,
     DecodeWanted,
+    Failed,
     Hello,
     InstanceGone,
+    Leased,
     Message,
     Offer,
     Prefill,
@@ -35,7 +37,7 @@ from distserve.core.router import Router, RouterConfig
 from simulator.model import Delays
 from tests.core.any_load import Load, loads, serving
 from tests.core.bench_instance import Bench
-from tests.core.harness import Deployment, expected_tokens, make_request
+from tests.core.harness import Deployment, expected_tokens, make_request, token_at
 
 OBJECTIVE = SLO(ttft=1.0, tpot=0.02)
 CONFIG = SchedulerConfig(max_batch_tokens=64, max_batch_size=8, headroom=0.0)
@@ -206,7 +208,7 @@ def test_prompts_that_were_sent_of_late_count() -> None:
 def test_computed_prompts_have_memory_before_local_ones() -> None:
     board = Switchboard("prefill-0", "mixed-0")
     board.report("mixed-0", free=20)
-    assert board.feed(Received("prefill-0", DecodeWanted(("a", 0), "api-0", 200, 1))) == []
+    assert board.feed(Received("prefill-0", DecodeWanted(("a", 0), "api-0", 200, 1, 200))) == []
     board.report("prefill-0", waiting=900)
     assert board.submit("b", 8) == "prefill-0"
     answered = board.report("mixed-0")
@@ -218,7 +220,7 @@ def test_memory_that_waiting_prompts_will_take_is_promised_to_nobody_else() -> N
     board = Switchboard("prefill-0", "mixed-0", "mixed-1")
     board.report("mixed-0", waiting=3800)
     board.report("mixed-1", free=100)
-    sent = board.feed(Received("prefill-0", DecodeWanted(("a", 0), "api-0", 200, 1)))
+    sent = board.feed(Received("prefill-0", DecodeWanted(("a", 0), "api-0", 200, 1, 200)))
     assert sent == [("prefill-0", DecodeAssigned(("a", 0), "mixed-1"))]
 
 
@@ -249,7 +251,12 @@ def test_what_no_mixed_instance_can_hold_to_its_end_is_refused_where_only_they_c
 
 
 def bench(
-    *, budget: int = 24, blocks: int = 400, in_flight: int = 1, policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
+    *,
+    budget: int = 24,
+    blocks: int = 400,
+    in_flight: int = 1,
+    policy: PrefillPolicy = PrefillPolicy.SPLITFUSE,
+    caching: bool = False,
 ) -> Bench:
     config = SchedulerConfig(
         max_batch_tokens=budget,
@@ -258,6 +265,7 @@ def bench(
         lookahead=in_flight > 1,
         headroom=0.0,
         policy=policy,
+        prefix_caching=caching,
     )
     return Bench(MixedScheduler(InstanceSpec("mixed-0", Role.MIXED, KvConfig(blocks, 4), config)))
 
@@ -370,6 +378,50 @@ def test_a_pull_that_ends_is_confirmed() -> None:
     node.admit(make_request("a", 20, seed=20))
     assert node.messages(Pulled) == [Pulled(("a", 0))]
     assert not node.messages(Prefilled)
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_step_that_fails_takes_what_was_taken_in_on_top_of_it_along(is_running: bool) -> None:
+    """An offer's head is found in what a step under way computes: nobody goes on from what never was."""
+    node = bench(caching=True)
+    node.submit(make_request("a", 20, seed=20))
+    request = make_request("b", 22, seed=20)
+    node.receive(offer(request), "prefill-0")
+    node.receive(Leased(request.key, 10.0), "prefill-0")
+    assert [len(pull.dst_blocks) for pull in node.pulls] == [1], "the others are found"
+    if is_running:
+        node.receive(Prefilled(request.key, (token_at(request, 0, 0),)), "prefill-0")
+        node.finish_pull()
+    node.fail_step()
+    assert Failed(("a", 0), "out of luck") in node.messages(Failed)
+    if is_running:
+        assert Failed(("b", 0), "out of luck") in node.messages(Failed)
+    else:
+        assert ("prefill-0", Refused(("b", 0))) in node.sent
+        assert node.cancelled == [node.pulls[0].pull_id]
+        node.finish_pull(ok=False)
+    run_out(node)
+    assert node.scheduler.blocks.num_free == 400
+    again = make_request("c", 20, seed=20)
+    node.submit(again)
+    assert node.named(node.launched[0][0]) == [("c", 20, True)], "computed whole"
+    run_out(node)
+    assert tokens_of(node, again) == expected_tokens(again, 0)
+
+
+def test_nothing_is_pulled_into_blocks_that_a_step_under_way_still_writes() -> None:
+    node = bench(blocks=9, in_flight=2)
+    for name, at in (("a", 0.0), ("b", 1.0)):
+        node.submit(make_request(name, 15, seed=20, max_tokens=9, arrival=at))
+    while node.scheduler.num_preempted == 0:
+        node.finish_step()
+    assert ("b", 1, True) in node.named(node.launched[0][0]), "it writes a block that it has given back"
+    early = offer(make_request("c", 4, seed=20, max_tokens=4, arrival=-1.0))
+    node.receive(early, "prefill-0")
+    assert node.sent[-1] == ("prefill-0", Refused(("c", 0)))
+    node.finish_step()
+    node.receive(early, "prefill-0")
+    assert ("prefill-0", Accepted(("c", 0))) in node.sent
 
 
 # -- together ----------------------------------------------------------------------------------------------------------

@@ -98,6 +98,17 @@ def test_running_decodes_are_never_displaced_by_prompts() -> None:
         node.finish_step()
 
 
+def test_choices_that_fit_one_after_another_are_served() -> None:
+    node = bench(blocks=11, size=4)
+    request = make_request("a", 21, seed=20, max_tokens=23, n=4)
+    node.submit(request)
+    run_out(node)
+    for choice in request.choices:
+        tokens = [output.token_id for output in node.outputs() if output.choice == choice]
+        assert tokens == expected_tokens(request, choice)
+    assert node.scheduler.blocks.num_free == 11
+
+
 def test_eviction_keeps_the_output() -> None:
     node = bench(blocks=14)
     requests = [make_request(f"r{i}", 8, seed=20, max_tokens=20, arrival=float(i)) for i in range(3)]

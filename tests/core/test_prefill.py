@@ -84,7 +84,7 @@ def test_the_decode_instance_is_asked_for_while_the_last_chunk_runs() -> None:
     node.submit(make_request("a", 40))
     assert not node.messages(DecodeWanted)
     node.finish_step()
-    assert node.messages(DecodeWanted) == [DecodeWanted(("a", 0), "api-0", 40, 1)]
+    assert node.messages(DecodeWanted) == [DecodeWanted(("a", 0), "api-0", 40, 1, 56)]
     hand_off(node)
     (offer,) = node.messages(Offer)
     assert isinstance(offer, Offer)
@@ -113,7 +113,7 @@ def test_a_refusal_asks_the_router_again_and_names_who_refused() -> None:
     node.finish_step()
     node.receive(DecodeAssigned(("a", 0), "decode-0"))
     node.receive(Refused(("a", 0)), "decode-0")
-    assert node.messages(DecodeWanted)[-1] == DecodeWanted(("a", 0), "api-0", 20, 1, ("decode-0",))
+    assert node.messages(DecodeWanted)[-1] == DecodeWanted(("a", 0), "api-0", 20, 1, 36, ("decode-0",))
     node.receive(DecodeAssigned(("a", 0), "decode-1"))
     node.receive(Accepted(("a", 0)), "decode-1")
     node.receive(Pulled(("a", 0)), "decode-1")

@@ -325,7 +325,7 @@ def test_a_router_that_is_new_learns_from_reports() -> None:
     (status,) = [message for _, message in sent(commands) if isinstance(message, Status)]
     assert {spec.instance_id: spec.role for spec, _ in status.instances}["prefill-0"] is Role.DECODE
     router.handle(0.4, Received("decode-0", Report("decode-0", 0, 0, 8, 0, role=Role.DECODE)))
-    said = sent(router.handle(0.5, Received("prefill-1", DecodeWanted(("r0", 0), "api-0", 8, 1))))
+    said = sent(router.handle(0.5, Received("prefill-1", DecodeWanted(("r0", 0), "api-0", 8, 1, 8))))
     assert said == [("prefill-1", DecodeAssigned(("r0", 0), "prefill-0"))]
 
 
@@ -335,10 +335,10 @@ def test_what_was_promised_to_a_former_role_is_forgotten() -> None:
     for spec in (replace(SPEC, instance_id="prefill-0"), decode):
         router.handle(0.0, InstanceUp(spec))
     # 9 of 16 blocks, which no report will ever name: the offer was turned away.
-    router.handle(0.1, Received("prefill-0", DecodeWanted(("a", 0), "api-0", 35, 1)))
+    router.handle(0.1, Received("prefill-0", DecodeWanted(("a", 0), "api-0", 35, 1, 35)))
     for now, role in ((0.2, Role.PREFILL), (0.3, Role.DECODE)):
         router.handle(now, Received("decode-0", Report("decode-0", 0, 0, 0, 16, role=role)))
-    said = sent(router.handle(0.4, Received("prefill-0", DecodeWanted(("b", 0), "api-0", 60, 1))))
+    said = sent(router.handle(0.4, Received("prefill-0", DecodeWanted(("b", 0), "api-0", 60, 1, 60))))
     assert ("prefill-0", DecodeAssigned(("b", 0), "decode-0")) in said
 
 

@@ -29,11 +29,13 @@ CONFIG = SchedulerConfig(max_batch_size=4, headroom=0.0)
 class Switchboard:
     """A router and what it sent last."""
 
-    def __init__(self, *instances: str) -> None:
+    def __init__(self, *instances: str, **num_blocks: int) -> None:
         self.router = Router(RouterConfig(max_wait=10.0))
         self.now = 0.0
         for name in instances:
-            self.feed(InstanceUp(InstanceSpec(name, Role(name.split("-", maxsplit=1)[0]), KvConfig(32, 4), CONFIG)))
+            role = name.split("-", maxsplit=1)[0]
+            kv = KvConfig(num_blocks.get(name.replace("-", "_"), 32), 4)
+            self.feed(InstanceUp(InstanceSpec(name, Role(role), kv, CONFIG)))
         self.feed(Received("api-0", Hello()))
 
     def feed(self, event: Event) -> list[tuple[str, Message]]:
@@ -43,8 +45,11 @@ class Switchboard:
     def submit(self, name: str, prompt: int) -> list[tuple[str, Message]]:
         return self.feed(Received("api-0", Submit(make_request(name, prompt))))
 
-    def want(self, name: str, tokens: int, refused_by: tuple[str, ...] = ()) -> list[tuple[str, Message]]:
-        return self.feed(Received("prefill-0", DecodeWanted((name, 0), "api-0", tokens, 1, refused_by)))
+    def want(
+        self, name: str, tokens: int, refused_by: tuple[str, ...] = (), total: int = 0
+    ) -> list[tuple[str, Message]]:
+        wanted = DecodeWanted((name, 0), "api-0", tokens, 1, max(tokens, total), refused_by)
+        return self.feed(Received("prefill-0", wanted))
 
     def report(self, name: str, *, waiting: int = 0, free: int = 32, rate: float = 100.0, **more: object) -> list:
         return self.feed(Received(name, Report(name, 0, waiting, 0, free, prefill_rate=rate, **more)))
@@ -103,7 +108,7 @@ def test_a_loss_is_told_to_all_and_forgets_what_was_to_come_through_it() -> None
     board.want("a", 100)
     told = board.feed(InstanceLost("prefill-0"))
     assert {to for to, message in told if message == InstanceGone("prefill-0")} == {"prefill-1", "decode-0", "api-0"}
-    sent = board.feed(Received("prefill-1", DecodeWanted(("b", 0), "api-0", 100, 1)))
+    sent = board.feed(Received("prefill-1", DecodeWanted(("b", 0), "api-0", 100, 1, 100)))
     assert sent == [("prefill-1", DecodeAssigned(("b", 0), "decode-0"))]
 
 
@@ -111,7 +116,7 @@ def test_the_last_words_of_a_lost_instance_claim_nothing() -> None:
     board = Switchboard("prefill-0", "prefill-1", "decode-0")
     board.feed(InstanceLost("prefill-0"))
     assert board.want("a", 100) == []
-    sent = board.feed(Received("prefill-1", DecodeWanted(("b", 0), "api-0", 100, 1)))
+    sent = board.feed(Received("prefill-1", DecodeWanted(("b", 0), "api-0", 100, 1, 100)))
     assert sent == [("prefill-1", DecodeAssigned(("b", 0), "decode-0"))]
 
 
@@ -182,14 +187,61 @@ def test_a_computed_prompt_waits_for_a_lost_decode_pool_as_long_as_others_do() -
 def test_patience_starts_anew_when_a_decode_instance_was_up_meanwhile() -> None:
     board = Switchboard("prefill-0", "decode-0")
     board.feed(InstanceLost("decode-0"))
-    board.want("a", 400)
-    board.now = 50.0
-    board.report("prefill-0")
+    board.want("a", 100, refused_by=("decode-1",))
+    for now in (1.0, 25.0, 50.0):
+        board.now = now
+        board.report("prefill-0")
     board.feed(InstanceUp(InstanceSpec("decode-1", Role.DECODE, KvConfig(32, 4), CONFIG)))
+    board.now = 51.0
     board.feed(Timer())
     board.feed(InstanceLost("decode-1"))
-    board.now = 70.0
-    assert board.report("prefill-0") == []
+    for now in (70.0, 95.0, 120.0, 129.0):
+        board.now = now
+        assert board.report("prefill-0") == []
+    board.now = 130.0
+    assert Failed(("a", 0), "no decode instance is up", 503) in [message for _, message in board.report("prefill-0")]
+
+
+def test_decoding_goes_where_there_is_memory_for_it_to_end() -> None:
+    board = Switchboard("prefill-0", "decode-0", "decode-1", decode_0=64, decode_1=16)
+    board.report("decode-0", free=30)
+    board.report("decode-1", free=16)
+    assert board.want("a", 20) == [("prefill-0", DecodeAssigned(("a", 0), "decode-1"))], "the emptier one"
+    assert board.want("b", 20, total=100) == [("prefill-0", DecodeAssigned(("b", 0), "decode-0"))]
+
+
+def test_who_only_a_lost_instance_could_hold_waits_alone_and_not_for_ever() -> None:
+    board = Switchboard("prefill-0", "decode-0", "decode-1", decode_0=64, decode_1=16)
+    board.feed(InstanceLost("decode-0"))
+    assert board.want("big", 20, total=100) == []
+    assert board.want("small", 20) == [("prefill-0", DecodeAssigned(("small", 0), "decode-1"))]
+    for now in (1.0, 25.0, 50.0, 60.0):
+        board.now = now
+        assert board.report("prefill-0") == board.report("decode-1") == []
+    board.now = 61.0
+    reason = "no decode instance that can hold 100 tokens is up"
+    assert board.report("prefill-0") == [("api-0", Failed(("big", 0), reason, 503)), ("prefill-0", Abort(("big", 0)))]
+
+
+def test_a_replacement_takes_who_waited_for_its_memory() -> None:
+    board = Switchboard("prefill-0", "decode-0", "decode-1", decode_0=64, decode_1=16)
+    board.feed(InstanceLost("decode-0"))
+    board.want("big", 20, total=100)
+    sent = board.feed(InstanceUp(InstanceSpec("decode-0.1", Role.DECODE, KvConfig(64, 4), CONFIG)))
+    assert ("prefill-0", DecodeAssigned(("big", 0), "decode-0.1")) in sent
+
+
+def test_what_was_admitted_once_is_not_called_the_clients_mistake() -> None:
+    board = Switchboard("prefill-0", "decode-0", prefill_0=8, decode_0=64)
+    (answer,) = board.submit("a", 40)
+    assert isinstance(answer[1], Rejected)
+    assert answer[1].status == 400
+    again = replace(make_request("b", 20, max_tokens=100), attempt=1, output_token_ids=tuple(range(1, 21)))
+    assert board.feed(Received("api-0", Submit(again))) == []
+    board.now = 61.0
+    (refusal,) = [message for _, message in board.feed(Timer()) if isinstance(message, Rejected)]
+    assert refusal.status == 503
+    assert "a prompt of 40 tokens exceeds" in refusal.reason
 
 
 def test_without_decode_instances_mixed_ones_go_on_with_what_was_computed() -> None:

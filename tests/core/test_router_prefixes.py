@@ -50,7 +50,7 @@ class Board:
         self.report(name, seen=tuple((one, 0) for one in seen), **more)
 
     def assign(self, one: Request, source: str = "prefill-0") -> str:
-        wanted = DecodeWanted(one.key, one.owner_id, one.num_prefill_tokens, len(one.choices))
+        wanted = DecodeWanted(one.key, one.owner_id, one.num_prefill_tokens, len(one.choices), one.max_total_tokens)
         sent = self.feed(Received(source, wanted))
         return next(message.decode_id for _, message in sent if isinstance(message, DecodeAssigned))
 

@@ -317,6 +317,8 @@ async def test_a_stream_raises_what_is_wrong(llm: LLM) -> None:
         ([[5] * 5000], None, "maximum context length"),
         ([{"role": "wizard", "content": "x"}], None, r"messages\[0\].role: should be 'system'"),
         ([{"content": "x"}], None, r"messages\[0\].role"),
+        ("so \ud800", None, "prompt: character 3 is half of a surrogate pair"),
+        ([{"role": "user", "content": "\ud800"}], None, "messages: character .* is half of a surrogate pair"),
         (TEXT, SamplingParams(temperature=-1.0), "temperature: should be greater than or equal to 0"),
         (TEXT, SamplingParams(n=0), "n: should be greater than or equal to 1"),
         (TEXT, SamplingParams(max_tokens=0, temperature=0.0), "max_tokens must be at least 1"),
@@ -341,6 +343,7 @@ def test_a_mistake_is_named_and_nothing_is_computed(llm: LLM, prompts: Any, para
         ({"max_batch_tokens": 32}, "no room for a token of each of the max_batch_size = 64 sequences"),
         ({"max_model_len": 10**6}, "max_model_len 1000000 is more than the model can take"),
         ({"kv_tokens": 10**12}, "are free"),
+        ({"kv_tokens": 4096, "kv_memory": 1e6}, "kv_tokens and kv_memory both say"),
         ({"mixed_policy": "both"}, "mixed_policy: 'both' is wrong, must be 'splitfuse' or 'whole'"),
         ({"model": "/no/such/model"}, "model directory /no/such/model does not exist"),
         ({"model": Path(__file__).parent}, "no config.json"),
@@ -382,6 +385,26 @@ def test_an_interrupt_gives_up_the_batch_and_not_the_model(llm: LLM) -> None:
     timer.join()
     wait_until(llm, used=False)
     assert llm.generate(QUESTION, GREEDY)
+
+
+def test_the_rest_of_the_context_ends_where_memory_does() -> None:
+    with LLM(kv_tokens=512) as small:
+        assert small.model.max_model_len == 512
+        (output,) = small.generate([5, 6, 7], SamplingParams(temperature=0.0, n=1))
+        assert output.outputs[0].finish_reason is not None
+        with pytest.raises(InvalidRequestError, match="maximum context length is 512 tokens"):
+            small.generate([5, 6, 7], SamplingParams(max_tokens=600))
+
+
+def test_answers_and_failures_are_counted(llm: LLM) -> None:
+    def count(name: str) -> float:
+        found = re.search(rf"^distserve:{name}.* (\S+)$", llm.metrics(), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    names = ("e2e_request_latency_seconds_count", 'requests_total{outcome="ok"}')
+    before = [count(name) for name in names]
+    llm.generate([TEXT, TEXT], GREEDY)
+    assert [count(name) for name in names] == [value + 2 for value in before]
 
 
 def test_a_bar_is_shown_if_wanted(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from distserve.bench.traces import read_trace
 from placement.command import plan
+from placement.launch import launch
 from tests.placement.conftest import OPT_13B, WriteConfig
 
 TRACE = {"prompt": None, "output": None, "arrivals": None, "trace": "trace.csv"}
@@ -175,3 +176,22 @@ def test_a_place_to_write_is_checked_before_the_search(write_config: WriteConfig
 )
 def test_steps_that_cannot_be_explained(write_config: WriteConfig, shape: str, expected: str) -> None:
     assert expected in refused(write_config(), "--explain-latency", shape)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--exit-after-bench", "--no-bench"), "--no-bench has none: drop one"),
+        (("--exit-after-bench",), "has no load to send and to compare with"),
+        (("--wait-for-nodes", "600"), "for the nodes of a cluster that is joined: give serving.ray_address"),
+    ],
+)
+def test_a_launch_that_could_not_do_what_is_asked_is_refused_before_it_starts(
+    tmp_path: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    config = tmp_path / "service.yaml"
+    config.write_text("placement: {mixed: {instances: 1}}\n")
+    result = CliRunner().invoke(launch, [str(config), "--port", "0", *arguments])
+    assert result.exit_code
+    assert expected in " ".join(result.output.split())
+    assert "Traceback" not in result.output

@@ -71,6 +71,13 @@ def test_a_change_is_said_once_and_its_end_too(workload: WorkloadSpec, rate: flo
     assert play(watch, spec(), RATE, 400, start=600) == ["The load is what was planned for again."]
 
 
+def test_what_was_said_stands_while_too_little_comes_to_judge() -> None:
+    watch = LoadWatch(Expected.of(spec(), RATE, WINDOW), WINDOW)
+    assert len(play(watch, spec(), 5.0, 300)) == 1
+    assert [watch.look(time) for time in np.arange(300.0, 900.0, 10.0)] == [None] * 60, "traffic has merely stopped"
+    assert play(watch, spec(), RATE, 400, start=900) == ["The load is what was planned for again."]
+
+
 def test_a_small_difference_is_no_news_however_sure() -> None:
     planned = WorkloadSpec(Gamma(0.1), Fixed(300), Fixed(60))
     watch = LoadWatch(Expected.of(planned, 50.0, WINDOW), WINDOW)

@@ -1,6 +1,7 @@
 """`distserve launch` of instances of several ranks, from a file to tokens: held against a prediction, and exact."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -26,8 +27,8 @@ slo: {{ttft: 30, tpot: 5, attainment: 0.9}}
 workload: {{prompt: 64, output: 8, arrivals: {{rate: 5}}}}
 cluster: {{gpu: cpu, nodes: 1, gpus_per_node: 6, intra_node_bandwidth: 4.0e+9, inter_node_bandwidth: 1.0e+9}}
 placement:
-  prefill: {{instances: 1, tp: {prefill[0]}, pp: {prefill[1]}}}
-  decode: {{instances: 1, tp: {decode[0]}, pp: {decode[1]}}}
+  prefill: {{instances: 1, tp: {prefill[0]}, pp: {prefill[1]}{seats[0]}}}
+  decode: {{instances: 1, tp: {decode[0]}, pp: {decode[1]}{seats[1]}}}
 engine: {{dtype: float32, kv_tokens: 2048, max_batch_tokens: 512}}
 """
 
@@ -46,7 +47,13 @@ def profile(*shapes: tuple[int, int]) -> Profile:
 @contextmanager
 def launched(directory: Path, prefill: tuple[int, int], decode: tuple[int, int]) -> Iterator[Server]:
     """A cluster of one instance of each role, of these (tp, pp), after its trial."""
-    (directory / "config.yaml").write_text(CONFIG.format(prefill=prefill, decode=decode))
+    num_prefill, num_decode = prefill[0] * prefill[1], decode[0] * decode[1]
+    slots = [[0, index] for index in range(num_prefill + num_decode)]
+    seats = "", ""
+    if len(slots) <= len(os.sched_getaffinity(0)):
+        # The trial has to be of these instances in this order, whichever is loaded first.
+        seats = f", gpus: [{slots[:num_prefill]}]", f", gpus: [{slots[num_prefill:]}]"
+    (directory / "config.yaml").write_text(CONFIG.format(prefill=prefill, decode=decode, seats=seats))
     write_profile(profile(prefill, decode), directory / "profile.json")
     options = ("--profile", str(directory / "profile.json"), "--bench-requests", "10")
     program = ("-c", "from placement.launch import launch; launch()")

@@ -310,6 +310,9 @@ def test_a_trace_is_replayed_at_its_own_times(write: Callable[..., Path], tmp_pa
         ({}, ("--fault", "1:loss:decode-7"), ["decode-7", "decode-0, decode-1"]),
         ({}, ("--fault", "later:loss:decode-0"), ["seconds", "later"]),
         ({}, ("--fault", "loss"), ["TIME:KIND:INSTANCE"]),
+        ({}, ("--fault", "5:loss:decode-0", "--fault", "9:loss:decode-0"), ["9:loss:decode-0", "only start"]),
+        ({}, ("--fault", "9:drain:decode-0", "--fault", "5:loss:decode-0"), ["9:drain:decode-0", "lost by then"]),
+        ({}, ("--fault", "5:drain:decode-0", "--fault", "9:start:decode-0"), ["9:start:decode-0", "runs by then"]),
         ({}, ("--timelines", "r.txt"), [".parquet"]),
         ({"cluster": CONFIG["cluster"] | {"inter_node_bandwidth": -1}}, (), ["inter_node_bandwidth", "greater than 0"]),
         ({"cluster": CONFIG["cluster"] | {"gpu": "a100-80g-sxn"}}, (), ["a100-80g-sxm"]),
@@ -335,6 +338,11 @@ def test_mistakes_are_said_with_what_would_be_right(
     message = refused(write(**sections), *arguments)
     for word in words:
         assert word in message
+
+
+def test_kv_tokens_are_rounded_up_to_blocks_as_a_launch_does(write: Callable[..., Path]) -> None:
+    instances = figures(write(engine={"kv_tokens": 250}), "--requests", "5")["summary"]["instances"]
+    assert {instance["num_kv_blocks"] for instance in instances} == {16}
 
 
 def test_a_malformed_trace_is_refused_with_its_line(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 _BLOCK = 2**16
 """Numbers hashed at once: they stay in the cache from one operation to the next."""
+_BELOW_ONE = 1 - 2.0**-24
+"""The largest float32 below 1."""
 
 
 def draw(weights: Tensor, keys: NDArray[np.uint32]) -> Tensor:
@@ -31,7 +33,7 @@ def draw(weights: Tensor, keys: NDArray[np.uint32]) -> Tensor:
 
 
 def exponentials(keys: NDArray[np.uint32], vocab_size: int) -> Tensor:
-    """Standard exponential numbers [S, V] float32 for keys [S, 2], positive and finite or infinite, never 0."""
+    """Standard exponential numbers [S, V] float32 for keys [S, 2], positive and finite."""
     words = np.arange(vocab_size, dtype=np.uint32) ^ keys[:, :1]
     words ^= words >> np.uint32(16)
     words *= np.uint32(0x7FEB352D)
@@ -39,6 +41,7 @@ def exponentials(keys: NDArray[np.uint32], vocab_size: int) -> Tensor:
     words += keys[:, 1:]
     words *= np.uint32(0x846CA68B)
     words ^= words >> np.uint32(16)
-    # Uniform in (0, 1) with full relative precision near 0, where the winners are.
-    uniforms = torch.from_numpy(words.astype(np.float32)).add_(0.5).mul_(2.0**-32)
+    # Uniform in (0, 1) with full relative precision near 0, where the winners are. The last words round to 1, and
+    # would make a token's time infinite, even if it is the only one.
+    uniforms = torch.from_numpy(words.astype(np.float32)).add_(0.5).mul_(2.0**-32).clamp_(max=_BELOW_ONE)
     return uniforms.neg_().log1p_().neg_()

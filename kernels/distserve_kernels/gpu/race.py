@@ -41,7 +41,8 @@ def _uniforms(tokens, key0, key1):
     words += key1
     words *= tl.full([1], 0x846CA68B, tl.uint32)
     words ^= words >> 16
-    return (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    # The last words round to 1; the largest float below keeps the logarithm finite.
+    return tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
 
 
 @triton.jit
