@@ -130,7 +130,7 @@ def _run(replay: "Replay", options: dict[str, Any], console: "Console") -> None:
     """Simulate, with a progress bar on ``console``; the Chrome trace is written meanwhile."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from distserve.bench.report import write_atomically
+    from distserve.bench.files import write_atomically
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

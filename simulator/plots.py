@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 from distserve.core.config import SLO, Role
 from simulator.load import BatchRecorder, kv_use, stages
 from simulator.model import ClusterModel
