@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 
 _SUFFIX = ".json.gz"
 

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.goodput.hybrid_loads import NAMES, find_load
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 
 KINDS = ("disaggregated", "mixed", "hybrid")
 COLOURS = {"disaggregated": "#4c78a8", "mixed": "#54a24b", "hybrid": "#e45756"}

@@ -25,7 +25,7 @@ from benchmarks.goodput.fleet import Fleet, Found
 from benchmarks.goodput.map_grid import QUICK, ROUGH, WHOLE, Grid, Point, fleet_at, with_bandwidth
 from benchmarks.goodput.map_plot import draw
 from benchmarks.goodput.map_rows import Row
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 
 HERE = Path(__file__).parent
 

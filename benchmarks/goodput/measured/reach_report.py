@@ -12,7 +12,7 @@ from benchmarks.goodput.measured.contenders import CONTENDERS, OURS, Contender
 from benchmarks.goodput.measured.real_report import ratio
 from benchmarks.goodput.measured.results import Best, Results
 from benchmarks.goodput.measured.runs import OBJECTIVES, WORKLOADS
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 
 _MET, _MISSED, _NOT_MEASURED, _NEITHER = "met", "**missed**", "not measured", "neither serves it"
 _NOISE = 0.03

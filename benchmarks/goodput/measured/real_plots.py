@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from benchmarks.goodput.measured.contenders import Contender
 from benchmarks.goodput.measured.results import Results, Run
 from benchmarks.goodput.measured.runs import OBJECTIVES, TARGET, Requests
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 
 _COLOURS = {
     "disaggregated": "tab:blue",

@@ -13,7 +13,7 @@ from benchmarks.goodput.measured.ladder import bracket, goodput
 from benchmarks.goodput.measured.real_plots import write_plots
 from benchmarks.goodput.measured.results import Results, run_name
 from benchmarks.goodput.measured.runs import OBJECTIVES, TARGET, WORKLOADS, Requests
-from distserve.bench.report import write_atomically
+from distserve.bench.files import write_atomically
 
 _FIGURES = ("ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90", "token_latency")
 _TAIL_RATES = (1.0, 1.41, 1.99, 2.81, 3.97, 5.61, 7.93, 11.21)
