@@ -3,7 +3,8 @@
 ``python -I -S reaper.py DIRECTORY`` waits until its standard input closes, which the kernel sees to when the launcher
 exits or is killed. Then it kills every process of this user that carries ``DISTSERVE_SESSION=DIRECTORY`` in its
 environment (a local Ray cluster's processes inherit it, and some of them linger for a minute after their parent's
-death) and removes the directory.
+death) and removes the directory. A process whose title has overwritten its environment, as Ray's agents' has, is known
+by the files it has open there.
 
 Standard library only, nothing imported from the package: it must start fast, stay small and survive a broken install.
 """
@@ -22,17 +23,27 @@ _PATIENCE = 10.0
 
 def marked_processes(directory: str) -> list[int]:
     """Process ids, other than this one's, that carry the mark of ``directory``."""
-    mark = f"{MARK}={directory}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
+            if _is_marked(entry, directory):
                 found.append(int(entry.name))
         except OSError:
             continue  # another user's, or just gone
     return found
+
+
+def _is_marked(process: Path, directory: str) -> bool:
+    environment = (process / "environ").read_bytes()
+    if f"{MARK}={directory}".encode() in environment.split(b"\0"):
+        return True
+    # Who merely looks at a log has an environment of its own.
+    is_overwritten = b"=" not in environment.split(b"\0", 1)[0]
+    return is_overwritten and any(
+        str(file.readlink()).startswith(f"{directory}/") for file in (process / "fd").iterdir()
+    )
 
 
 def reap(directory: str) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,24 @@ def test_everything_is_gone_when_close_returns() -> None:
     assert child.wait(5) == -signal.SIGKILL
     assert reaper.MARK not in os.environ
     assert set(Path("/tmp").glob("distserve-*")) <= directory_before
+
+
+def test_who_has_lost_its_mark_to_its_title_is_known_by_its_files(tmp_path: Path) -> None:
+    """Ray's agents call themselves so; who merely reads a log of theirs is left alone."""
+    (tmp_path / "log").touch()
+    read = f"import sys; log = open('{tmp_path}/log'); print(1, flush=True); sys.stdin.read()"
+    rename = "from ray._raylet import setproctitle; setproctitle('ray::Agent' + ' ' * 5000); "
+    with ExitStack() as stack:
+        processes = []
+        for script in (rename + read, read):
+            process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"1\n"
+            processes.append(process)
+        assert reaper.marked_processes(str(tmp_path)) == [processes[0].pid]
+        assert reaper.marked_processes(str(tmp_path)[:-1]) == []
 
 
 def test_sessions_do_not_touch_each_other() -> None:
