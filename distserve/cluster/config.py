@@ -29,6 +29,19 @@ _DEFAULT_MODEL_NAME = "distserve-demo"
 _PROMPT_LEN = 512
 """Tokens of the prompts that steps are taken to be full of when a token budget is chosen."""
 
+_IN_PLACE_OF = {"engine.kv_tokens": "kv_memory", "engine.kv_memory": "kv_tokens"}
+"""By flag, the file's key that says the same in another way, which the flag overrides too."""
+
+_PLANNED_BY_FILE = ("model", "engine.dtype")
+"""What the planner reads in the file: a flag that says otherwise would start something else than was planned."""
+
+_LIMITS_BY_FLAG = {
+    "max_batch_tokens": ("engine.max_batch_tokens",),
+    "max_batch_size": ("engine.max_batch_size",),
+    "kv_tokens": ("engine.kv_tokens", "engine.kv_memory"),
+}
+"""The flags, for all instances, that win over each of a pool's limits."""
+
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -373,20 +386,6 @@ def _planned(checked: ConfigFile, path: Path | None, model_dir: Path, planner: P
         raise ConfigError("; ".join(problems)) from error
     check_seats(instances, cluster)
     return PlannedSeats(instances, cluster)
-
-
-_IN_PLACE_OF = {"engine.kv_tokens": "kv_memory", "engine.kv_memory": "kv_tokens"}
-"""By flag, the file's key that says the same in another way, which the flag overrides too."""
-
-_PLANNED_BY_FILE = ("model", "engine.dtype")
-"""What the planner reads in the file: a flag that says otherwise would start something else than was planned."""
-
-_LIMITS_BY_FLAG = {
-    "max_batch_tokens": ("engine.max_batch_tokens",),
-    "max_batch_size": ("engine.max_batch_size",),
-    "kv_tokens": ("engine.kv_tokens", "engine.kv_memory"),
-}
-"""The flags, for all instances, that win over each of a pool's limits."""
 
 
 def _limited(instances: tuple[WantedInstance, ...], flags: dict[str, Any]) -> tuple[WantedInstance, ...]:

@@ -16,7 +16,6 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the first new attempt (by then supervision has mostly said if a peer died) and between later ones."""
-_MOST_DOUBLINGS = 10
 
 
 class KvPeers:
@@ -35,8 +34,8 @@ class KvPeers:
         self._changed = threading.Condition()
         self._addresses: dict[str, str] = {}
         self._connected_at: dict[str, float] = {}
-        # Peers to be tried again: (when, instance id, how often in a row it has failed).
-        self._due: list[tuple[float, str, int]] = []
+        # Peers to be tried again: (when, instance id, the pause until then).
+        self._due: list[tuple[float, str, float]] = []
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="kv-peers", daemon=True)
         self._thread.start()
@@ -56,7 +55,7 @@ class KvPeers:
         problems = {peer: self._attempt(peer, address) for peer, address in new.items()}
         for peer, problem in problems.items():
             if problem:
-                self._again(peer, 0)
+                self._again(peer, _FIRST_PAUSE)
         return tuple(problem for problem in problems.values() if problem)
 
     def lost(self, instance_id: str, began: float) -> None:
@@ -67,7 +66,7 @@ class KvPeers:
         with self._changed:
             is_newer = began < self._connected_at.get(instance_id, float("-inf"))
         if not is_newer:
-            self._again(instance_id, 0)
+            self._again(instance_id, _FIRST_PAUSE)
 
     def forget(self, instance_id: str) -> None:
         """The peer is gone for good."""
@@ -83,11 +82,10 @@ class KvPeers:
             self._changed.notify()
         self._thread.join()
 
-    def _again(self, peer: str, num_failed: int) -> None:
-        pause = min(_FIRST_PAUSE * 2 ** min(num_failed, _MOST_DOUBLINGS), _LONGEST_PAUSE)
+    def _again(self, peer: str, pause: float) -> None:
         with self._changed:
             if all(peer != other for _, other, _ in self._due):
-                heapq.heappush(self._due, (time.monotonic() + pause, peer, num_failed))
+                heapq.heappush(self._due, (time.monotonic() + pause, peer, pause))
                 self._changed.notify()
 
     def _attempt(self, peer: str, address: str) -> str:
@@ -111,14 +109,14 @@ class KvPeers:
                     self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
                 if self._is_closed:
                     return
-                _, peer, num_failed = heapq.heappop(self._due)
+                _, peer, pause = heapq.heappop(self._due)
                 address = self._addresses.get(peer)
             if address is None:
                 continue
             problem = self._attempt(peer, address)
             if problem:
                 logger.warning("%s; trying again", problem)
-                self._again(peer, num_failed + 1)
+                self._again(peer, min(2 * pause, _LONGEST_PAUSE))
             else:
                 logger.warning("%s is connected to the KV memory of %s", self._name, peer)
 

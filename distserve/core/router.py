@@ -111,7 +111,7 @@ class Router:
         self._next_status = 0.0
         self._num_local = 0
         self._num_remote = 0
-        self._homeless: dict[RequestKey, float] = {}
+        self._unplaceable: dict[RequestKey, float] = {}
         """Since when questions have waited that no decode instance which is up could ever answer."""
 
     def handle(self, now: float, event: Event) -> list[Command]:
@@ -251,7 +251,7 @@ class Router:
             self._send(request.owner_id, Rejected(request.key, status, reason))
             return
         decoding = self._pool(Role.DECODE, Role.MIXED)
-        is_memory_short = any(self._has_home(wanted) for _, wanted, _ in self._pending.values())
+        is_memory_short = any(self._is_placeable(wanted) for _, wanted, _ in self._pending.values())
         choice = self._chooser.choose(self._now, request, takers, decoding, is_memory_short=is_memory_short)
         wait = choice.wait
         # What was admitted once, and may be half answered, is not turned away when it comes again.
@@ -334,14 +334,14 @@ class Router:
 
         Unless it would wait for an instance that is not there.
         """
-        num_homeless = 0
-        while len(self._pending) > num_homeless and self._pool(Role.DECODE, Role.MIXED):
-            key, (sender, wanted, refused_by) = next(islice(self._pending.items(), num_homeless, None))
+        num_unplaceable = 0
+        while len(self._pending) > num_unplaceable and self._pool(Role.DECODE, Role.MIXED):
+            key, (sender, wanted, refused_by) = next(islice(self._pending.items(), num_unplaceable, None))
             view = self._choose_decode(sender, wanted, refused_by)
             if view is None:
-                if self._has_home(wanted):
+                if self._is_placeable(wanted):
                     return
-                num_homeless += 1
+                num_unplaceable += 1
                 continue
             del self._pending[key]
             blocks = view.spec.kv.blocks_to_admit(wanted.num_tokens, wanted.num_choices)
@@ -352,9 +352,9 @@ class Router:
 
     def _end_pending(self) -> None:
         """Questions wait for a decode instance to come up no longer than requests wait for a pool."""
-        waiting = [key for key, (_, wanted, _) in self._pending.items() if not self._has_home(wanted)]
-        self._homeless = {key: self._homeless.get(key, self._now) for key in waiting}
-        for key, since in self._homeless.items():
+        waiting = [key for key, (_, wanted, _) in self._pending.items() if not self._is_placeable(wanted)]
+        self._unplaceable = {key: self._unplaceable.get(key, self._now) for key in waiting}
+        for key, since in self._unplaceable.items():
             if self._now >= since + self._config.patience:
                 sender, wanted, _ = self._pending.pop(key)
                 is_any = bool(self._pool(Role.DECODE, Role.MIXED))
@@ -362,7 +362,7 @@ class Router:
                 self._send(wanted.owner_id, Failed(key, f"no decode instance {which}is up", 503))
                 self._send(sender, Abort(key))
 
-    def _has_home(self, wanted: DecodeWanted) -> bool:
+    def _is_placeable(self, wanted: DecodeWanted) -> bool:
         """Whether an instance that is up could hold it, now or later."""
         return any(self._could_hold(view, wanted) for view in self._pool(Role.DECODE, Role.MIXED))
 
