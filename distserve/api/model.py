@@ -56,7 +56,8 @@ def load_served_model(directory: Path, *, names: tuple[str, ...] = (), max_model
     vocab_size = text_config.get("vocab_size")
     if not isinstance(context, int) or not isinstance(vocab_size, int):
         raise ConfigError(f"{directory / 'config.json'} lacks max_position_embeddings or vocab_size")
-    eos = _token_ids(generation.get("eos_token_id", text_config.get("eos_token_id")))
+    said = generation.get("eos_token_id")
+    eos = _token_ids(text_config.get("eos_token_id") if said is None else said)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         eos = (*eos, tokenizer.eos_token_id)
     return ServedModel(

@@ -6,11 +6,12 @@ Light on purpose: it imports transformers' configuration classes, not torch mode
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from distserve.core.config import KvConfig, KvLayout
 from distserve.core.errors import ConfigError
-from distserve.engine.checkpoint import inspect_checkpoint, read_json
+from distserve.engine.checkpoint import inspect_checkpoint
 from distserve.engine.support import check_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,8 +22,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ModelDescription:
     """A model's facts.
 
-    ``max_model_len`` is the most tokens (prompt and output) a sequence may have; ``eos_token_ids`` are those
-    that ``generate`` would stop at; ``num_parameters`` counts the numbers in the checkpoint.
+    ``max_model_len`` is the most tokens (prompt and output) a sequence may have; ``num_parameters`` counts the numbers
+    in the checkpoint.
     """
 
     model_type: str
@@ -31,7 +32,6 @@ class ModelDescription:
     head_dim: int
     vocab_size: int
     max_model_len: int
-    eos_token_ids: tuple[int, ...]
     num_parameters: int
 
     def weight_bytes(self, dtype: str) -> int:
@@ -69,7 +69,7 @@ def load_config(model_dir: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(model_dir), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"{model_dir / 'config.json'} is not understood by transformers: {error}") from error
     check_config(config)
     return config
@@ -97,17 +97,5 @@ def describe_config(config: PreTrainedConfig, model_dir: Path) -> ModelDescripti
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         vocab_size=config.vocab_size,
         max_model_len=config.max_position_embeddings,
-        eos_token_ids=_eos_token_ids(config, model_dir),
         num_parameters=inspect_checkpoint(model_dir).num_parameters,
     )
-
-
-def _eos_token_ids(config: PreTrainedConfig, model_dir: Path) -> tuple[int, ...]:
-    """As ``generate``: generation_config.json where it names any, else config.json."""
-    generation = model_dir / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    if eos is None:
-        eos = getattr(config, "eos_token_id", None)
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(int(token) for token in eos)  # type: ignore[attr-defined]

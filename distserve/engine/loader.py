@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -63,7 +64,15 @@ def from_weights(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+            AttributeError,
+            SafetensorError,
+        ) as error:
             raise ConfigError(f"the weights in {model_dir} cannot be loaded: {error}") from error
     report["unexpected_keys"] = {name for name in report["unexpected_keys"] if not is_absent(name)}
     _check_report(report, model_dir)

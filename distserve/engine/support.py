@@ -28,6 +28,11 @@ def check_config(config: PreTrainedConfig) -> None:
         _refuse(config, "it is an encoder-decoder; only decoder-only language models are served")
     if config.get_text_config() is not config:
         _refuse(config, "it is a multimodal model; only text models are served")
+    if quantisation := getattr(config, "quantization_config", None):
+        method = quantisation.get("quant_method", "") if isinstance(quantisation, Mapping) else ""
+        _refuse(
+            config, f"its weights are quantised{f' ({method})' if method else ''}: only unquantised ones are served"
+        )
     if getattr(config, "is_heterogeneous", False):
         _refuse(config, "its layers differ in shape from each other")
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings"):

@@ -18,6 +18,7 @@ from distserve.core.errors import ConfigError, UnsupportedModelError
 from distserve.engine.attention import IMPLEMENTATION
 from distserve.engine.inputs import StepInputs
 from distserve.engine.kv import KvPool
+from distserve.engine.masks import MaskRecorder, recorded_masks
 
 _LENGTH = 24
 _LEAST_LENGTH = 6
@@ -75,6 +76,9 @@ def run_trial(module: PreTrainedModel, kv: KvPool) -> Trial:
     recorder = AttentionRecorder(module.config.model_type, kv)
     module(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False, paged=recorder)
     recorder.check_layers()
+    with recorded_masks(module, len(tokens)) as masks:
+        module(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False, paged=masks)
+    recorder.check_windows(masks, getattr(config, "sliding_window", None))
     module.set_attn_implementation("eager")
     logits: Tensor = module(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False).logits[0].clone()
     module.set_attn_implementation(IMPLEMENTATION)
@@ -196,6 +200,12 @@ class AttentionRecorder:
         """Raise UnsupportedModelError unless each layer has called once, in order."""
         if self.layers != list(range(self.layout.num_layers)):
             self._refuse(f"not each of its {self.layout.num_layers} layers has one attention over its own KV cache")
+
+    def check_windows(self, masks: MaskRecorder, window: int | None) -> None:
+        """Raise UnsupportedModelError unless layers ask for the windows that ``masks`` have, of ``window`` tokens."""
+        said = [settings.sliding_window or None for settings in self.settings]
+        if said != [window if windowed else None for windowed in masks.windowed]:
+            self._refuse("the sliding windows that its layers ask for are not those of its attention masks")
 
     def _refuse(self, reason: str) -> None:
         raise UnsupportedModelError(f"a {self.model_type} model cannot be served: {reason}")

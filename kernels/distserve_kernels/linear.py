@@ -44,8 +44,8 @@ class PackedLinear(nn.Module):
     """``y = x @ weight.T + bias`` for inference.
 
     The weight is copied into the kernel's own layout; drop the original to have the memory back. Called with
-    x [..., in_features], it returns [..., out_features] in ``out_dtype`` (the weight's by default); float32 results
-    of bfloat16 weights are not rounded on the way.
+    x [..., in_features], it returns [..., out_features] in ``out_dtype`` (the weight's by default); where the
+    kernel computes, float32 results of bfloat16 weights are not rounded on the way.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> None:
@@ -67,7 +67,9 @@ class PackedLinear(nn.Module):
         if not self.is_packed:
             return functional.linear(x, self.weight, self.bias).to(self.out_dtype)
         assert native.library is not None
+        assert x.dtype == self.dtype
         rows = x.reshape(-1, self.in_features)
+        assert rows.stride(1) == 1
         num_rows = rows.shape[0]
         out = torch.empty(num_rows, self.out_features, dtype=self.out_dtype)
         address, stride = rows.data_ptr(), rows.stride(0)

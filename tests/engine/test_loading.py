@@ -19,7 +19,9 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    OlmoeConfig,
     Phi3Config,
+    PhimoeConfig,
     PreTrainedConfig,
     T5Config,
 )
@@ -71,25 +73,12 @@ def test_description_needs_no_weights_in_memory(llama: Served) -> None:
     assert description.model_type == "llama"
     assert description.vocab_size == VOCAB
     assert description.max_model_len == 512
-    assert description.eos_token_ids == ()
     model = build(CONFIGS["llama"])
     assert description.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert description.weight_bytes("bfloat16") == 2 * description.num_parameters
     # 3 layers, keys and values, 2 KV heads of 8 numbers of 4 bytes
     assert description.token_bytes("float32") == 3 * 2 * 2 * 8 * 4
     assert description.layout(KvConfig(10, 4), "float32") == llama.worker(num_blocks=10).layout
-
-
-@pytest.mark.parametrize(("value", "expected"), [(7, (7,)), ([7, 9], (7, 9)), (None, ())])
-def test_end_tokens_come_from_the_generation_config(directory: Path, value: object, expected: tuple[int, ...]) -> None:
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-    assert describe(directory).eos_token_ids == expected
-
-
-def test_end_tokens_fall_back_to_the_config(directory: Path) -> None:
-    (directory / "generation_config.json").unlink()
-    edit_config(directory, eos_token_id=11)
-    assert describe(directory).eos_token_ids == (11,)
 
 
 def test_weights_in_several_files(llama: Served, tmp_path: Path) -> None:
@@ -144,7 +133,9 @@ def test_directory_without_config(tmp_path: Path) -> None:
         describe(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no_such_model"}', "{}"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"model_type": "no_such_model"}', "{}", '{"model_type": "llama", "num_hidden_layers": "12"}']
+)
 def test_config_that_makes_no_sense(directory: Path, text: str) -> None:
     (directory / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
@@ -220,6 +211,26 @@ def test_weights_that_are_no_numbers(directory: Path) -> None:
         load(directory)
 
 
+def window_by_the_mask_alone() -> PreTrainedConfig:
+    sizes = SMALL | {"max_position_embeddings": 512}
+    return PhimoeConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, sliding_window=100)
+
+
+def window_that_the_mask_has_not() -> PreTrainedConfig:
+    config = OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2)
+    config.sliding_window = 100
+    return config
+
+
+@pytest.mark.parametrize("make", [window_by_the_mask_alone, window_that_the_mask_has_not])
+def test_windows_longer_than_a_trial_that_masks_and_layers_do_not_agree_on_are_noticed(
+    tmp_path: Path, make: Callable[[], PreTrainedConfig]
+) -> None:
+    save(make(), tmp_path)
+    with pytest.raises(UnsupportedModelError, match="sliding windows that its layers ask for"):
+        load(tmp_path)
+
+
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "encoder-decoder": (T5Config(vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=4), "encoder-decoder"),
     "cross-attention": (GPT2Config(vocab_size=VOCAB, n_embd=32, n_head=4, add_cross_attention=True), "cross-attention"),
@@ -227,6 +238,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "state": (MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2), "usual kind|state per sequence"),
     "hybrid": (JambaConfig(**SMALL), "paged KV cache"),
     "chunked attention": (Llama4TextConfig(**SMALL, head_dim=8), "chunked_attention"),
+    "quantised": (LlamaConfig(**SMALL, quantization_config={"quant_method": "fp8"}), r"quantised \(fp8\)"),
     "dynamic NTK": (LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, **ROPE}), "dynamic"),
     "longrope": (
         Phi3Config(

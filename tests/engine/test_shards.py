@@ -96,7 +96,7 @@ def test_a_width_that_tp_does_not_divide() -> None:
 
 
 def test_each_rank_keeps_kv_of_its_own_layers_and_heads() -> None:
-    model = ModelDescription("llama", 7, 2, 64, 160, 512, (), 1)
+    model = ModelDescription("llama", 7, 2, 64, 160, 512, 1)
     ranks = [shard_of(model, 8, ParallelConfig(4, 2), rank) for rank in range(8)]
     assert [list(rank.kv_heads) for rank in ranks] == 2 * [[0], [0], [1], [1]]
     layouts = [rank.layout(KvConfig(10, 16), "float32") for rank in ranks]

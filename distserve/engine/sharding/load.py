@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from distserve.core.errors import ConfigError
@@ -52,7 +52,7 @@ def load_shard(
         for file in files:
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{file} cannot be read: {error}") from error
             stored.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118 - no mapping
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from distserve.engine.attention import IMPLEMENTATION, PagedAttention, PagedCall
 from distserve.engine.inputs import StepInputs
 from distserve.engine.kv import KvPool
+from distserve.engine.masks import recorded_masks
 from distserve.engine.sharding.comm import Communicator
 from distserve.engine.sharding.cut import Cut
 from distserve.engine.verify import AttentionRecorder, Trial, check_finite, trial_tokens
@@ -144,6 +145,9 @@ def try_stage(model: StageModel) -> Trial:
     recorder = AttentionRecorder(config.model_type, kv)
     model.forward(tokens, positions, rows, recorder)
     recorder.check_layers()
+    with recorded_masks(module, len(tokens)) as masks:
+        model.forward(tokens, positions, rows, masks)
+    recorder.check_windows(masks, getattr(config, "sliding_window", None))
     module.set_attn_implementation("eager")
     logits = model.forward(tokens, positions, rows, None)
     module.set_attn_implementation(IMPLEMENTATION)
