@@ -83,7 +83,7 @@ class ArrivalsSection(_Section):
 class WorkloadSection(_Section):
     """``workload``: lengths and arrivals as distributions, from a trace file, or mixed.
 
-    ``fit_context`` scales all lengths down, in proportion, until the longest request has so many tokens.
+    ``fit_context`` scales a trace's lengths down, in proportion, until the longest request has so many tokens.
     """
 
     prompt: Lengths | None = None

@@ -6,6 +6,7 @@ that saturates measures itself. There is no limit on connections: a request neve
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,6 +23,12 @@ _IDLE_CONNECTION_SECONDS = 2.0
 """Idle connections are dropped before a server does (uvicorn: 5 s), or a request would race with its closing."""
 
 _ERROR_CHARS = 300
+
+CANNOT_CONNECT = "cannot connect"
+"""How the error of a request begins that found no server."""
+
+_OWN_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
+"""What keeps this process from opening a connection, whatever the server does."""
 
 
 class Client:
@@ -47,7 +54,9 @@ class Client:
         except asyncio.CancelledError:
             record.status = Status.CANCELLED
         except aiohttp.ClientConnectorError as error:
-            record.status, record.error = Status.FAILED, f"cannot connect: {error.strerror or error}"
+            ours = error.errno in _OWN_LIMITS
+            what = "the client's own limit of open files or ports" if ours else CANNOT_CONNECT
+            record.status, record.error = Status.FAILED, f"{what}: {error.strerror or error}"
         except aiohttp.ClientError as error:
             record.status, record.error = Status.FAILED, f"connection lost: {error or type(error).__name__}"
         except (ValueError, OSError) as error:
@@ -115,13 +124,20 @@ class Client:
         except ValueError as error:
             raise TargetError(f"{url} does not answer in JSON: is it an OpenAI-compatible server?") from error
 
-    async def try_once(self, prompt: list[int] | str, num_output_tokens: int, limit: float) -> RequestRecord:
-        """Send one request now, outside any run; returns its record, raises TargetError when it is refused."""
+    async def try_once(
+        self, prompt: list[int] | str, num_output_tokens: int, limit: float, *, may_wait: bool = False
+    ) -> RequestRecord:
+        """Send one request now, outside any run; returns its record, raises TargetError when it is refused.
+
+        With ``may_wait`` a busy server is no refusal: Status.SHED and Status.TIMEOUT come back as well.
+        """
         record = RequestRecord(-1, 0.0, len(prompt), num_output_tokens)
         body = self.target.body(prompt, num_output_tokens)
         await self.send(record, body, started=time.perf_counter(), limit=limit)
         if record.status is Status.CANCELLED:
             raise asyncio.CancelledError
+        if may_wait and record.status in (Status.SHED, Status.TIMEOUT):
+            return record
         if record.status is not Status.OK:
             hint = ""
             if record.http_status in (400, 422):

@@ -76,7 +76,7 @@ Latencies count from the scheduled arrival. OPENAI_API_KEY is sent as the bearer
 @click.option(
     "--fit-context",
     type=click.IntRange(2),
-    help="Scale all lengths down, in proportion, until the longest prompt + output fits.",
+    help="Scale a trace's lengths down, in proportion, until the longest prompt + output fits.",
 )
 @click.option(
     "--tokenizer",

@@ -76,7 +76,7 @@ def to_document(
             }
             for measured in outcome.runs
         ],
-        "goodput": _goodput(outcome.goodput) if outcome.goodput else None,
+        "goodput": _goodput(outcome.goodput, len(outcome.runs)) if outcome.goodput else None,
     }
     clean: dict[str, Any] = _clean(document)
     return clean
@@ -89,8 +89,11 @@ def _request(record: RequestRecord, token_times: bool) -> dict[str, Any]:
     return fields
 
 
-def _goodput(goodput: Goodput) -> dict[str, Any]:
-    probes = [asdict(probe) | {"run": index} for index, probe in enumerate(goodput.probes)]
+def _goodput(goodput: Goodput, num_runs: int) -> dict[str, Any]:
+    # A last one that was not begun has no run.
+    probes = [
+        asdict(probe) | {"run": index if index < num_runs else None} for index, probe in enumerate(goodput.probes)
+    ]
     return asdict(goodput) | {"probes": probes}
 
 
@@ -237,8 +240,13 @@ def _warnings(summaries: list[Summary]) -> list[str]:
         warnings.append(f"the client itself was up to {lag * 1000:.0f} ms (p99) late in sending; latencies include it")
     if any("events" in s.count_sources for s in summaries):
         warnings.append("the server reports neither usage nor token ids: output tokens are counted as events")
-    if any(s.num_ok and s.mean_output_tokens < 0.99 * s.mean_output_tokens_asked for s in summaries):
-        asked, got = max((s.mean_output_tokens_asked, s.mean_output_tokens) for s in summaries)
+    short = [
+        (s.mean_output_tokens / s.mean_output_tokens_asked, s.mean_output_tokens_asked, s.mean_output_tokens)
+        for s in summaries
+        if s.num_ok and s.mean_output_tokens < 0.99 * s.mean_output_tokens_asked
+    ]
+    if short:
+        _, asked, got = min(short)
         warnings.append(f"outputs are shorter than asked for: mean {got:.1f} of {asked:.1f} tokens")
     return warnings
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from distserve.bench.client import Client
+from distserve.bench.client import CANNOT_CONNECT, Client
 from distserve.bench.records import RequestRecord, Status
 from distserve.bench.workload import Workload
 
@@ -194,4 +194,4 @@ def _is_dead(run: Run) -> bool:
     ended = sorted(
         (record for record in run.records[-1000:] if record.status is not Status.PENDING), key=lambda r: r.end
     )[-_DEAD_AFTER:]
-    return len(ended) == _DEAD_AFTER and all(record.error.startswith("cannot connect") for record in ended)
+    return len(ended) == _DEAD_AFTER and all(record.error.startswith(CANNOT_CONNECT) for record in ended)

@@ -15,7 +15,7 @@ from typing import Any
 
 from distserve.bench.arrivals import Gamma
 from distserve.bench.client import Client, open_client
-from distserve.bench.errors import TargetError
+from distserve.bench.errors import TargetError, WorkloadError
 from distserve.bench.goodput import Goodput, Probe, find_goodput
 from distserve.bench.metrics import SLO, attainment, counted
 from distserve.bench.plan import Plan, Search
@@ -129,10 +129,16 @@ class _Session:
         # Another seed for every run: no run may find the prompts of an earlier one in a prefix cache.
         seed = self.plan.workload.seed * 1_000_003 + run + 1
         if self.plan.text_prompts:
+            if workload is not None and workload.prefix_blocks is not None:
+                self._note("texts share no prefixes: those of the trace's prompts are left out")
             return replace(self.text, seed=seed).make
         if workload is None:
             return TokenPrompts(self.vocab_size, seed).make
         return TokenPrompts(self.vocab_size, seed, workload.prefix_blocks, workload.block_tokens).make
+
+    def _note(self, text: str) -> None:
+        if text not in self.outcome.notes:
+            self.outcome.notes.append(text)
 
     async def _calibrate(self, limit: float) -> None:
         few, many = _CALIBRATION_WORDS
@@ -214,11 +220,19 @@ class _Session:
     async def _probe(self, rate: float) -> Probe:
         slo, warmup = self.plan.slo, self.plan.warmup
         assert slo is not None
-        workload = self.plan.workload.at(rate)
+        try:
+            workload = self.plan.workload.at(rate)
+        except WorkloadError as error:
+            return self._void(rate, f"at {rate:g}/s {error}")
         assert workload.arrivals is not None
         num_counted = int((workload.arrivals >= warmup).sum())
         if not num_counted:
-            raise TargetError(f"no request arrives after the warm-up at {rate:g}/s: raise --duration or --min-rate")
+            last = float(workload.arrivals[-1])
+            return self._void(
+                rate,
+                f"at {rate:g}/s the last request arrives after {last:.1f} s, within the warm-up of {warmup:g} s: "
+                "a longer --duration, more --num-requests or a shorter --warmup leave some to count",
+            )
 
         bound = 1.0
 
@@ -253,6 +267,11 @@ class _Session:
         passed = share.both >= slo.attainment and stability.stable
         return Probe(rate, passed, verdict, share.both, stability=stability)
 
+    def _void(self, rate: float, why: str) -> Probe:
+        """A rate that cannot be judged ends the search as an error; the probes before it are kept."""
+        self.outcome.error = why
+        return Probe(rate, False, why, 0.0, complete=False)
+
     async def _settle(self) -> bool:
         """Wait until a small request is answered about as fast as on the idle server, at most a minute.
 
@@ -263,7 +282,7 @@ class _Session:
         deadline = time.perf_counter() + _SETTLE_SECONDS
         for index in itertools.count(2):
             left = deadline - time.perf_counter()
-            trial = self.client.try_once(self._prompt(-1, index), _TRIAL_OUTPUT, max(left, 1.0))
+            trial = self.client.try_once(self._prompt(-1, index), _TRIAL_OUTPUT, max(left, 1.0), may_wait=True)
             try:
                 record = await self.runner.unless_interrupted(trial)
             except TargetError as error:
@@ -272,7 +291,7 @@ class _Session:
             if record is None:
                 self.outcome.interrupted = True
                 return False
-            if record.ttft is not None and record.ttft <= limit:
+            if record.status is Status.OK and record.ttft is not None and record.ttft <= limit:
                 return True
             if left <= 0:
                 break

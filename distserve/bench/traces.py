@@ -9,7 +9,7 @@ import csv
 import json
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -88,7 +88,7 @@ def read_trace(path: Path, fmt: str = "auto", count_tokens: Callable[[str], int]
     ``count_tokens`` counts ShareGPT texts; without it their characters are divided by CHARS_PER_TOKEN.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # spreadsheets begin a file with a mark
             if fmt == "auto":
                 fmt = _detect(path, file)
             if fmt == "azure":
@@ -107,7 +107,7 @@ def read_trace(path: Path, fmt: str = "auto", count_tokens: Callable[[str], int]
 
 
 def _detect(path: Path, file: TextIO) -> str:
-    head = file.read(4096).lstrip("\ufeff \t\r\n")
+    head = file.read(4096).lstrip(" \t\r\n")
     file.seek(0)
     if head.startswith("["):
         return "sharegpt"
@@ -130,7 +130,7 @@ def _read_azure(path: Path, file: TextIO) -> Trace:
         raise WorkloadError(f"{path}:1: the header must name {', '.join(columns)}; it is {','.join(header)!r}")
     time_at, prompt_at, output_at = (names.index(column) for column in columns)
     times, prompts, outputs = _columns()
-    for row in rows:
+    for row in _csv_rows(path, rows):
         if not row:
             continue
         where = f"{path}:{rows.line_num}"
@@ -140,6 +140,13 @@ def _read_azure(path: Path, file: TextIO) -> Trace:
         prompts.append(_csv_count(where, "ContextTokens", row[prompt_at]))
         outputs.append(_csv_count(where, "GeneratedTokens", row[output_at]))
     return _in_order(times, prompts, outputs)
+
+
+def _csv_rows(path: Path, rows: Any) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise WorkloadError(f"{path}:{rows.line_num}: not a CSV: {error}") from error
 
 
 def _columns() -> "tuple[array[float], array[int], array[int]]":

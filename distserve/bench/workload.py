@@ -1,6 +1,7 @@
 """The load of one run, fixed before it starts: who arrives when, with which lengths."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -44,7 +45,9 @@ class WorkloadSpec:
 
     ``arrivals``: a random process, a trace's own times, or None for closed loop. ``trace`` gives the lengths, in its
     order and from the start again when it runs out, unless ``prompt`` or ``output`` overrule it. ``num_requests`` and
-    ``duration`` (seconds of arrivals) bound it; at least one must, or the trace's end does.
+    ``duration`` (seconds of arrivals) bound it; at least one must, or the trace's end does. ``fit_context``, for a
+    trace's lengths alone, scales them so that the longest prompt and output have so many tokens together; raises
+    WorkloadError for others.
     """
 
     arrivals: Gamma | TraceTimes | None
@@ -58,6 +61,13 @@ class WorkloadSpec:
     fit_context: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.fit_context is not None and (self.trace is None or self.prompt or self.output):
+            raise WorkloadError(
+                "a context is fitted by scaling the lengths of a trace; drawn lengths take a limit of their own, "
+                "as in lognormal:mean=300,sigma=0.8,max=1500"
+            )
+
     def at(self, rate: float | None) -> Workload:
         """The workload at ``rate`` requests/s (for a trace's own times: scaled to that mean rate; None: as they are).
 
@@ -69,10 +79,7 @@ class WorkloadSpec:
             raise WorkloadError("no request arrives: raise the rate, the duration or the number of requests")
         prompts = self._lengths(0, num)
         outputs = self._lengths(1, num)
-        factor = self.length_scale
-        if self.fit_context is not None:
-            # Over all lengths the spec can give, so that every rate of a sweep has the same factor.
-            factor *= factor_to_fit(*self._longest(prompts, outputs, factor), self.fit_context)
+        factor = self.length_scale * self.fitting
         if factor != 1.0:
             prompts, outputs = scale_lengths(prompts, factor), scale_lengths(outputs, factor)
         blocks = self.trace.prefix_blocks if self.trace is not None and self.prompt is None else None
@@ -100,7 +107,15 @@ class WorkloadSpec:
         lens = (self.trace.prompt_lens, self.trace.output_lens)[which]
         return np.resize(lens, num)
 
-    def _longest(self, prompts: Lengths, outputs: Lengths, factor: float) -> tuple[Lengths, Lengths]:
-        if self.trace is not None and self.prompt is None and self.output is None:
-            prompts, outputs = self.trace.prompt_lens, self.trace.output_lens
-        return scale_lengths(prompts, factor), scale_lengths(outputs, factor)
+    @cached_property
+    def fitting(self) -> float:
+        """What lengths are multiplied with, beside ``length_scale``, for ``fit_context``.
+
+        Of the whole trace, so that every rate of a sweep has the same requests.
+        """
+        if self.fit_context is None:
+            return 1.0
+        assert self.trace is not None
+        prompts = scale_lengths(self.trace.prompt_lens, self.length_scale)
+        outputs = scale_lengths(self.trace.output_lens, self.length_scale)
+        return factor_to_fit(prompts, outputs, self.fit_context)

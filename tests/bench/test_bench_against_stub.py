@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -149,6 +150,26 @@ def test_the_search_finds_a_known_capacity(start_stub: Start, tmp_path: Path) ->
     assert {"result.json", "latency.png", "attainment_over_rate.png", "requests_over_time_00.png"} <= names
     assert not [name for name in names if name.startswith(".")]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
+
+
+def test_a_rate_that_cannot_be_judged_ends_the_search_and_keeps_what_was_measured(
+    start_stub: Start, tmp_path: Path
+) -> None:
+    arguments = ("--find-goodput", "--slo-ttft", 1, "--rate", 8, "--duration", 3, "--warmup", 1, "--num-requests", 30)
+    arguments += ("--arrivals", "gamma", "--cv", 0)
+    document = measure(tmp_path, start_stub(), *arguments, "--output-len", 2, expect=1)
+    goodput = document["goodput"]
+    assert goodput["low"] == 16
+    assert re.search(r"at 32/s the last request arrives after 0\.\d s, within the warm-up of 1 s", goodput["reason"])
+    assert [probe["run"] for probe in goodput["probes"]] == [0, 1, None]
+    assert len(document["runs"]) == 2
+
+
+def test_a_server_that_is_busy_between_two_runs_is_waited_for(start_stub: Start, tmp_path: Path) -> None:
+    # Two trials, seven requests: the tenth, which asks whether it is at rest, is shed.
+    url = start_stub(shed_every=10)
+    document = measure(tmp_path, url, "--rate", "40,40", "--num-requests", 7, "--output-len", 2)
+    assert [run["summary"]["num_ok"] for run in document["runs"]] == [7, 7]
 
 
 def test_a_sweep_draws_attainment_over_rate(start_stub: Start, tmp_path: Path) -> None:

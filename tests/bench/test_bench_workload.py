@@ -1,6 +1,7 @@
 """Arrivals, lengths, traces and prompts: what is sent, before anything is sent."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,8 @@ def test_a_workload_scales_a_traces_lengths_and_times(tmp_path: Path) -> None:
     spec = WorkloadSpec(arrivals=Gamma(), prompt=None, output=None, trace=trace, num_requests=5, fit_context=209)
     assert spec.at(3.0).prompt_lens.tolist() == [187, 45, 198, 187, 45]
     assert spec.at(30.0).length_factor == workload.length_factor
+    with pytest.raises(WorkloadError, match="drawn lengths take a limit of their own"):
+        replace(spec, prompt=Lognormal(300, 0.8))
 
 
 def test_prompts_are_exact_repeatable_and_without_common_prefixes() -> None:
@@ -237,3 +240,16 @@ def test_prompts_are_exact_repeatable_and_without_common_prefixes() -> None:
     assert len({tuple(prompt[:8]) for prompt in ids}) == 20
     assert TokenPrompts(50, 2).make(0, 100) != ids[0]
     assert len(TextPrompts(1, tokens_per_word=2.0, overhead_tokens=10.0).make(0, 100).split()) == 45
+
+
+def test_a_spreadsheet_s_mark_at_the_beginning_is_no_part_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.0,374,44\n", encoding="utf-8-sig")
+    assert read_trace(path).prompt_lens.tolist() == [374]
+
+
+def test_a_quote_that_never_ends_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text('TIMESTAMP,ContextTokens,GeneratedTokens\n"' + "x" * 200_000)
+    with pytest.raises(WorkloadError, match=r"trace\.csv:2: not a CSV"):
+        read_trace(path)
