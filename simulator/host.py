@@ -95,7 +95,8 @@ class Host:
         """An instance is there: its engines begin on the next cores."""
         pipeline = self._pipelines[name] = Pipeline(num_stages, num_shards)
         for rank in range(pipeline.num_ranks):
-            self._core_of[name, rank] = len(self._core_of) % self._num_cores
+            # Where it was before, if it starts again.
+            self._core_of.setdefault((name, rank), len(self._core_of) % self._num_cores)
         if pipeline.num_ranks > self._num_cores:
             self._own_sharing[name] = -(-pipeline.num_ranks // self._num_cores)
 
@@ -134,11 +135,12 @@ class Host:
             self._jobs.append(_Job(work / num_ranks, core=self._core_of[name, rank], is_bound=self._is_bound))
         return self._go_on(now)
 
-    def drop(self, now: float, name: str) -> None:
-        """An instance died: its steps are no longer computed."""
+    def drop(self, now: float, name: str) -> Sequence[Command]:
+        """An instance died: its steps are no longer computed, and what shared its cores goes on faster."""
         self._advance(now)
         self._jobs = [job for job in self._jobs if job.name != name]
         self._between = [(at, passage) for at, passage in self._between if passage.name != name]
+        return self._go_on(now)
 
     def _arrive(self, now: float, passage: Passage) -> None:
         if self._pipelines[passage.name].enter(passage):

@@ -35,7 +35,7 @@ class HostLoop(Loop):
     def lose(self, name: str) -> None:
         """See :class:`simulator.loop.Loop`."""
         super().lose(name)
-        self._host.drop(self.now, name)
+        super()._execute(self._parts[HOST], self._host.drop(self.now, name))
 
     def _execute(self, part: Part, commands: Sequence[Command]) -> None:
         host = self._parts[HOST]

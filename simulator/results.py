@@ -104,7 +104,7 @@ class TimelineTable:
 class InstanceUsage:
     """What one instance did.
 
-    ``busy`` is seconds its first pipeline stage worked, ``num_steps`` and ``num_tokens`` (computed) are totals,
+    ``busy`` is seconds its busiest pipeline stage worked, ``num_steps`` and ``num_tokens`` (computed) are totals,
     ``peak_kv_blocks`` the most blocks in use, ``mean_batch`` the sequences per step. Of ``num_queried_tokens`` tokens
     looked up in the prefix cache ``num_hit_tokens`` were there: not computed, or on a decode instance not pulled.
     """

@@ -122,6 +122,7 @@ class _Run:
         self._block_size = _block_size_of_prefixes(model)
         self._next = 0
         self._num_ended = 0
+        self._loss_delay = model.delays.loss
         self._progress: dict[str, int] = {}
         self._network = PullNetwork(model) if model.cluster is not None and model.kv is not None else None
         pulls = Pulls(model.delays, self._network, recorder)
@@ -129,8 +130,10 @@ class _Run:
             Loop(model.delays, pulls=pulls) if model.host is None else HostLoop(model.host, model.delays, pulls=pulls)
         )
         self._client = Client(self._progress, self._on_end)
-        self._engines: dict[str, Engine] = {}
-        self._machines: dict[str, InstanceMachine] = {}
+        self._lives: dict[str, list[tuple[Engine, InstanceMachine]]] = {instance_id: [] for instance_id in self._models}
+        """Of each instance, every time that it was started."""
+        self._noticed_at: dict[str, float] = {}
+        """When the router hears, or heard, of an instance's loss."""
         self._changing: set[str] = set()
         """Instances that change their role at some time: their steps are not jumped over."""
         self._table = TimelineTable(len(workload), list(self._models))
@@ -210,20 +213,21 @@ class _Run:
             spec.parallel.tp,
             self._recorder,
         )
-        self._engines[instance_id] = engine
-        self._machines[instance_id] = machine
+        self._lives[instance_id].append((engine, machine))
         if instance_id in self._changing:
             self._loop.add(instance_id, machine, engine)
         else:
             may_jump = self._jump and spec.role is not Role.PREFILL and spec.scheduler.max_in_flight == 1
             self._loop.add(instance_id, machine.scheduler, engine, may_jump=may_jump)
-        self._loop.post(self._loop.now, ROUTER, InstanceUp(spec))
+        # One that starts again before its loss is noticed counts as up only then: the router would take it for the old.
+        self._loop.post(max(self._loop.now, self._noticed_at.get(instance_id, 0.0)), ROUTER, InstanceUp(spec))
 
     def _befall(self, fault: Fault) -> None:
         self._loop.now = max(self._loop.now, fault.time)
         if fault.kind is FaultKind.START:
             self._start(fault.instance_id)
         elif fault.kind is FaultKind.LOSS:
+            self._noticed_at[fault.instance_id] = self._loop.now + self._loss_delay
             self._loop.lose(fault.instance_id)
         elif fault.kind.role is not None:
             change = ChangeRole(fault.instance_id, fault.kind.role, PATIENCE)
@@ -253,23 +257,20 @@ class _Run:
 
     def _usage(self, instance_id: str) -> InstanceUsage:
         spec = self._models[instance_id].spec
-        engine = self._engines.get(instance_id)
-        machine = self._machines.get(instance_id)
-        if engine is None or machine is None:
-            return InstanceUsage(instance_id, spec.role, 0.0, 0, 0, 0, 0, 0, spec.kv.num_blocks)
-        scheduler = machine.scheduler
+        engines = [engine for engine, _ in self._lives[instance_id]]
+        schedulers = [machine.scheduler for _, machine in self._lives[instance_id]]
         return InstanceUsage(
             instance_id=instance_id,
-            role=scheduler.spec.role,
-            busy=engine.busy,
-            num_steps=engine.num_steps,
-            num_tokens=engine.num_tokens,
-            num_sequences=engine.num_sequences,
-            num_preempted=scheduler.num_preempted,
-            peak_kv_blocks=scheduler.blocks.peak_used,
+            role=schedulers[-1].spec.role if schedulers else spec.role,
+            busy=sum(engine.busy for engine in engines),
+            num_steps=sum(engine.num_steps for engine in engines),
+            num_tokens=sum(engine.num_tokens for engine in engines),
+            num_sequences=sum(engine.num_sequences for engine in engines),
+            num_preempted=sum(scheduler.num_preempted for scheduler in schedulers),
+            peak_kv_blocks=max((scheduler.blocks.peak_used for scheduler in schedulers), default=0),
             num_kv_blocks=spec.kv.num_blocks,
-            num_hit_tokens=scheduler.num_hit_tokens,
-            num_queried_tokens=scheduler.num_queried_tokens,
+            num_hit_tokens=sum(scheduler.num_hit_tokens for scheduler in schedulers),
+            num_queried_tokens=sum(scheduler.num_queried_tokens for scheduler in schedulers),
         )
 
 

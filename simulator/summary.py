@@ -28,7 +28,7 @@ _REASONS = {"400": "400: longer than an instance takes", "503": "503: no instanc
 
 @dataclass(frozen=True, slots=True)
 class InstanceFigures:
-    """``busy``: share of the run its first stage worked. ``peak_kv``: share of its KV blocks in use at the most.
+    """``busy``: share of the run its busiest stage worked. ``peak_kv``: share of its KV blocks in use at the most.
 
     Of ``num_queried_tokens`` looked up in the prefix cache ``num_hit_tokens`` were there: not computed, or on a decode
     instance not pulled.

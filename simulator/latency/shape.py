@@ -120,7 +120,8 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: dict[str, Any], *, name: str) -> "ModelShape":
         """From the content of a ``config.json``. Raises as :meth:`load` does."""
-        config = config.get("text_config") or config
+        # What a multimodal model says of itself as a whole (quantisation, tied embeddings) goes for its decoder.
+        config = {**config, **(config.get("text_config") or {})}
         kind = config.get("model_type", "")
         if config.get("is_encoder_decoder"):
             raise UnsupportedModelError(f"{name}: only decoder-only models are modelled")

@@ -204,3 +204,10 @@ def test_every_rank_takes_its_own_part_of_the_kv_in():
     one, two = (run(roles, host, [1.0], output=100, parallel=p, step=Staged()) for p in (ParallelConfig(), TP))
     # Of 160 ms 100 pass while the prompt is computed; two cores do the rest in that time as well.
     assert one.finish[0] - two.finish[0] == pytest.approx(0.06, abs=2e-3)
+
+
+def test_an_instance_that_starts_again_has_the_core_that_it_had():
+    model = cluster([Role.MIXED] * 2, HostModel(2))
+    workload = Workload(np.full(3, 100), np.full(3, 1), np.array([1.0, 9.0, 9.0]))
+    faults = [Fault(2.0, FaultKind.LOSS, "mixed-1"), Fault(5.0, FaultKind.START, "mixed-1")]
+    assert simulate(model, workload, faults=faults).timelines.ttft == pytest.approx([0.11] * 3)

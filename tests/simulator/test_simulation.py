@@ -197,3 +197,16 @@ def test_the_client_makes_instances_do_what_an_owner_makes_them_do() -> None:
     result = simulate(ClusterModel(instances), Workload(np.array(prompts), np.full(12, 20), np.array(arrivals)))
     assert [usage.num_steps for usage in result.instances] == steps
     assert result.instances[1].num_preempted == owned.schedulers["decode-0"].num_preempted > 0
+
+
+@pytest.mark.parametrize("pause", [0.2, 3.0])
+def test_an_instance_that_starts_again_serves_again_and_both_its_lives_count(pause: float) -> None:
+    """Also where it starts before its loss is noticed."""
+    model, offered = deployment(mixed=2), poisson(15, 300)
+    loss = Fault(12.0, FaultKind.LOSS, "mixed-1")
+    lost = simulate(model, offered, faults=[loss])
+    back = simulate(model, offered, faults=[loss, Fault(12.0 + pause, FaultKind.START, "mixed-1")])
+    assert (back.timelines.status == 200).all()
+    assert (back.timelines.prefill_id[back.timelines.arrival > 16.0] == 1).any()
+    assert back.instances[1].num_tokens > lost.instances[1].num_tokens
+    assert back.instances[1].busy > lost.instances[1].busy

@@ -160,3 +160,10 @@ def test_quantised_weights_take_their_bits(quantisation, bits):
 def test_what_would_be_priced_wrongly_is_refused(extra):
     with pytest.raises(UnsupportedModelError):
         ModelShape.from_config(LLAMA_8B | extra, name="model")
+
+
+def test_what_a_multimodal_model_says_as_a_whole_goes_for_its_decoder() -> None:
+    quantisation = {"quant_method": "fp8"}
+    plain = ModelShape.from_config(LLAMA_8B | {"quantization_config": quantisation}, name="model")
+    nested = {"model_type": "mllama", "quantization_config": quantisation, "text_config": LLAMA_8B}
+    assert ModelShape.from_config(nested, name="model") == plain
