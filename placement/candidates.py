@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from distserve.core.config import Role
-from distserve.core.topology import ClusterSpec, PlacedInstance, Placement
+from distserve.core.errors import ConfigError
+from distserve.core.topology import PlacedInstance, Placement
 from placement.layout import Seat, lay_out
 from placement.problem import Problem
 from placement.shapes import Shape
@@ -79,15 +80,16 @@ class Candidate:
         return text if self.span == 1 else f"{text}, stages side by side over {self.span} nodes"
 
 
-def spans(cluster: ClusterSpec, prefill: Shape, partner: Shape) -> list[int]:
+def spans(problem: Problem, prefill: Shape, partner: Shape) -> list[int]:
     """How a pair can be seated: 1, and every larger number of nodes over which its stages fit side by side.
 
-    Only where a whole pair does not fit one node: there side by side would gain nothing.
+    Only where a whole pair does not fit one node: there side by side would gain nothing. And only where the times of
+    stages on several nodes are known: a profile measures them on one.
     """
-    found = [1]
+    found, cluster = [1], problem.cluster
     pp = prefill.parallel.pp
     both = prefill.parallel.tp + partner.parallel.tp
-    if pp == partner.parallel.pp and pp * both > cluster.gpus_per_node:
+    if pp == partner.parallel.pp and pp * both > cluster.gpus_per_node and _is_timed_apart(problem, prefill, partner):
         found += [
             nodes
             for nodes in range(2, min(pp, cluster.num_nodes) + 1)
@@ -96,12 +98,21 @@ def spans(cluster: ClusterSpec, prefill: Shape, partner: Shape) -> list[int]:
     return found
 
 
+def _is_timed_apart(problem: Problem, *shapes: Shape) -> bool:
+    try:
+        for shape in shapes:
+            problem.latency.step_time(shape.parallel, stages_share_node=False)
+    except ConfigError:
+        return False
+    return True
+
+
 def pairs(problem: Problem, shapes: Iterable[Shape], partner: Role = Role.DECODE) -> Iterator[Candidate]:
     """A prefill instance and one of role ``partner``, of every two shapes, in every way to seat them."""
     shapes = list(shapes)
     for prefill in (shape for shape in shapes if shape.role is Role.PREFILL):
         for other in (shape for shape in shapes if shape.role is partner):
-            for span in spans(problem.cluster, prefill, other):
+            for span in spans(problem, prefill, other):
                 yield Candidate(((prefill, 1), (other, 1)), span)
 
 

@@ -64,7 +64,7 @@ The file has the keys model, slo, workload and cluster; docs/planning.md explain
 )
 @click.option("--jobs", type=click.IntRange(1), help="Processes that simulate.  [default: one per CPU]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of every random number.")
-@click.option("--quick", is_flag=True, help="Shorter runs and fewer finalists: wider intervals, a rough answer.")
+@click.option("--quick", is_flag=True, help="Shorter runs: wider intervals, a rough answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 @click.option(
     "--output",

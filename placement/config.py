@@ -126,11 +126,18 @@ def given_candidate(path: Path, problem: Problem) -> Candidate | None:
         shape = next((shape for shape in shapes if (shape.role, shape.parallel) == (role, parallel)), None)
         if shape is None:
             reasons = [refusal.reason for refusal in refused if refusal.parallel == parallel]
-            reason = reasons[0] if reasons else "it is wider than a node or the cluster"
+            if reasons:
+                reason = reasons[0]
+            elif problem.model.num_layers % pool.pp:
+                reason = f"{problem.model.num_layers} layers are planned in equal stages"
+            elif pool.pp > problem.search.max_pp:
+                reason = f"up to {problem.search.max_pp} stages are looked at (search.max_pp)"
+            else:
+                reason = "it is wider than a node or the cluster"
             raise ConfigError(f"placement.{role}: tp {pool.tp} x pp {pool.pp} cannot be: {reason}")
         found.append((shape, pool.instances))
     # Side by side on the same nodes where that is possible, as DistServe's Algorithm 2 seats such pairs.
-    span = spans(problem.cluster, found[0][0], found[1][0])[-1] if len(found) == 2 else 1
+    span = spans(problem, found[0][0], found[1][0])[-1] if len(found) == 2 else 1
     return Candidate(tuple(found), span)
 
 
@@ -147,6 +154,8 @@ def _limits(file: SimulationFile, model: ModelShape) -> EngineLimits:
         limits = replace(
             limits, prefill_batch_tokens=engine.max_batch_tokens, mixed_batch_tokens=engine.max_batch_tokens
         )
+        # What is not said must not contradict what is: a mixed step has room for a token of every sequence.
+        limits = replace(limits, max_batch_size=min(limits.max_batch_size, engine.max_batch_tokens))
     if "max_batch_size" in said:
         limits = replace(limits, max_batch_size=engine.max_batch_size)
     if engine.max_model_len is not None:

@@ -139,7 +139,7 @@ def _judge_lengths(
     sizes, planned_sizes = _sizes(seen), _sizes(planned)
     changes = sizes / planned_sizes - 1
     # A longer tail is more, whatever the mean: a few long prompts are what the others wait for.
-    is_more = bool(changes.max() > _MARGIN)
+    is_more = bool(changes.max() > (_MARGIN / 2 if (quantity, True) in stood else _MARGIN))
     change = float(changes.max() if is_more else -changes.min())
     significant = float(ks_2samp(planned, seen, method="asymp").pvalue) < _SIGNIFICANCE
     if not _stands((quantity, is_more), change, significant, stood):

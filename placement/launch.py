@@ -49,7 +49,7 @@ _SHORTEST_WINDOW, _LONGEST_WINDOW = 60.0, 3600.0
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests/s to plan for.  [default: the file's]")
 @click.option("--profile", type=click.Path(path_type=Path), help="What `distserve profile` measured on this hardware.")
-@click.option("--quick", is_flag=True, help="Plan with shorter runs and fewer finalists.")
+@click.option("--quick", is_flag=True, help="Plan with shorter runs.")
 @click.option("--ray-address", help="Join this Ray cluster (host:port, or auto) in place of a local one.")
 @click.option(
     "--wait-for-nodes",

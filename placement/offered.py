@@ -12,7 +12,7 @@ import numpy as np
 
 from distserve.bench.arrivals import Gamma, TraceTimes
 from distserve.bench.errors import WorkloadError
-from distserve.bench.lengths import Lengths, factor_to_fit, scale_lengths
+from distserve.bench.lengths import Lengths, scale_lengths
 from distserve.bench.traces import Trace
 from distserve.bench.workload import Workload, WorkloadSpec
 
@@ -60,7 +60,7 @@ class Offered:
         spec = replace(self.spec, seed=self.seed + run, num_requests=num_requests, duration=None)
         if spec.trace is not None:
             # The factor to fit a context is that of the whole trace, whatever stretch is offered.
-            spec = replace(spec, length_scale=spec.length_scale * self._fit, fit_context=None)
+            spec = replace(spec, length_scale=spec.length_scale * spec.fitting, fit_context=None)
         if isinstance(spec.arrivals, TraceTimes):
             return self._stretch(spec, spec.arrivals, rate, run, num_requests)
         if self._has_trace_lengths:
@@ -91,16 +91,6 @@ class Offered:
     @property
     def _has_trace_lengths(self) -> bool:
         return self.spec.trace is not None and (self.spec.prompt is None or self.spec.output is None)
-
-    @cached_property
-    def _fit(self) -> float:
-        spec = self.spec
-        if spec.fit_context is None or spec.trace is None or spec.prompt is not None or spec.output is not None:
-            return 1.0
-        prompts, outputs = (
-            scale_lengths(lens, spec.length_scale) for lens in (spec.trace.prompt_lens, spec.trace.output_lens)
-        )
-        return factor_to_fit(prompts, outputs, spec.fit_context)
 
 
 @dataclass(frozen=True)

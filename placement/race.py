@@ -11,6 +11,7 @@ search (its bracket's upper end) covers the difference.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isfinite
 
 from distserve.core.config import Role
 from distserve.core.topology import Placement
@@ -112,7 +113,8 @@ class Bounds:
         """What to simulate of a disaggregated candidate before it is simulated as a whole: the tighter phase first."""
         if candidate.kind is not Kind.DISAGGREGATED:
             return None
-        unknown = [pool for pool in candidate.pools if pool not in self._phases]
+        # What nothing bounds (decoding, where every answer is one token) has no goodput of its own to be found.
+        unknown = [pool for pool in candidate.pools if pool not in self._phases and isfinite(self.of_pool(*pool))]
         if not unknown:
             return None
         shape, count = min(unknown, key=lambda pool: self.of_pool(*pool))

@@ -66,8 +66,9 @@ class ScaledPoint:
 
 def _effort(setting: Setting, kinds: Sequence[tuple[Role, ParallelConfig]], rate: float) -> Effort:
     """The same number of runs for everything, so that two variants saw the same requests."""
-    num = setting.effort(kinds, rate, fine=True).num_requests
-    return Effort(num, _MIN_RUNS * num, min_runs=_MIN_RUNS, half_width=1.0, until_decided=False)
+    effort = setting.effort(kinds, rate, fine=True)
+    num, num_runs = effort.num_requests, min(_MIN_RUNS, effort.min_runs)
+    return Effort(num, num_runs * num, min_runs=num_runs, half_width=1.0, until_decided=False)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from distserve.core.budget import check_budget
 from distserve.core.config import InstanceSpec, KvConfig, ParallelConfig, PrefillPolicy, Role, SchedulerConfig
 from distserve.core.errors import ConfigError
 from distserve.core.latency import StepShape, StepTime
@@ -108,7 +109,13 @@ def find_shapes(problem: Problem, offered: Offered) -> tuple[list[Shape], list[R
                 )
                 refused.append(Refusal(parallel, "memory", reason))
                 break
-            shapes.append(Shape(role, parallel, policy, kv, tokens, nodes))
+            shape = Shape(role, parallel, policy, kv, tokens, nodes)
+            try:
+                check_budget(shape.spec(problem, f"{role} instance"))
+            except ConfigError as error:
+                refused.append(Refusal(parallel, "shape", str(error)))
+                continue
+            shapes.append(shape)
     return shapes, refused
 
 
@@ -147,8 +154,8 @@ def _batch_tokens(
         return limits.mixed_batch_tokens
     if policy is PrefillPolicy.WHOLE_PROMPT:
         return _VLLM_BUDGET
-    chosen = _BUDGETS[0]
-    for budget in _BUDGETS[1:]:
+    chosen, *larger = [budget for budget in _BUDGETS if budget >= limits.max_batch_size] or [limits.max_batch_size]
+    for budget in larger:
         batch = replace(_prompts(budget, mean), num_decodes=16, decode_context=int(16 * mean))
         if parallel.pp * step_time.seconds(batch) > problem.slo.tpot:
             break

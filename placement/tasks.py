@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from threading import Lock
 
+from distserve.bench.arrivals import TraceTimes
 from distserve.core.config import ParallelConfig, Role
 from distserve.core.topology import Placement
 from placement.bounds import lone_decode
@@ -53,6 +54,13 @@ class Setting:
         if fine:
             pair = 3 * num  # a bracket takes one pair of runs at least; to be sure, two
             most, sure = max(search.max_requests, pair), max(search.max_requests, 2 * pair)
+            arrivals = self.offered.spec.arrivals
+            if isinstance(arrivals, TraceTimes):
+                # Runs are stretches of the trace: beyond its length they would repeat it, and look like more evidence.
+                total = len(arrivals.timestamps)
+                if total <= pair:
+                    return Effort(total, total, half_width=_HALF_WIDTH)
+                most, sure = min(most, total), min(sure, total)
             return Effort(pair // 2, most, min_runs=2, half_width=_HALF_WIDTH, sure_requests=sure)
         return Effort(num, num, half_width=_HALF_WIDTH)
 

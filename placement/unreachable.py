@@ -92,7 +92,7 @@ def _most(setting: Setting, bounds: Bounds, shapes: Sequence[Shape]) -> float:
         return max((bounds.of_shape(s).capacity / s.num_gpus for s in shapes if s.role is role), default=0.0)
 
     prefill, decode, mixed = (per_gpu(role) for role in (Role.PREFILL, Role.DECODE, Role.MIXED))
-    apart = prefill * decode / (prefill + decode) if prefill and decode else 0.0
+    apart = 1 / (1 / prefill + 1 / decode) if prefill and decode else 0.0
     return setting.problem.cluster.num_gpus * max(apart, mixed)
 
 

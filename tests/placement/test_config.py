@@ -164,3 +164,13 @@ def test_distserve_s_fits_are_a_source(write_config: WriteConfig) -> None:
     elsewhere = write_config(cluster={"latency": "distserve-a100", "profile": str(fits), "gpu": "l4"})
     with pytest.raises(ConfigError, match="a100-80g-sxm"):
         load_problem(elsewhere, NONE)
+
+
+def test_a_step_s_tokens_alone_bound_the_sequences_too(write_config: WriteConfig) -> None:
+    assert load_problem(write_config(engine={"max_batch_tokens": 128}), NONE).limits.max_batch_size == 128
+
+
+def test_a_rival_of_uneven_stages_is_told_why(write_config: WriteConfig) -> None:
+    path = write_config(placement={"prefill": {"instances": 1, "pp": 3}, "decode": {"instances": 1}})
+    with pytest.raises(ConfigError, match="40 layers are planned in equal stages"):
+        given_candidate(path, load_problem(path, NONE))

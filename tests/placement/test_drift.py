@@ -164,3 +164,13 @@ def test_what_was_observed_is_a_trace_the_planner_reads(tmp_path: Path) -> None:
     # One that was cut off and those still under way are as long as others were.
     served = {10 + index for index in range(25) if index != 3}
     assert set(trace.output_lens.tolist()) <= served
+
+
+def test_longer_prompts_stand_until_they_are_clearly_shorter() -> None:
+    def prompts_of(tokens: int) -> WorkloadSpec:
+        return WorkloadSpec(Gamma(), Fixed(tokens), Fixed(60))
+
+    watch = LoadWatch(Expected.of(prompts_of(300), RATE, WINDOW), WINDOW)
+    assert len(play(watch, prompts_of(336), RATE, 300)) == 1
+    assert play(watch, prompts_of(324), RATE, 300, start=300) == [], "8% more: neither news nor over"
+    assert play(watch, prompts_of(300), RATE, 400, start=600) == ["The load is what was planned for again."]

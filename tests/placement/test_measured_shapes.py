@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from distserve.core.config import ParallelConfig
 from distserve.core.profile import FORMAT, Profile, ShapeProfile, StepFit, Surface, Table
+from placement.candidates import pairs
 from placement.offered import Offered
+from placement.problem import Problem
 from placement.shapes import find_shapes
 from simulator.latency.measured import ProfileLatencyModel
 from tests.placement.problems import toy_problem
@@ -38,3 +40,17 @@ def test_a_shape_that_was_not_measured_is_not_planned() -> None:
     problem = replace(toy_problem(gpus_per_node=4), latency=latency(ShapeProfile(TWO_BY_ONE, fit(0.01))))
     shapes, _ = find_shapes(problem, Offered(problem.workload, problem.search.seed))
     assert {shape.parallel for shape in shapes} == {TWO_BY_ONE}
+
+
+def test_stages_are_put_on_several_nodes_only_where_that_was_timed() -> None:
+    measured = latency(
+        ShapeProfile(ParallelConfig(), fit(0.01)), ShapeProfile(ONE_BY_TWO, fit(0.02), through=fit(0.03))
+    )
+    problem = toy_problem(gpus_per_node=2, num_nodes=2)
+
+    def spans(problem: Problem) -> set[int]:
+        shapes, _ = find_shapes(problem, Offered(problem.workload))
+        return {candidate.span for candidate in pairs(problem, shapes)}
+
+    assert spans(problem) == {1, 2}
+    assert spans(replace(problem, latency=measured)) == {1}

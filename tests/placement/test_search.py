@@ -3,10 +3,14 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from distserve.bench.arrivals import TraceTimes
 from distserve.bench.lengths import Fixed
-from distserve.core.config import SLO, Role
+from distserve.bench.traces import Trace
+from distserve.bench.workload import WorkloadSpec
+from distserve.core.config import SLO, ParallelConfig, Role
 from placement.bounds import bound_shape, network_capacity
 from placement.candidates import Kind, colocated, pairs, replications
 from placement.offered import Offered
@@ -196,3 +200,38 @@ def test_ties_go_to_fewer_nodes():
 def test_an_instance_may_have_its_stages_on_several_nodes():
     problem = toy_problem(num_nodes=2, gpus_per_node=1)
     assert {shape.nodes for shape in find_shapes(problem, Offered(problem.workload))[0]} == {1, 2}
+
+
+def test_answers_of_one_token_are_planned_for():
+    plan = find_plan(toy_problem(output=Fixed(1)))
+    assert plan.chosen.goodput_per_gpu > 0
+    with pytest.raises(UnreachableError, match=r"about \d"):
+        find_plan(toy_problem(1e5, output=Fixed(1)))
+
+
+def test_a_mixed_step_has_room_for_every_sequence():
+    problem = toy_problem(slo=SLO(0.1, 1e-3))  # no budget is small enough for the TPOT: the least is taken
+    offered = Offered(problem.workload)
+
+    def mixed(**limits):
+        limited = replace(problem, limits=replace(problem.limits, **limits))
+        shapes, refused = find_shapes(limited, offered)
+        return [shape.max_batch_tokens for shape in shapes if shape.role is Role.MIXED], refused
+
+    budgets, _ = mixed(max_batch_size=600)
+    assert budgets
+    assert min(budgets) >= 600
+    budgets, refused = mixed(mixed_batch_tokens=32, max_batch_size=64)
+    assert not budgets
+    assert any("has no room for a token of each" in refusal.reason for refusal in refused)
+
+
+def test_a_trace_shorter_than_the_runs_is_simulated_once():
+    """Runs are stretches of it: a second one would be the same requests again, and no more evidence."""
+    problem = toy_problem()
+    times = np.cumsum(np.random.default_rng(1).exponential(1.0, 100))
+    trace = Trace(np.full(100, 300), np.full(100, 8), times)
+    problem = replace(problem, workload=WorkloadSpec(TraceTimes(times), None, None, trace=trace))
+    setting = Setting(problem, Offered(problem.workload))
+    effort = setting.effort([(Role.MIXED, ParallelConfig())], 1.0, fine=True)
+    assert (effort.num_requests, effort.max_requests, effort.min_runs) == (100, 100, 1)
