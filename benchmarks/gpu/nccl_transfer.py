@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.nccl_transfer --output benchmarks/gpu/results/h200-nccl
 
-needs one CUDA card with about 8 GB free and CuPy (``pip install "distserve[cuda]"``), and takes about a minute. Both
+needs one CUDA card with about 8 GB free and CuPy (``pip install -e '.[cuda]'``), and takes about a minute. Both
 ranks are in this process and NCCL's communicator has one rank, which sends to itself: the card's memory does the work
 of both ends, so figures between two cards are better where the link is not what bounds them.
 

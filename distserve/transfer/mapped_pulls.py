@@ -56,6 +56,10 @@ class MappedPulls(PullThread[Source[MemoryT]]):
 
     def _turn(self) -> None:
         self._take_orders(self._timeout)
+        # What ended meanwhile ends now, not behind what is copied.
+        for pull in tuple(self._pulls.values()):
+            if self._invalidity(pull):
+                self._advance(pull)
         # The oldest pull that can go on does, one batch.
         if any(self._advance(pull) for pull in tuple(self._pulls.values())):
             self._last_moved = time.monotonic()

@@ -30,7 +30,7 @@ class Mover(MappedPulls[Bytes]):
             assert pull.stream is not None
             if not pull.stream.is_done and (batch := pull.stream.next(self._layers_passed(pull, pull.source))):
                 self._copy(batch, pull.source)
-        # Bytes count only if lease and source still stood after they were read: look after the batch, not before.
+        # Bytes count only if deadline and source still stood after they were read: look after the batch, not before.
         failure = self._invalidity(pull)
         if failure or (pull.stream is not None and pull.stream.is_done):
             self._end(pull, failure)

@@ -5,7 +5,7 @@ of the body, number of the pull on this connection), and its body:
 
 =========  ================  =======================================================================
 ``PULL``   to the source     a :class:`Wanted`: what of which blocks, and when they are ready
-``CANCEL`` to the source     nothing; the source still ends the pull
+``CANCEL`` to the source     nothing; the source sends no more of the pull, nor its end
 ``DATA``   from the source   the next bytes of the pull, of so many planes, as its ``Stream`` has them
 ``END``    from the source   why it ended early, in UTF-8; empty after the last byte
 =========  ================  =======================================================================

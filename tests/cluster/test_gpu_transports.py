@@ -34,7 +34,7 @@ def with_nccl(name):
 
 def without_nccl(name):
     def open_nccl(_):
-        raise ConfigError('CuPy is not installed: pip install "distserve[cuda]"')
+        raise ConfigError("CuPy is not installed: pip install -e '.[cuda]'")
 
     return Hardware(FakeDevice(name), open_nccl=open_nccl)
 
@@ -65,7 +65,7 @@ def test_cards_that_do_not_reach_each_other_use_the_network(hardware, kind, capl
     assert ("cuda-ipc:" in source[0].address) == (kind is AUTO)
     said = [record.message for record in caplog.records]
     assert len(said) == (2 if hardware is without_nccl and kind is AUTO else 0)
-    assert all("over TCP" in text and "distserve[cuda]" in text for text in said)
+    assert all("over TCP" in text and ".[cuda]" in text for text in said)
     try:
         assert pulls(source, sink)
     finally:
@@ -86,7 +86,7 @@ def test_one_card_maps_its_memory_and_needs_no_network():
 def test_nccl_that_was_asked_for_and_is_missing_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     monkeypatch.setitem(__import__("sys").modules, "cupy.cuda", None)
-    with pytest.raises(ConfigError, match=r"CuPy, which is not installed: .*distserve\[cuda\]"):
+    with pytest.raises(ConfigError, match=r"CuPy, which is not installed: .*\.\[cuda\]"):
         make(Hardware(FakeDevice()), NCCL)
 
 

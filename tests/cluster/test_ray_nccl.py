@@ -168,12 +168,12 @@ def test_without_cupy_nccl_is_refused_by_the_extra_to_install_and_auto_takes_tcp
         server = start(tmp_path, nodes, config("nccl", 2), "open_card_alone")
         try:
             assert server.process.wait(120) != 0
-            assert 'pip install "distserve[cuda]"' in server.log.read_text()
+            assert "pip install -e '.[cuda]'" in server.log.read_text()
         finally:
             server.kill()
         assert nodes.instances() == set()
         with serving(tmp_path, nodes, config("auto", 2), "open_card_alone") as server:
             wait_for(server, "KV between GPUs goes over TCP")
-            assert 'pip install "distserve[cuda]"' in server.log.read_text()
+            assert "pip install -e '.[cuda]'" in server.log.read_text()
             assert Text(server, SHORT).whole() == generate(demo_model(), PROMPT, SHORT)
             wait_idle(server)

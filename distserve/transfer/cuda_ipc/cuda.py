@@ -21,7 +21,7 @@ def check_cuda(index: int) -> None:
     if torch.version.cuda is None:
         raise ConfigError(
             f"GPU {index} needs a torch built for CUDA, this one ({torch.__version__}) is not: install torch from "
-            "https://download.pytorch.org/whl/cu130, or PyPI's on Linux, and `pip install distserve[cuda]`"
+            "https://download.pytorch.org/whl/cu130, or PyPI's on Linux"
         )
     if not torch.cuda.is_available():
         raise ConfigError(f"no GPU {index}: torch finds no NVIDIA card or driver here; `nvidia-smi` says what there is")

@@ -81,7 +81,7 @@ class DeviceMover(MappedPulls[Tensor]):
 
     def _advance(self, pull: Pull[DeviceSource]) -> bool:
         landed = self._land(pull)
-        # Bytes count only if lease and source still stood after they had arrived: look at the copies first.
+        # Bytes count only if deadline and source still stood after they had arrived: look at the copies first.
         failure = self._invalidity(pull)
         if not failure:
             assert pull.source is not None

@@ -15,7 +15,7 @@ from torch import Tensor
 from distserve.core.errors import ConfigError
 from distserve.transfer.nccl.device import Completion, Device
 
-_EXTRA = 'install the extra "cuda": pip install "distserve[cuda]"'
+_EXTRA = "install the extra `cuda`: pip install -e '.[cuda]' in distserve's checkout"
 
 
 class CupyCollectives:

@@ -142,7 +142,7 @@ class Inbound(Link):
         pull = self._pulls[op.ready.number]
         pull.num_unpacking -= 1
         pull.num_unpacked += 1
-        # Bytes count only if the lease still stood when they were in their blocks.
+        # Bytes count only if the deadline had not passed when they were in their blocks.
         if now > pull.deadline:
             self._fail(pull, "deadline passed")
         elif pull.failure or pull.num_unpacked == len(pull.pieces):
