@@ -1,16 +1,23 @@
 """Which rate to measure next: a curve that brackets, for each objective, the rate at which its target is missed.
 
 Pure: what was measured goes in, a rate comes out. A curve is the attainment of every objective by rate, in requests/s.
+Expected attainment falls as the rate rises, what some dozens of requests attain scatters around it: limits are those of
+the falling curve that is closest to what was measured (least squares, weighted by requests).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy.optimize import isotonic_regression
+
 Curve = Mapping[float, Sequence[float]]
 """By rate, the share of requests that met each objective."""
 Bracket = tuple[float | None, float | None]
-"""The largest rate that passed below the first that failed, and that one; None for what there is not."""
+"""Of a falling curve, the largest rate that passes and the next one, which fails; None for what there is not."""
+_ROUNDING = 1e-9
+_FEW = 2 / 3
+"""Requests/s below which a run lasts longer, to have as many requests."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +89,33 @@ class Ladder:
 def bracket(curve: Curve, objective: int, target: float) -> Bracket:
     """What ``curve`` says of one objective."""
     low: float | None = None
-    for rate in sorted(curve):
-        if curve[rate][objective] < target:
+    for rate, share in falling(curve, objective).items():
+        if share < target - _ROUNDING:
             return low, rate
         low = rate
     return low, None
 
 
+def falling(curve: Curve, objective: int) -> dict[float, float]:
+    """The attainment of one objective by rate, rates ascending, as it may be if it never rises."""
+    rates = sorted(curve)
+    if not rates:
+        return {}
+    shares, weights = [curve[rate][objective] for rate in rates], [max(rate, _FEW) for rate in rates]
+    fitted = isotonic_regression(shares, weights=weights, increasing=False).x
+    return dict(zip(rates, fitted.tolist(), strict=True))
+
+
 def goodput(curve: Curve, objective: int, target: float) -> float:
     """The rate at which the attainment falls to ``target``, on the straight line between the bracket's ends.
 
-    0 if no rate passed; the highest rate measured if all did.
+    0 if no rate passes; the highest rate measured if all do.
     """
     low, high = bracket(curve, objective, target)
     if low is None:
         return 0.0
     if high is None:
         return low
-    above, below = curve[low][objective], curve[high][objective]
+    shares = falling(curve, objective)
+    above, below = max(shares[low], target), shares[high]
     return low + (high - low) * (above - target) / (above - below)
