@@ -64,7 +64,7 @@ def main() -> None:
 @click.option("--gpu", type=int, help="Place all instances on this GPU, counted from 0.  [default: compute on CPUs]")
 @click.option("--dtype", help="float32 or bfloat16, for weights and KV.  [default: float32]")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and output together.  [default: the model's]")
-@click.option("--kv-tokens", type=int, help="KV memory of each instance, in tokens.  [default: by free memory]")
+@click.option("--kv-tokens", type=int, help="KV memory of each instance, in tokens.  [default: at most 256 MiB]")
 @click.option("--kv-memory", type=float, help="KV memory of each instance, in bytes, in place of --kv-tokens.")
 @click.option("--prefix-caching", is_flag=True, default=None, help="Compute and move what prompts have in common once.")
 @click.option("--prefix-cache-tokens", type=int, help="Most unused KV kept for it, in tokens.  [default: all memory]")

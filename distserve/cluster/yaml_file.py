@@ -36,7 +36,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
 
 
 def beside(path: Path, base: Path) -> Path:
-    """A path that a file in ``base`` says: as it is or, if only that is there, relative to ``base``."""
+    """A path that a file in ``base`` says: as it is or, if only that is there, relative to ``base``. ``~`` is home."""
+    path = path.expanduser()
     return base / path if not path.exists() and (base / path).exists() else path
 
 
