@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from distserve.cluster.config import ConfigFile
-from distserve.cluster.placement_section import PlacementSection
+from distserve.cluster.placement_section import PlacementSection, PoolSection
 from distserve.core.config import SLO, ParallelConfig, Role
 from distserve.core.errors import ConfigError
 from placement.candidates import Candidate, spans
@@ -116,11 +116,12 @@ def given_candidate(path: Path, problem: Problem) -> Candidate | None:
         return None
     section.instances()
     pools = {role: getattr(section, role) for role in Role if getattr(section, role)}
-    shapes, refused = find_shapes(problem, Offered(problem.workload, problem.search.seed))
+    offered = Offered(problem.workload, problem.search.seed)
     found = []
     for role, pool in pools.items():
         if not pool.instances:
             continue
+        shapes, refused = find_shapes(replace(problem, limits=_limits_of(pool, problem.limits)), offered)
         parallel = ParallelConfig(pool.tp, pool.pp)
         problem.model.check(parallel)
         shape = next((shape for shape in shapes if (shape.role, shape.parallel) == (role, parallel)), None)
@@ -139,6 +140,17 @@ def given_candidate(path: Path, problem: Problem) -> Candidate | None:
     # Side by side on the same nodes where that is possible, as DistServe's Algorithm 2 seats such pairs.
     span = spans(problem, found[0][0], found[1][0])[-1] if len(found) == 2 else 1
     return Candidate(tuple(found), span)
+
+
+def _limits_of(pool: PoolSection, limits: EngineLimits) -> EngineLimits:
+    """``limits``, and what the pool says of its own instances in their place."""
+    return replace(
+        limits,
+        kv_tokens=pool.kv_tokens or limits.kv_tokens,
+        prefill_batch_tokens=pool.max_batch_tokens or limits.prefill_batch_tokens,
+        mixed_batch_tokens=pool.max_batch_tokens or limits.mixed_batch_tokens,
+        max_batch_size=pool.max_batch_size or limits.max_batch_size,
+    )
 
 
 def _read(path: Path) -> PlanningFile:

@@ -29,6 +29,7 @@ class Shape:
     policy: PrefillPolicy
     kv: KvConfig
     max_batch_tokens: int
+    max_batch_size: int
     nodes: int
 
     @property
@@ -41,7 +42,7 @@ class Shape:
         limits = problem.limits
         scheduler = SchedulerConfig(
             max_batch_tokens=self.max_batch_tokens,
-            max_batch_size=limits.max_batch_size,
+            max_batch_size=self.max_batch_size,
             max_in_flight=self.parallel.pp,
             max_model_len=limits.max_model_len,
             policy=self.policy,
@@ -109,7 +110,7 @@ def find_shapes(problem: Problem, offered: Offered) -> tuple[list[Shape], list[R
                 )
                 refused.append(Refusal(parallel, "memory", reason))
                 break
-            shape = Shape(role, parallel, policy, kv, tokens, nodes)
+            shape = Shape(role, parallel, policy, kv, tokens, problem.limits.max_batch_size, nodes)
             try:
                 check_budget(shape.spec(problem, f"{role} instance"))
             except ConfigError as error:

@@ -143,7 +143,8 @@ class Case:
         parallel = ParallelConfig(tp or self.published.tp)
         kv = self.problem.kv(parallel, tokens)
         assert kv is not None
-        return Candidate(((Shape(Role.MIXED, parallel, policy, kv, tokens, nodes=1), 1),))
+        size = self.problem.limits.max_batch_size
+        return Candidate(((Shape(Role.MIXED, parallel, policy, kv, tokens, size, nodes=1), 1),))
 
     def planned(self, kind: str) -> Candidate:
         """What benchmarks/paper_cases found: ``disaggregated``, ``splitfuse``, ``whole_prompt``."""

@@ -148,7 +148,7 @@ def one_instance(engine: str) -> System:
     problem = Problem(model, SLO(0.5, 0.1), workload, None, cluster, latency)
     kv = problem.kv(ParallelConfig(), 2560)
     assert kv is not None
-    shape = Shape(Role.MIXED, ParallelConfig(), PrefillPolicy.WHOLE_PROMPT, kv, 2560, nodes=1)
+    shape = Shape(Role.MIXED, ParallelConfig(), PrefillPolicy.WHOLE_PROMPT, kv, 2560, 256, nodes=1)
     return System(engine, problem, Candidate(((shape, 1),)))
 
 

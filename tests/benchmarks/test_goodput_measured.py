@@ -61,6 +61,17 @@ def test_another_budget_is_tried_where_the_first_one_failed_and_followed_where_i
     assert bracket(curve, 1, 0.9) == (4.8, 5.76)
 
 
+def test_one_poor_run_below_better_ones_is_no_limit() -> None:
+    """Attainment falls with the rate: a run of few requests that says otherwise is weighed against those beside it."""
+    assert bracket({1.0: [0.88], 2.0: [0.95], 4.0: [0.5]}, 0, 0.9) == (2.0, 4.0)
+    assert bracket({1.0: [0.5], 2.0: [0.95], 4.0: [0.5]}, 0, 0.9) == (None, 1.0)
+    # As many requests below 2/3 a second as there.
+    assert bracket({0.1: [0.8], 0.5: [1.0], 4.0: [0.5]}, 0, 0.9) == (0.5, 4.0)
+    pooled = (0.88 * 1 + 0.95 * 2) / 3
+    expected = 2 + 2 * (pooled - 0.9) / (pooled - 0.5)
+    assert goodput({1.0: [0.88], 2.0: [0.95], 4.0: [0.5]}, 0, 0.9) == pytest.approx(expected)
+
+
 def test_a_repetition_follows_a_bracket_that_moved() -> None:
     ladder = Ladder()
     curve: dict[float, list[float]] = {}

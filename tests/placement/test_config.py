@@ -152,6 +152,14 @@ def test_pools_in_the_file_become_a_rival(write_config: WriteConfig) -> None:
         (Role.PREFILL, ParallelConfig(1, 1), 2),
         (Role.DECODE, ParallelConfig(2, 1), 1),
     ]
+    limits = {"kv_tokens": 9000, "max_batch_size": 48, "max_batch_tokens": 320}
+    path = write_config(placement={"mixed": {"instances": 2} | limits})
+    problem = load_problem(path, NONE)
+    rival = given_candidate(path, problem)
+    assert rival is not None
+    spec = rival.pools[0][0].spec(problem, "mixed-0")
+    assert spec.kv.num_tokens >= 9000 > spec.kv.num_tokens - spec.kv.block_size
+    assert (spec.scheduler.max_batch_size, spec.scheduler.max_batch_tokens) == (48, 320)
     auto = write_config(placement="auto")
     assert given_candidate(auto, load_problem(auto, NONE)) is None
 

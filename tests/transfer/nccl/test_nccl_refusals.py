@@ -35,7 +35,7 @@ def test_without_cupy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     monkeypatch.setitem(__import__("sys").modules, "cupy.cuda", None)
     pool = torch.zeros(LAYOUT.num_bytes, dtype=torch.uint8)
-    with pytest.raises(ConfigError, match=r"CuPy, which is not installed: .*distserve\[cuda\]"):
+    with pytest.raises(ConfigError, match=r"CuPy, which is not installed: .*\.\[cuda\]"):
         NcclTransport(LAYOUT, pool, host="127.0.0.1", secret=SECRET, clock=time.time)
 
 
