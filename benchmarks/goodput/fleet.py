@@ -174,8 +174,12 @@ class Fleet:
             kinds = [self.shapes[role, PrefillPolicy.SPLITFUSE] for role in mode.roles]
             return list(zip(kinds, counts, strict=True))
         shape = self.shapes[Role.MIXED, mode.policy]
-        kv = self.problem.kv(self.parallel, max(knob, self.problem.limits.max_batch_size))
-        return [(replace(shape, max_batch_tokens=knob, kv=kv or shape.kv), self.num_instances)]
+        most = self.problem.limits.max_batch_size
+        kv = self.problem.kv(self.parallel, max(knob, most))
+        # A step that prompts share has room for a token of every sequence.
+        size = min(most, knob) if mode.policy is PrefillPolicy.SPLITFUSE else most
+        shape = replace(shape, max_batch_tokens=knob, max_batch_size=size, kv=kv or shape.kv)
+        return [(shape, self.num_instances)]
 
     def placement(self, mode: Mode, knob: int) -> Placement:
         """Every pool on nodes of its own: whatever KV is moved crosses the network cards of both nodes."""
@@ -184,14 +188,10 @@ class Fleet:
         instances: list[PlacedInstance] = []
         node = 0
         for shape, count in self.pools(mode, knob):
-            limits = self.problem.limits
-            if shape.role is Role.MIXED and shape.policy is PrefillPolicy.SPLITFUSE:
-                limits = replace(limits, max_batch_size=min(limits.max_batch_size, shape.max_batch_tokens))
-            problem = replace(self.problem, limits=limits)
             for number in range(count):
                 first = number % per_node * tp
                 gpus = tuple(Gpu(node + number // per_node, first + shard) for shard in range(tp))
-                instances.append(PlacedInstance(shape.spec(problem, f"{shape.role}-{number}"), gpus))
+                instances.append(PlacedInstance(shape.spec(self.problem, f"{shape.role}-{number}"), gpus))
             node += -(-count // per_node)
         placement = Placement(cluster, tuple(instances))
         placement.check()
