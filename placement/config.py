@@ -132,7 +132,7 @@ def given_candidate(path: Path, problem: Problem) -> Candidate | None:
             elif problem.model.num_layers % pool.pp:
                 reason = f"{problem.model.num_layers} layers are planned in equal stages"
             elif pool.pp > problem.search.max_pp:
-                reason = f"up to {problem.search.max_pp} stages are looked at (search.max_pp)"
+                reason = f"up to {problem.search.max_pp} stages are planned"
             else:
                 reason = "it is wider than a node or the cluster"
             raise ConfigError(f"placement.{role}: tp {pool.tp} x pp {pool.pp} cannot be: {reason}")

@@ -60,7 +60,7 @@ class Offered:
         spec = replace(self.spec, seed=self.seed + run, num_requests=num_requests, duration=None)
         if spec.trace is not None:
             # The factor to fit a context is that of the whole trace, whatever stretch is offered.
-            spec = replace(spec, length_scale=spec.length_scale * spec.fitting, fit_context=None)
+            spec = replace(spec, length_scale=spec.length_scale * self.spec.fitting, fit_context=None)
         if isinstance(spec.arrivals, TraceTimes):
             return self._stretch(spec, spec.arrivals, rate, run, num_requests)
         if self._has_trace_lengths:

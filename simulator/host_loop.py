@@ -32,10 +32,11 @@ class HostLoop(Loop):
             self._host.add_instance(name, engine.num_stages, engine.num_shards)
         super().add(name, machine, engine, may_jump=may_jump)
 
-    def lose(self, name: str) -> None:
+    def lose(self, name: str) -> float:
         """See :class:`simulator.loop.Loop`."""
-        super().lose(name)
+        noticed_at = super().lose(name)
         super()._execute(self._parts[HOST], self._host.drop(self.now, name))
+        return noticed_at
 
     def _execute(self, part: Part, commands: Sequence[Command]) -> None:
         host = self._parts[HOST]

@@ -98,10 +98,10 @@ class Loop:
         self._count += 1
         heappush(self._heap, (time, self._count, part, event))
 
-    def lose(self, name: str) -> None:
-        """The instance dies now.
+    def lose(self, name: str) -> float:
+        """The instance dies now; returns when the router hears of it (seconds).
 
-        What it would do or receive vanishes, pulls from it fail, and the router hears of it later.
+        What it would do or receive vanishes, and pulls from it fail.
         """
         part = self._parts.pop(name)
         assert part.engine is not None
@@ -109,10 +109,12 @@ class Loop:
             part.engine.settle(self.now, part.jumper)
         part.engine.worker.die()
         part.is_alive = False
-        self.post(self.now + self._loss_delay, ROUTER, InstanceLost(name))
+        noticed_at = self.now + self._loss_delay
+        self.post(noticed_at, ROUTER, InstanceLost(name))
         for puller, pull_id in self._pulls.lose(self.now, name):
             self.post(self.now, puller, Migrated(pull_id, ok=False, reason=f"{name} died"))
         self._await_pulls()
+        return noticed_at
 
     def stop(self) -> None:
         """Handle nothing more in this run."""

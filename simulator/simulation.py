@@ -122,7 +122,6 @@ class _Run:
         self._block_size = _block_size_of_prefixes(model)
         self._next = 0
         self._num_ended = 0
-        self._loss_delay = model.delays.loss
         self._progress: dict[str, int] = {}
         self._network = PullNetwork(model) if model.cluster is not None and model.kv is not None else None
         pulls = Pulls(model.delays, self._network, recorder)
@@ -227,8 +226,7 @@ class _Run:
         if fault.kind is FaultKind.START:
             self._start(fault.instance_id)
         elif fault.kind is FaultKind.LOSS:
-            self._noticed_at[fault.instance_id] = self._loop.now + self._loss_delay
-            self._loop.lose(fault.instance_id)
+            self._noticed_at[fault.instance_id] = self._loop.lose(fault.instance_id)
         elif fault.kind.role is not None:
             change = ChangeRole(fault.instance_id, fault.kind.role, PATIENCE)
             self._loop.post(fault.time, ROUTER, Received(CLIENT, change))

@@ -41,7 +41,7 @@ class Stopwatch:
             call()
             return time.perf_counter() - start
         # torch does not annotate the constructor.
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's own
         self._flush.zero_()
         begin.record()
         call()

@@ -38,11 +38,10 @@ from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import WorkloadSpec
 
-CLIENTS = (1, 2, 4, 8, 16, 32)
 PARTS = {1: 4, 2: 4, 4: 4, 8: 4, 16: 3, 32: 2}
-"""In how many parts a round's load of so many clients is given; the open loop's are three."""
-RATE = 3.0
-"""Requests/s of the open loop."""
+"""By number of clients in a closed loop, in how many parts a round's load is given."""
+RATE, OPEN_PARTS = 3.0, 3
+"""Requests/s of the open loop, and its parts."""
 PROMPT_LEN, OUTPUT_LEN = "normal:mean=256,std=77,max=1500", "normal:mean=64,std=19,max=256"
 """DeepSpeed-FastGen's spread, 0.3 of the mean, at lengths for this model."""
 
@@ -68,14 +67,14 @@ def loads(directory: Path, seed: int, *, quick: bool) -> Iterator[tuple[str, Loa
     The clients take turns part by part: the machine's speed changes by several per cent within a minute.
     """
     prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
-    for clients in (1, 8) if quick else CLIENTS:
+    for clients in (1, 8) if quick else PARTS:
         num = 2 * clients if quick else max(8, 3 * clients)
         for part in range(1 if quick else PARTS[clients]):
             trace = directory / f"{clients}-{seed}-{part}.jsonl"
             write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=10 * seed + part).at(None))
             yield f"{clients} client{'s' if clients > 1 else ''}", Load(trace, num, clients)
     num = 6 if quick else round(10 * RATE)
-    for part in range(1 if quick else 3):
+    for part in range(1 if quick else OPEN_PARTS):
         trace = directory / f"open-{seed}-{part}.jsonl"
         write_trace(trace, WorkloadSpec(Gamma(), prompt, output, num_requests=num, seed=10 * seed + part).at(RATE))
         yield f"{RATE:g} requests/s", Load(trace, num, None)

@@ -19,10 +19,14 @@ _PROBE = "distserve_probe"
 
 
 class MaskRecorder:
-    """Stands in for attention; ``windowed[l]``: layer l's mask hides the first key from the last query."""
+    """Stands in for attention; ``windows[l]`` are the tokens that layer l's mask shows a query, None for all of them.
 
-    def __init__(self) -> None:
-        self.windowed: list[bool] = []
+    ``window``: the configuration's, in place of the shorter one that masks are made for meanwhile.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        self.windows: list[int | None] = []
+        self._window = window
 
     def attend(
         self,
@@ -34,7 +38,8 @@ class MaskRecorder:
     ) -> Tensor:
         """See :class:`distserve.engine.attention.PagedCall`; ``attention_mask`` [1, 1, T, T] is 0 where it attends."""
         mask = kwargs["attention_mask"]
-        self.windowed.append(mask is not None and bool(mask[0, 0, -1, 0] != 0))
+        hides_first = mask is not None and bool(mask[0, 0, -1, 0] != 0)
+        self.windows.append(self._window if hides_first else None)
         return torch.zeros_like(query.transpose(1, 2))
 
 
@@ -47,7 +52,7 @@ def recorded_masks(module: PreTrainedModel, num_tokens: int) -> Iterator[MaskRec
         if window:
             config.sliding_window = num_tokens // 2
         module.set_attn_implementation(_PROBE)
-        yield MaskRecorder()
+        yield MaskRecorder(window)
     finally:
         if window:
             config.sliding_window = window

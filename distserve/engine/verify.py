@@ -78,7 +78,7 @@ def run_trial(module: PreTrainedModel, kv: KvPool) -> Trial:
     recorder.check_layers()
     with recorded_masks(module, len(tokens)) as masks:
         module(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False, paged=masks)
-    recorder.check_windows(masks, getattr(config, "sliding_window", None))
+    recorder.check_windows(masks)
     module.set_attn_implementation("eager")
     logits: Tensor = module(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False).logits[0].clone()
     module.set_attn_implementation(IMPLEMENTATION)
@@ -201,10 +201,9 @@ class AttentionRecorder:
         if self.layers != list(range(self.layout.num_layers)):
             self._refuse(f"not each of its {self.layout.num_layers} layers has one attention over its own KV cache")
 
-    def check_windows(self, masks: MaskRecorder, window: int | None) -> None:
-        """Raise UnsupportedModelError unless layers ask for the windows that ``masks`` have, of ``window`` tokens."""
-        said = [settings.sliding_window or None for settings in self.settings]
-        if said != [window if windowed else None for windowed in masks.windowed]:
+    def check_windows(self, masks: MaskRecorder) -> None:
+        """Raise UnsupportedModelError unless layers ask for the windows that their masks have."""
+        if masks.windows != [settings.sliding_window or None for settings in self.settings]:
             self._refuse("the sliding windows that its layers ask for are not those of its attention masks")
 
     def _refuse(self, reason: str) -> None:

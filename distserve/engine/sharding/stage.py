@@ -147,7 +147,7 @@ def try_stage(model: StageModel) -> Trial:
     recorder.check_layers()
     with recorded_masks(module, len(tokens)) as masks:
         model.forward(tokens, positions, rows, masks)
-    recorder.check_windows(masks, getattr(config, "sliding_window", None))
+    recorder.check_windows(masks)
     module.set_attn_implementation("eager")
     logits = model.forward(tokens, positions, rows, None)
     module.set_attn_implementation(IMPLEMENTATION)
