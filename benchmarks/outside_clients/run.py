@@ -80,8 +80,8 @@ def loads(directory: Path, seed: int, *, quick: bool) -> Iterator[tuple[str, Loa
         yield f"{RATE:g} requests/s", Load(trace, num, None)
 
 
-def measure(options: argparse.Namespace, logs: Path) -> tuple[dict[str, dict[str, list[Figures]]], float]:
-    """By load and client, the figures of every round; and the most cores that others kept busy during one."""
+def measure(options: argparse.Namespace, logs: Path) -> Iterator[tuple[dict[str, dict[str, list[Figures]]], float]]:
+    """After every round, by load and client the figures so far; and the most cores that others kept busy during one."""
     log = logs / "clients.log"
     clients: dict[str, Callable[[Target, Load], Figures]] = {
         "distserve bench": lambda target, load: distserve_bench(target, load, log),
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace, logs: Path) -> tuple[dict[str, dict[str
                         f"round {number + 1}, {name}, {client}: {figures['throughput']:.1f} tokens/s, "
                         f"latency {1e3 * figures['latency_mean']:.0f} ms"
                     )
-    return found, max(others)
+            yield found, max(others)
 
 
 def main() -> int:
@@ -129,12 +129,12 @@ def main() -> int:
         logs: Path = options.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
         try:
-            result["loads"], result["other_load"] = measure(options, logs)
+            for result["loads"], result["other_load"] in measure(options, logs):
+                result["duration"] = time.monotonic() - start
+                num_missed = write_report(options.output_dir, result)
         except (LoadError, ServerError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    result["duration"] = time.monotonic() - start
-    num_missed = write_report(options.output_dir, result)
     print((options.output_dir / "report.md").read_text())
     return 1 if num_missed else 0
 
