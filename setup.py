@@ -26,8 +26,8 @@ if ZIG is not None and ZIG.origin is not None and not has_compiler():
 
 # What travels between processes stays interpreted: its classes are taken apart and put together by other libraries.
 SCHEDULING = ("block_manager", "budget", "decode", "decoding", "handoff", "hybrid", "instance_view", "intake")
-SCHEDULING += ("mixed", "prefill", "prefix", "prompt_choice", "receiving", "role_changes")
-SCHEDULING += ("routed_prefixes", "router", "scheduler", "sequence")
+SCHEDULING += ("mixed", "pace", "prefill", "prefix", "prompt_choice", "receiving", "report_timer", "role_changes")
+SCHEDULING += ("routed_prefixes", "router", "scheduler", "sequence", "totals")
 SIMULATION = ("client", "engine", "host", "host_loop", "loop", "network", "passage", "pulls", "routes", "worker")
 SIMULATION += ("latency/runs",)
 COMPILED = [f"distserve/core/{name}.py" for name in SCHEDULING] + [f"simulator/{name}.py" for name in SIMULATION]

@@ -257,6 +257,7 @@ class _Run:
         spec = self._models[instance_id].spec
         engines = [engine for engine, _ in self._lives[instance_id]]
         schedulers = [machine.scheduler for _, machine in self._lives[instance_id]]
+        totals = [scheduler.totals for scheduler in schedulers]
         return InstanceUsage(
             instance_id=instance_id,
             role=schedulers[-1].spec.role if schedulers else spec.role,
@@ -264,11 +265,11 @@ class _Run:
             num_steps=sum(engine.num_steps for engine in engines),
             num_tokens=sum(engine.num_tokens for engine in engines),
             num_sequences=sum(engine.num_sequences for engine in engines),
-            num_preempted=sum(scheduler.num_preempted for scheduler in schedulers),
+            num_preempted=sum(count.num_preempted for count in totals),
             peak_kv_blocks=max((scheduler.blocks.peak_used for scheduler in schedulers), default=0),
             num_kv_blocks=spec.kv.num_blocks,
-            num_hit_tokens=sum(scheduler.num_hit_tokens for scheduler in schedulers),
-            num_queried_tokens=sum(scheduler.num_queried_tokens for scheduler in schedulers),
+            num_hit_tokens=sum(count.num_hit_tokens for count in totals),
+            num_queried_tokens=sum(count.num_queried_tokens for count in totals),
         )
 
 

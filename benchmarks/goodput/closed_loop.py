@@ -111,7 +111,7 @@ class _ClosedLoop:
 
     def records(self) -> list[RequestRecord]:
         """What a client of the endpoint would have noted, in order of sending."""
-        assert self._scheduler.num_preempted == 0, "tokens of preempted sequences are not in every step"
+        assert self._scheduler.totals.num_preempted == 0, "tokens of preempted sequences are not in every step"
         # Who is past its prompt has a token in every step that decodes, under both policies.
         seen = np.array(self._log.decode_ends) + self._delay
         found = []

@@ -11,7 +11,8 @@ as it ends, and a later invocation goes on where this one stopped: it can be end
 processes took the cores is not kept (``--max-other-load``).
 
 Of each contender, for each workload, Poisson arrivals at rising rates, until the rate at which each of the three
-objectives is missed lies between two that are no further apart than 1.2. Then other token budgets for a step are tried
+objectives is missed lies between two that are no further apart than 1.2. The runs of a rate have the same number of
+requests and the same lengths, in another order with another seed. Then other token budgets for a step are tried
 where they could do better. Further rounds, with other seeds, repeat the runs around each of these rates, contender
 after contender; a goodput is the median of the rounds. The simulator predicts every run of ours, from a profile that
 `distserve profile` takes first.
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -35,13 +37,14 @@ from benchmarks.common.servers import Server, ServerError, unwind_on_sigterm
 from benchmarks.common.slices import Slice, SliceOverError
 from benchmarks.common.store import Store
 from benchmarks.common.systems import MAX_BATCH_SIZE, MAX_MODEL_LEN, Bench
+from benchmarks.common.traces import write_trace
 from benchmarks.goodput.measured.contenders import CONTENDERS, Contender
 from benchmarks.goodput.measured.invocation import parse, parser_for, prepared
 from benchmarks.goodput.measured.ladder import Ladder
 from benchmarks.goodput.measured.prediction import predict
 from benchmarks.goodput.measured.real_report import write_report
 from benchmarks.goodput.measured.results import Results, run_name
-from benchmarks.goodput.measured.runs import OBJECTIVES, TARGET, WORKLOADS, Requests
+from benchmarks.goodput.measured.runs import OBJECTIVES, TARGET, WORKLOADS, Requests, balanced
 from distserve.core.errors import DistserveError
 from simulator.latency.measured import ProfileLatencyModel
 
@@ -173,21 +176,21 @@ class Session:
     ) -> dict[str, Any]:
         """One run, kept."""
         seconds = self._options.seconds if self._options.quick else max(self._options.seconds, _LEAST_REQUESTS / rate)
-        mix = WORKLOADS[workload]
         warmup = seconds * _WARM_UP_SHARE
         seed = 10 * number + list(WORKLOADS).index(workload)
-        load = {
-            "vocab_size": self._vocab_size,
-            "rate": rate,
-            "duration": seconds,
-            "warmup": warmup,
-            "prompt_len": mix.prompt_len,
-            "output_len": mix.output_len,
-            "seed": seed,
-            "timeout": _TIMEOUT,
-        }
         log = self._systems.logs / "bench.log"
-        document, other_load = self._slice.measure(partial(bench, server.url, load, log=log, may_miss=True), server)
+        with TemporaryDirectory() as directory:
+            trace = Path(directory) / "trace.jsonl"
+            write_trace(trace, balanced(WORKLOADS[workload], rate, seconds, seed))
+            load = {
+                "vocab_size": self._vocab_size,
+                "trace": trace,
+                "trace_format": "mooncake",
+                "warmup": warmup,
+                "seed": seed,
+                "timeout": _TIMEOUT,
+            }
+            document, other_load = self._slice.measure(partial(bench, server.url, load, log=log, may_miss=True), server)
         found = summary(document)
         run = {
             "round": number,

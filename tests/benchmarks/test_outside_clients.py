@@ -9,7 +9,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from benchmarks.outside_clients.clients import write_trace
+from benchmarks.common.traces import write_trace
 from benchmarks.outside_clients.closed_loop import Server, load, read_queries
 from benchmarks.outside_clients.report import REFERENCE, deviations, misses, write_report
 from distserve.bench.arrivals import Gamma

@@ -109,7 +109,7 @@ async def test_prompts_with_a_common_prefix_give_the_same_tokens(
     for _, event, live, again in replay(tmp_path / f"{cluster.specs[0].instance_id}.log", machine):
         assert live == again, event
     shared_turn = (len(first[0]) + NUM_TOKENS - 1 if mixed else len(first[0])) // 16 * 16
-    assert machine.num_hit_tokens == 64 + 64 + 48 + 32 + shared_turn + (len(first[2]) - 1) // 16 * 16
+    assert machine.totals.num_hit_tokens == 64 + 64 + 48 + 32 + shared_turn + (len(first[2]) - 1) // 16 * 16
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])

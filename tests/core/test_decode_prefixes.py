@@ -76,8 +76,8 @@ def test_only_what_is_missing_is_pulled() -> None:
     node.receive(first(other), "prefill-0")
     run_out(node)
     assert output(node, other) == expected_tokens(other, 0)[1:]
-    assert node.scheduler.num_hit_tokens == 8
-    assert node.scheduler.num_queried_tokens == 10 + 18
+    assert node.scheduler.totals.num_hit_tokens == 8
+    assert node.scheduler.totals.num_queried_tokens == 10 + 18
     assert node.scheduler.blocks.num_free == 64
 
 
@@ -92,7 +92,7 @@ def test_the_next_turn_finds_the_answer_too() -> None:
         take_in(node, turn)
         # The answer's last token, which would fill a block, was not computed but by a step in flight, which may fail.
         assert (12 + len(answer)) % SIZE == 0
-        assert node.scheduler.num_hit_tokens == (12 + len(answer) - 1) // SIZE * SIZE
+        assert node.scheduler.totals.num_hit_tokens == (12 + len(answer) - 1) // SIZE * SIZE
         run_out(node)
         assert node.scheduler.blocks.num_free == 64
 
@@ -106,7 +106,7 @@ def test_an_answer_that_a_stop_string_ended_is_found() -> None:
     node.receive(Abort(one.key, 0), "api-0")
     run_out(node)
     take_in(node, request("b", [*range(8), *expected_tokens(one, 0)[:4], 1]))
-    assert node.scheduler.num_hit_tokens == 12
+    assert node.scheduler.totals.num_hit_tokens == 12
 
 
 def test_if_nothing_is_missing_nothing_is_pulled() -> None:
@@ -153,7 +153,7 @@ def test_what_a_pull_left_is_not_found_before_its_source_vouches_for_it() -> Non
         node.finish_pull()
         node.receive(end, "prefill-0")
         take_in(node, request("b", list(range(8))))
-        assert node.scheduler.num_hit_tokens == 0
+        assert node.scheduler.totals.num_hit_tokens == 0
         run_out(node)
         assert node.scheduler.blocks.num_free == 64
 
@@ -178,7 +178,7 @@ def test_forks_share_what_was_found() -> None:
     run_out(node)
     three = request("b", list(range(10)), n=3)
     take_in(node, three)
-    assert node.scheduler.num_hit_tokens == 8
+    assert node.scheduler.totals.num_hit_tokens == 8
     run_out(node)
     for choice in three.choices:
         assert output(node, three, choice) == expected_tokens(three, choice)[1:]
@@ -197,7 +197,7 @@ def test_a_preempted_sequence_comes_back_to_its_own_blocks() -> None:
     run_out(node)
     emitted = [expected_tokens(young, 0)[0], *output(node, young)]
     again = replace(young, attempt=1, output_token_ids=tuple(emitted))
-    before = node.scheduler.num_hit_tokens
+    before = node.scheduler.totals.num_hit_tokens
     node.receive(offer(again), "prefill-0")
     node.receive(Leased(again.key, 5.0), "prefill-0")
     num_pulled = len(node.pulls[0].src_blocks) if node.pulls else 0
@@ -205,7 +205,7 @@ def test_a_preempted_sequence_comes_back_to_its_own_blocks() -> None:
     if node.pulls:
         node.finish_pull()
     assert num_pulled < 2, "its head, at least, was used last"
-    assert node.scheduler.num_hit_tokens > before
+    assert node.scheduler.totals.num_hit_tokens > before
     run_out(node)
     assert node.scheduler.blocks.num_free == 8
 
@@ -215,7 +215,7 @@ def test_salts_keep_requests_apart() -> None:
     take_in(node, request("a", list(range(8)), cache_salt="mine"))
     take_in(node, request("b", list(range(8)), cache_salt="yours"))
     take_in(node, request("c", list(range(8)), cache_salt="mine"))
-    assert node.scheduler.num_hit_tokens == 8
+    assert node.scheduler.totals.num_hit_tokens == 8
 
 
 def test_reports_name_what_was_found() -> None:
@@ -287,8 +287,8 @@ def test_any_workload_is_served_as_without_caching_and_leaves_nothing(
     cluster.run()
     cluster.assert_served()
     for scheduler in cluster.schedulers.values():
-        assert scheduler.num_hit_tokens <= scheduler.num_queried_tokens
-        assert caching or scheduler.num_queried_tokens == 0
+        assert scheduler.totals.num_hit_tokens <= scheduler.totals.num_queried_tokens
+        assert caching or scheduler.totals.num_queried_tokens == 0
 
 
 def test_conversations_pull_only_their_new_turns() -> None:

@@ -65,7 +65,7 @@ def test_preempted_sequences_come_back_and_end_the_same() -> None:
     for i in range(4):
         cluster.submit(make_request(f"r{i}", prompt=12, seed=20, max_tokens=20, arrival=0.001 * i))
     cluster.run(until=60)
-    assert cluster.schedulers["decode-0"].num_preempted > 0
+    assert cluster.schedulers["decode-0"].totals.num_preempted > 0
     cluster.assert_served()
 
 

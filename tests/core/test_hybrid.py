@@ -359,7 +359,7 @@ def test_what_was_evicted_is_recomputed_here_whoever_computed_it_before() -> Non
     node.submit(older)
     node.admit(younger)
     run_out(node)
-    assert node.scheduler.num_preempted == 1
+    assert node.scheduler.totals.num_preempted == 1
     assert tokens_of(node, older) == expected_tokens(older, 0)
     assert tokens_of(node, younger) == expected_tokens(younger, 0)[1:]
 
@@ -413,7 +413,7 @@ def test_nothing_is_pulled_into_blocks_that_a_step_under_way_still_writes() -> N
     node = bench(blocks=9, in_flight=2)
     for name, at in (("a", 0.0), ("b", 1.0)):
         node.submit(make_request(name, 15, seed=20, max_tokens=9, arrival=at))
-    while node.scheduler.num_preempted == 0:
+    while node.scheduler.totals.num_preempted == 0:
         node.finish_step()
     assert ("b", 1, True) in node.named(node.launched[0][0]), "it writes a block that it has given back"
     early = offer(make_request("c", 4, seed=20, max_tokens=4, arrival=-1.0))

@@ -115,7 +115,7 @@ def test_eviction_keeps_the_output() -> None:
     for request in requests:
         node.submit(request)
     run_out(node)
-    assert node.scheduler.num_preempted > 0
+    assert node.scheduler.totals.num_preempted > 0
     for request in requests:
         tokens = [output.token_id for output in node.outputs() if output.request_id == request.request_id]
         assert tokens == expected_tokens(request, 0)
@@ -128,7 +128,7 @@ def test_a_preempted_sequence_goes_on_from_the_blocks_that_are_as_it_left_them()
     for request in requests:
         node.submit(request)
     run_out(node)
-    assert node.scheduler.num_preempted == 1
+    assert node.scheduler.totals.num_preempted == 1
     assert [named for step in node.steps for named in node.named(step) if named[1] > 1][2:] == [("b", 17 - 12, True)]
     for request in requests:
         tokens = [output.token_id for output in node.outputs() if output.request_id == request.request_id]
@@ -142,7 +142,7 @@ def test_a_prompt_that_owes_its_log_probabilities_is_recomputed_whole() -> None:
     node.submit(make_request("a", 15, seed=20, max_tokens=9))
     node.submit(replace(make_request("b", 15, arrival=1.0), sampling=sampling))
     run_out(node)
-    assert node.scheduler.num_preempted == 1
+    assert node.scheduler.totals.num_preempted == 1
     assert not node.forked | node.resumed
 
 
@@ -157,7 +157,7 @@ def test_lookahead_takes_memory_from_the_youngest_though_it_is_in_flight() -> No
     requests = [make_request(name, 15, seed=20, max_tokens=9, arrival=at) for name, at in (("a", 0.0), ("b", 1.0))]
     for request in requests:
         node.submit(request)
-    while node.scheduler.num_preempted == 0:
+    while node.scheduler.totals.num_preempted == 0:
         node.finish_step()
     assert ("b", 1, True) in node.named(node.launched[0][0]), "its step in flight goes on"
     assert node.named(node.launched[1][0]) == [("a", 1, True)], "and nobody waits for it"

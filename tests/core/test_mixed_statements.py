@@ -179,7 +179,7 @@ def test_every_statement_holds_in_every_step(
     for name, life in node.lives.items():
         tokens = [output.token_id for output in node.outputs() if output.request_id == name]
         assert tokens == expected_tokens(life.request, 0), "also of those that were evicted and recomputed"
-    assert node.counts["evicted"] == node.scheduler.num_preempted == node.counts["recomputed"]
+    assert node.counts["evicted"] == node.scheduler.totals.num_preempted == node.counts["recomputed"]
     assert node.scheduler.blocks.num_free == blocks
     for name in ("evicted", "split", "composed", "filled"):
         event(f"{policy}: {name}: {node.counts[name] > 0}")

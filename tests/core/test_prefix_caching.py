@@ -125,7 +125,7 @@ def test_a_mixed_instance_serves_everything_right(
     assert node.scheduler.blocks.num_free == blocks
     assert not node.scheduler.blocks.has_shared
     assert node.worker.num_open == 0
-    assert caching or node.scheduler.num_hit_tokens == 0
+    assert caching or node.scheduler.totals.num_hit_tokens == 0
 
 
 @pytest.mark.parametrize("make", [mixed, prefill])
@@ -137,7 +137,7 @@ def test_a_prompt_starts_behind_what_it_has_in_common_with_an_earlier_one(make: 
     node.submit(request("c", (0, 10), (1, 7)))
     run_out(node)
     assert [computed(node, name) for name in "abc"] == [21, 28 - 20, 17 - 8]
-    assert node.scheduler.num_hit_tokens == 28
+    assert node.scheduler.totals.num_hit_tokens == 28
 
 
 def test_the_last_token_is_computed_in_any_case() -> None:
@@ -278,7 +278,7 @@ def test_a_prefill_instance_computes_every_prompt_once_and_in_order(
         assert sum(chunk.num_tokens for chunk in step.chunks) <= BUDGET
     total = sum(len(one.prompt_token_ids) for one in requests)
     assert sum(chunk.num_tokens for step in node.steps for chunk in step.chunks) == (
-        total - node.scheduler.num_hit_tokens
+        total - node.scheduler.totals.num_hit_tokens
     )
     assert node.scheduler.blocks.num_free == blocks
     assert node.worker.num_open == 0

@@ -189,7 +189,7 @@ def test_one_change_at_a_time_and_the_next_when_it_is_done() -> None:
     assert [answer.status for answer in answers(cluster)] == [202, 409, 202]
     assert "about to become a decode instance" in answers(cluster)[1].reason
     assert roles(cluster)["prefill-0"] is Role.MIXED
-    assert cluster.schedulers["prefill-0"].num_role_changes == 2
+    assert cluster.schedulers["prefill-0"].totals.num_role_changes == 2
     cluster.assert_served()
     assert_numbered_on(cluster)
 
@@ -255,7 +255,7 @@ def test_what_memory_holds_is_still_known_in_the_new_role() -> None:
     cluster.change_role(4.5, other, Role.DECODE)
     cluster.submit(second)
     cluster.run()
-    assert cluster.schedulers[used].num_hit_tokens > 0
+    assert cluster.schedulers[used].totals.num_hit_tokens > 0
     assert all(len(pull.src_blocks) < 10 for pull in cluster.recorder.pulls(used) if pull.key[0] == "b")
     cluster.assert_served()
 
@@ -397,4 +397,4 @@ def test_any_changes_amid_any_load_lose_nothing_and_leave_nothing(
     for name, role in roles(cluster).items():
         agreed = [answer.role for answer in answers(cluster) if answer.instance_id == name and answer.status == 202]
         assert role is (agreed[-1] if agreed else Role(name.partition("-")[0] if name != "spare" else "mixed"))
-        assert cluster.schedulers[name].num_role_changes == len(agreed)
+        assert cluster.schedulers[name].totals.num_role_changes == len(agreed)

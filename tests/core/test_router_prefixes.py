@@ -221,7 +221,7 @@ def test_with_skewed_lengths_and_a_popular_head_all_work(pools: tuple[int, int, 
         if not name.startswith("decode")
     ]
     assert max(computed) < 1.3 * min(computed)
-    hits = sum(s.num_hit_tokens for name, s in cluster.schedulers.items() if not name.startswith("decode"))
+    hits = sum(s.totals.num_hit_tokens for name, s in cluster.schedulers.items() if not name.startswith("decode"))
     assert hits > 0.8 * 120 * 64
     cluster.assert_clean()
 
@@ -236,7 +236,7 @@ def test_conversations_stay_where_they_are() -> None:
     cluster.run()
     for role in ("prefill", "decode"):
         found = [s for name, s in cluster.schedulers.items() if name.startswith(role)]
-        share = sum(s.num_hit_tokens for s in found) / sum(s.num_queried_tokens for s in found)
+        share = sum(s.totals.num_hit_tokens for s in found) / sum(s.totals.num_queried_tokens for s in found)
         # Turns of 40, 80, .. 400 tokens: 180 of 220 were there if all turns of a user are in one place.
         assert share > 0.7, role
     cluster.assert_clean()

@@ -196,7 +196,7 @@ def test_the_client_makes_instances_do_what_an_owner_makes_them_do() -> None:
     prompts, arrivals = [prompt for _, prompt, _ in requests], [arrival for *_, arrival in requests]
     result = simulate(ClusterModel(instances), Workload(np.array(prompts), np.full(12, 20), np.array(arrivals)))
     assert [usage.num_steps for usage in result.instances] == steps
-    assert result.instances[1].num_preempted == owned.schedulers["decode-0"].num_preempted > 0
+    assert result.instances[1].num_preempted == owned.schedulers["decode-0"].totals.num_preempted > 0
 
 
 @pytest.mark.parametrize("pause", [0.2, 3.0])

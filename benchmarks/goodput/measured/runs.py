@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.fidelity_cpu.predict import Mix
+from distserve.bench.lengths import Lengths, parse_lengths
+from distserve.bench.workload import Workload
 from distserve.core.config import SLO
 from simulator.results import Timelines
 
@@ -31,6 +33,25 @@ WORKLOADS = {
 }
 """Chat-like is what the other benchmarks use; long in and short out; short in and longer out, as HumanEval's 171/98."""
 _DIGITS = 6
+_DRAWN = 100_000
+
+
+def balanced(mix: Mix, rate: float, seconds: float, seed: int) -> Workload:
+    """Requests of ``mix`` whose number and lengths are what is expected of them: seeds differ in their order alone.
+
+    Arrivals are a Poisson process given its number, which is ``rate * seconds``; lengths are equidistant quantiles,
+    shuffled. Drawn freely, some dozens of requests are often a tenth more or less work than others.
+    """
+    num = max(round(rate * seconds), 1)
+    rng = np.random.default_rng(seed)
+    arrivals = np.sort(rng.random(num)) * seconds
+
+    def shuffled(distribution: str) -> Lengths:
+        drawn = parse_lengths(distribution).draw(np.random.default_rng(0), _DRAWN)
+        quantiles = np.quantile(drawn, (np.arange(num) + 0.5) / num)
+        return rng.permutation(np.rint(quantiles).astype(np.int64))
+
+    return Workload(shuffled(mix.prompt_len), shuffled(mix.output_len), arrivals)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,9 @@ class SocketCommunicator:
         self._connection = connection
         self._device = device
         self._ops: queue.SimpleQueue[_Op | None] = queue.SimpleQueue()
+        # Guards the end of the queue: what is put behind it would never end, and whoever aborted waits for its end.
+        self._lock = threading.Lock()
+        self._is_over = False
         self._error = ""
         self._thread = threading.Thread(target=self._run, name="kv-sockets", daemon=True)
         self._thread.start()
@@ -166,16 +169,20 @@ class SocketCommunicator:
     def abort(self) -> None:
         """Break it, and wait until the thread uses no memory any more."""
         hang_up(self._connection)
-        self._ops.put(None)
-        self._thread.join()
+        self.destroy()
 
     def destroy(self) -> None:
         """End the thread."""
-        self._ops.put(None)
+        with self._lock:
+            self._is_over = True
+            self._ops.put(None)
         self._thread.join()
 
     def _launch(self, op: _Op) -> Completion:
-        self._ops.put(op)
+        with self._lock:
+            if self._is_over:
+                raise RuntimeError("the communicator was ended")
+            self._ops.put(op)
         return op
 
     def _run(self) -> None:

@@ -100,7 +100,7 @@ def test_a_busy_instance_gives_the_tokens_of_the_cpu_worker(llama: Served, seed:
     worker.shutdown()
     assert ahead.most_in_flight == 2
     assert max(len(step.chunks) for step in ahead.steps) > 4
-    assert ahead.scheduler.num_preempted > 0
+    assert ahead.scheduler.totals.num_preempted > 0
     assert ahead.tokens() == plain.tokens()
     for key, outputs in plain.outputs.items():
         for mine, theirs in zip(ahead.outputs[key], outputs, strict=True):

@@ -63,6 +63,7 @@ class FaultyCommunicator:
     owner: "FaultyCollectives"
     error: str = ""
     released: threading.Event = field(default_factory=threading.Event)
+    is_aborted: bool = False
     held: list[Held] = field(default_factory=list)
 
     def _launch(self, launch, memory):
@@ -77,6 +78,8 @@ class FaultyCommunicator:
         hangs = self.faults.takes("hang_on_stream")
         held = Held(launch(memory) if not hangs else None, self.faults, delay=self.faults.delay, hangs=hangs)
         self.held.append(held)
+        # An abort that came meanwhile has not seen it.
+        held.is_aborted |= self.is_aborted
         return held
 
     def send(self, memory):
@@ -95,6 +98,7 @@ class FaultyCommunicator:
         if self.faults.hang_in_abort:
             self.faults.hang()
         self.inner.abort()
+        self.is_aborted = True
         for held in self.held:
             held.is_aborted = True
         self.owner.live.discard(id(self))

@@ -103,6 +103,17 @@ def test_the_other_rank_is_gone():
     one.abort()
 
 
+@pytest.mark.parametrize("end", ["abort", "destroy"])
+def test_nothing_is_launched_on_what_was_ended(end):
+    """An operation that never ends would keep its memory for ever: an abort may overtake the thread that launches."""
+    one, other = meet(SocketCollectives(), SocketCollectives())
+    getattr(one, end)()
+    for launch in (one.send, one.recv):
+        with pytest.raises(RuntimeError, match="ended"):
+            launch(torch.zeros(64, dtype=torch.uint8))
+    other.abort()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_memory_of_a_card_goes_through_the_host():
