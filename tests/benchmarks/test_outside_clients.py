@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks.common.traces import write_trace
-from benchmarks.outside_clients.closed_loop import Server, load, read_queries
-from benchmarks.outside_clients.report import REFERENCE, deviations, misses, write_report
+from benchmarks.outside_clients.closed_loop import Query, Server, load, read_queries
+from benchmarks.outside_clients.report import CONTROL, REFERENCE, deviations, misses, write_report
+from benchmarks.outside_clients.run import steady_server, write_small_model
 from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import parse_lengths
 from distserve.bench.traces import read_trace
@@ -78,6 +79,19 @@ def test_an_answer_that_breaks_off_is_an_error(url: str, tmp_path: Path, monkeyp
         load(Server(url, "m", VOCABULARY, 10.0), read_queries(tmp_path / "trace.jsonl", 10), num_clients=3)
 
 
+def test_engines_that_keep_time_take_as_long_for_the_same_again(tmp_path: Path) -> None:
+    """A prompt takes 12 ms and 0.15 ms a token, every further token 20.4 ms."""
+    write_small_model(tmp_path / "small")
+    with steady_server(tmp_path / "small", tmp_path) as server:
+        client = Server(server.url, "small", VOCABULARY, 20.0)
+        queries = [Query(index, 100, num) for index, num in enumerate((1, 1, 21, 21))]
+        answers, _ = load(client, queries, num_clients=1)
+    latencies = {num: [a.latency for a in answers if a.output_tokens == num] for num in (1, 21)}
+    assert min(latencies[1]) > 0.027
+    assert min(latencies[21]) > 0.027 + 20 * 0.0204
+    assert min(latencies[21]) < 2 * (0.027 + 20 * 0.0204), "what is beside the steps is little"
+
+
 def test_the_trace_is_what_distserve_bench_reads(tmp_path: Path) -> None:
     workload = small_workload()
     write_trace(tmp_path / "trace.jsonl", workload)
@@ -95,11 +109,17 @@ def test_the_trace_is_what_distserve_bench_reads(tmp_path: Path) -> None:
 def test_deviations_are_medians_of_the_rounds_and_out_of_bounds_marked(tmp_path: Path) -> None:
     clients = {
         REFERENCE: [{"throughput": value, "latency_mean": 1.0} for value in (100.0, 50.0, 200.0)],
-        "other": [{"throughput": value, "latency_mean": 1.04} for value in (50.0, 53.0, 214.0)],
+        "closed_loop.py": [{"throughput": value, "latency_mean": 1.04} for value in (50.0, 53.0, 214.0)],
+        CONTROL: [{"throughput": 200.0, "latency_mean": 1.0} for _ in range(3)],
     }
-    assert deviations(clients, "other") == pytest.approx({"throughput": 0.06, "latency_mean": 0.04})
-    assert misses(clients, "other") == ["throughput"]
+    assert deviations(clients, "closed_loop.py") == pytest.approx({"throughput": 0.06, "latency_mean": 0.04})
+    assert misses(clients, "closed_loop.py") == ["throughput"]
     facts = dict.fromkeys(("date", "cpu", "num_cpus", "commit", "load_average_at_start", "command"), "")
     result = {**facts, "duration": 1.0, "other_load": 0.0, "vllm": {}, "loads": {"1 client": clients}}
     assert write_report(tmp_path, result) == 1
-    assert "**53.0 (+6.0%)**" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "1 of 2 figures agree" in text
+    assert "With itself, asking again, it agrees in 1 of 2" in text, (
+        "what one client is off itself is not held against the others"
+    )
+    assert "**53.0 (+6.0%)**" in text

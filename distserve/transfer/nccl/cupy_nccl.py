@@ -60,13 +60,13 @@ class CupyCommunicator:
 
     def send(self, memory: Tensor) -> Completion:
         """Behind what was sent before."""
-        self._device.bind()
+        self._enter()
         self._made.send(memory.data_ptr(), memory.numel(), self._nccl.NCCL_UINT8, self._peer, self._stream.cuda_stream)
         return self._recorded()
 
     def recv(self, memory: Tensor) -> Completion:
         """Behind what was received before."""
-        self._device.bind()
+        self._enter()
         self._made.recv(memory.data_ptr(), memory.numel(), self._nccl.NCCL_UINT8, self._peer, self._stream.cuda_stream)
         return self._recorded()
 
@@ -102,6 +102,12 @@ class CupyCommunicator:
             self._is_aborted = True
         self._device.bind()
         self._made.destroy()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._is_aborted:
+                raise RuntimeError("the communicator was ended")
+        self._device.bind()
 
     def _recorded(self) -> Completion:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
