@@ -135,9 +135,9 @@ class Session:
                 best = [results.limit(workload, contender, index, until=budget) for index in range(len(OBJECTIVES))]
                 yield budget, partial(ladder.next_challenge, best=best)
             return
-        found = [results.best(workload, contender, index) for index in range(len(OBJECTIVES))]
+        found = [results.candidates(workload, contender, index) for index in range(len(OBJECTIVES))]
         for budget in contender.budgets:
-            brackets = {i: best.ends for i, best in enumerate(found) if best is not None and best.budget == budget}
+            brackets = {i: one.ends for i, candidates in enumerate(found) for one in candidates if one.budget == budget}
             if brackets:
                 yield budget, partial(ladder.next_repetition, brackets=brackets)
 

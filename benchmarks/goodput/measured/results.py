@@ -13,11 +13,13 @@ from benchmarks.goodput.measured.runs import TARGET, WORKLOADS, Requests
 Run = dict[str, Any]
 Attainments = dict[float, list[float]]
 _LADDER = Ladder(target=TARGET)
+_CLOSE = 0.9
+"""Of the best goodput of a first round: a budget that reaches this may be the better one in others."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """What a contender reaches with the token budget that serves a cell best: requests/s by round.
+    """What a contender reaches with a token budget in a cell: requests/s by round.
 
     ``ends``: the rates of the first round's bracket. ``is_open``: the highest rate measured was still within.
     """
@@ -91,19 +93,31 @@ class Results:
         return max(limits, default=None)
 
     def best(self, workload: str, contender: Contender, objective: int) -> Best | None:
-        """With the budget that the first round found best; None before there is a first round."""
-        found = []
-        for budget in contender.budgets:
-            curve = self.curve(1, workload, contender.name, budget)
-            if curve:
-                found.append((goodput(curve, objective, TARGET), budget, bracket(curve, objective, TARGET)))
-        if not found:
-            return None
+        """With the budget that is best, of those measured in most rounds; None before there is a first round."""
+        found = [self._repeated(workload, contender, budget, objective) for budget in contender.budgets]
         # At equal goodput the first budget, which is the default.
-        first, budget, ends = max(found, key=lambda one: one[0])
+        return max(
+            (one for one in found if one is not None), key=lambda one: (len(one.goodputs), one.goodput), default=None
+        )
+
+    def candidates(self, workload: str, contender: Contender, objective: int) -> list[Best]:
+        """Those of which the first round says that they are best, or nearly so."""
+        found = [self._repeated(workload, contender, budget, objective) for budget in contender.budgets]
+        first = {one: one.goodputs[0] for one in found if one is not None}
+        most = max(first.values(), default=0.0)
+        # Where nothing is reached one budget is enough to see that it stays so.
+        close = [one for one, reached in first.items() if reached >= _CLOSE * most]
+        return close if most else close[:1]
+
+    def _repeated(self, workload: str, contender: Contender, budget: int, objective: int) -> Best | None:
+        """What a budget reaches, in all rounds that are whole; None before there is a first round."""
+        curve = self.curve(1, workload, contender.name, budget)
+        if not curve:
+            return None
+        ends = bracket(curve, objective, TARGET)
         later = [self.curve(number, workload, contender.name, budget) for number in range(2, 1 + self.num_rounds)]
-        whole = [curve for curve in later if curve and _LADDER.next_repetition(curve, {objective: ends}) is None]
-        return Best(budget, (first, *(goodput(curve, objective, TARGET) for curve in whole)), ends)
+        whole = [again for again in later if again and _LADDER.next_repetition(again, {objective: ends}) is None]
+        return Best(budget, tuple(goodput(one, objective, TARGET) for one in (curve, *whole)), ends)
 
     @property
     def num_rounds(self) -> int:
