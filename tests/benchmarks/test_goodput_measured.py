@@ -85,6 +85,17 @@ def test_a_repetition_follows_a_bracket_that_moved() -> None:
     assert goodput(curve, 0, 0.9) == pytest.approx(1.67 + 0.1 * 0.33)
 
 
+def test_a_repetition_narrows_a_bracket_that_another_objective_left_wide() -> None:
+    ladder = Ladder()
+    curve: dict[float, list[float]] = {}
+    asked = []
+    while (rate := ladder.next_repetition(curve, {0: (2.0, 2.4), 1: (6.0, 8.0)})) is not None:
+        asked.append(rate)
+        curve[rate] = [1.0 if rate < 2.1 else 0.0, 1.0 if rate < 4.0 else 0.0]
+    assert asked == [2.0, 2.4, 6.0, 8.0, 3.79, 4.77]
+    assert bracket(curve, 1, 0.9) == (3.79, 4.77), "as narrow as the first round's"
+
+
 @pytest.mark.parametrize("mix", WORKLOADS.values(), ids=list(WORKLOADS))
 def test_seeds_of_a_rate_differ_in_the_order_of_their_requests_alone(mix: Mix) -> None:
     one, other = (balanced(mix, rate=2.0, seconds=30.0, seed=seed) for seed in (1, 2))
@@ -263,6 +274,31 @@ def test_a_round_that_was_cut_off_counts_in_no_goodput(tmp_path: Path) -> None:
     assert num_rounds() == 1
     keep(2, 2.4, 9.0)
     assert num_rounds() == 2
+
+
+def test_a_budget_is_best_by_the_median_of_its_rounds(tmp_path: Path) -> None:
+    results = Results(Store(tmp_path))
+    vllm = CONTENDERS["vllm"]
+
+    def keep(number: int, budget: int, limit: float) -> None:
+        """A round in which ``limit`` lies between two rates, measured on both sides."""
+        for rate in (2.0, 2.4, 2.88):
+            request = {"scheduled": 1.0, "prompt_len": 5, "output_len": 4, "status": "ok", "tpot": 0.01, "latency": 1.0}
+            requests = Requests.measured([request | {"ttft": 0.1 if rate <= limit else 9.0}]).to_json()
+            run = {"round": number, "workload": "chat", "contender": "vllm", "budget": budget, "rate": rate}
+            results.keep(run | {"warmup": 0.0, "requests": requests})
+
+    for budget, limit in zip(vllm.budgets, (2.2, 2.3, 1.0), strict=True):
+        keep(1, budget, limit)
+    first, second, _ = vllm.budgets
+    assert [one.budget for one in results.candidates("chat", vllm, 1)] == [first, second], "as good in the first round"
+    for number in (2, 3):
+        keep(number, first, 1.0)
+        keep(number, second, 2.5)
+    best = results.best("chat", vllm, 1)
+    assert best is not None
+    assert (best.budget, len(best.goodputs)) == (second, 3)
+    assert best.goodput == pytest.approx(2.448)
 
 
 def test_reach_tells_met_from_missed_from_not_measured(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ Curve = Mapping[float, Sequence[float]]
 Bracket = tuple[float | None, float | None]
 """Of a falling curve, the largest rate that passes and the next one, which fails; None for what there is not."""
 _ROUNDING = 1e-9
+_ROUNDED = 0.02
+"""What rounding rates to hundredths may add to the ratio of two."""
 _FEW = 2 / 3
 """Requests/s below which a run lasts longer, to have as many requests: at 30 s of arrivals, 20."""
 
@@ -68,7 +70,8 @@ class Ladder:
     def next_repetition(self, curve: Curve, brackets: Mapping[int, Bracket]) -> float | None:
         """The next rate of a curve under another seed, around the ``brackets`` that the first one found of objectives.
 
-        A bracket that the seed moved is followed; None when each is measured.
+        A bracket that the seed moved is followed, and narrowed to what it was or to ``width``; None when each is
+        measured.
         """
         for index, ends in brackets.items():
             for end in ends:
@@ -79,6 +82,10 @@ class Ladder:
                 return self._rounded(max(min(curve) / self.width, self.least))
             if high is None and curve and max(curve) < self.most:
                 return self._rounded(min(max(curve) * self.width, self.most))
+            before, after = ends
+            width = max(self.width, after / before) if before is not None and after is not None else self.width
+            if low is not None and high is not None and high / low > width + _ROUNDED:
+                return self._rounded(math.sqrt(low * high))
         return None
 
     @staticmethod

@@ -12,7 +12,8 @@ from benchmarks.goodput.measured.runs import TARGET, WORKLOADS, Requests
 
 Run = dict[str, Any]
 Attainments = dict[float, list[float]]
-_LADDER = Ladder(target=TARGET)
+_LADDER = Ladder(target=TARGET, width=1.5)
+"""By whose ``next_repetition`` a later round is whole: that of ``--coarse``."""
 _CLOSE = 0.9
 """Of the best goodput of a first round: a budget that reaches this may be the better one in others."""
 
