@@ -161,7 +161,7 @@ def _goodputs(real: Results) -> list[Row]:
             modes = {CONTENDERS[mode].title: real.best(workload, CONTENDERS[mode], index) for mode in OURS}
             ours = {title: best for title, best in modes.items() if best is not None}
             theirs = real.best(workload, CONTENDERS["vllm"], index)
-            best = max(ours, key=lambda title: ours[title].goodput, default=None)
+            best = max(ours, key=lambda title: (len(ours[title].goodputs), ours[title].goodput), default=None)
             mine = ours[best] if best is not None else None
             text = f"{workload}, {name}" + (f" ({best})" if best is not None else "")
             rows.append(_goodput(text, mine, theirs, least))
