@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,6 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if not (options.vllm / "bin" / "python").exists():
         parser.error(f"--vllm: no virtual environment at {options.vllm}")
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
     if options.output_dir is None:
         options.output_dir = RESULTS / "steady" if options.steady else RESULTS
     return options
@@ -81,7 +83,8 @@ def loads(directory: Path, seed: int, *, quick: bool = False, steady: bool = Fal
     """
     prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
     for clients in (1, 8) if quick else PARTS:
-        num = 2 * clients if quick else max(16, 8 * clients) if steady else max(8, 3 * clients)
+        least, each = (2, 2) if quick else (16, 8) if steady else (8, 3)
+        num = max(least, each * clients)
         for part in range(1 if quick or steady else PARTS[clients]):
             trace = directory / f"{clients}-{seed}-{part}.jsonl"
             write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=10 * seed + part).at(None))
@@ -91,6 +94,21 @@ def loads(directory: Path, seed: int, *, quick: bool = False, steady: bool = Fal
         trace = directory / f"open-{seed}-{part}.jsonl"
         write_trace(trace, WorkloadSpec(Gamma(), prompt, output, num_requests=num, seed=10 * seed + part).at(RATE))
         yield f"{RATE:g} requests/s", Load(trace, num, None)
+
+
+@contextmanager
+def serving(options: argparse.Namespace, logs: Path) -> Iterator[tuple[Server, Path]]:
+    """The server that is asked, and its model."""
+    if not options.steady:
+        model = options.model.resolve()
+        with Bench(model, options.vllm, logs).ours() as server:
+            yield server, model
+        return
+    with TemporaryDirectory() as directory:
+        model = Path(directory) / "small"
+        write_small_model(model)
+        with steady_server(model, logs) as server:
+            yield server, model
 
 
 def write_small_model(directory: Path) -> None:
@@ -117,12 +135,7 @@ def measure(options: argparse.Namespace, logs: Path) -> Iterator[tuple[dict[str,
     }
     found: dict[str, dict[str, list[Figures]]] = {}
     others: list[float] = []
-    with TemporaryDirectory() as directory, ExitStack() as stack:
-        model = Path(directory) / "small" if options.steady else options.model.resolve()
-        if options.steady:
-            write_small_model(model)
-        serving = steady_server(model, logs) if options.steady else Bench(model, options.vllm, logs).ours()
-        server = stack.enter_context(serving)
+    with serving(options, logs) as (server, model), TemporaryDirectory() as directory:
         vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
         target = Target(server.url, model.name, model, vocab_size)
         say(f"ready after {server.ready_seconds:.0f} s; warming up")

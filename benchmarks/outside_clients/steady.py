@@ -37,8 +37,8 @@ class SteadyWorker(Worker):
     def run(self, step: RunStep, on_layer: Callable[[int], None] | None = None) -> StepDone:
         """See the base class."""
         num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
-        is_decode = num_tokens == len(step.chunks)
-        seconds = _DECODE + _SEQUENCE * num_tokens if is_decode else _PREFILL + _PROMPT_TOKEN * num_tokens
+        decodes = num_tokens == len(step.chunks)
+        seconds = _DECODE + _SEQUENCE * num_tokens if decodes else _PREFILL + _PROMPT_TOKEN * num_tokens
         end = time.monotonic() + seconds
         done = super().run(step, on_layer)
         time.sleep(max(end - time.monotonic(), 0.0))

@@ -51,7 +51,7 @@ def _attainment(results: Results) -> Figure:
             axis.set(ylim=(0, 1.02), title=f"{workload}: {name}, TTFT {slo.ttft:g} s, TPOT {1e3 * slo.tpot:g} ms")
             _finish(axis, "requests/s")
         row[0].set_ylabel("share within both limits")
-    figure.suptitle("Attainment over rate, with the token budget that is best there")
+    figure.suptitle("Attainment over rate in the first round, with the token budget that is best there")
     _legend(figure, results)
     return figure
 
