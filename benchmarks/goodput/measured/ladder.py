@@ -16,7 +16,7 @@ Curve = Mapping[float, Sequence[float]]
 Bracket = tuple[float | None, float | None]
 """Of a falling curve, the largest rate that passes and the next one, which fails; None for what there is not."""
 _ROUNDING = 1e-9
-_ROUNDED = 0.02
+_RATIO_ROUNDING = 0.02
 """What rounding rates to hundredths may add to the ratio of two."""
 _FEW = 2 / 3
 """Requests/s below which a run lasts longer, to have as many requests: at 30 s of arrivals, 20."""
@@ -84,7 +84,7 @@ class Ladder:
                 return self._rounded(min(max(curve) * self.width, self.most))
             before, after = ends
             width = max(self.width, after / before) if before is not None and after is not None else self.width
-            if low is not None and high is not None and high / low > width + _ROUNDED:
+            if low is not None and high is not None and high / low > width + _RATIO_ROUNDING:
                 return self._rounded(math.sqrt(low * high))
         return None
 

@@ -95,30 +95,28 @@ class Results:
 
     def best(self, workload: str, contender: Contender, objective: int) -> Best | None:
         """With the budget that is best, of those measured in most rounds; None before there is a first round."""
-        found = [self._repeated(workload, contender, budget, objective) for budget in contender.budgets]
+        found = self._by_budget(workload, contender, objective)
         # At equal goodput the first budget, which is the default.
-        return max(
-            (one for one in found if one is not None), key=lambda one: (len(one.goodputs), one.goodput), default=None
-        )
+        return max(found, key=lambda one: (len(one.goodputs), one.goodput), default=None)
 
     def candidates(self, workload: str, contender: Contender, objective: int) -> list[Best]:
         """Those of which the first round says that they are best, or nearly so."""
-        found = [self._repeated(workload, contender, budget, objective) for budget in contender.budgets]
-        first = {one: one.goodputs[0] for one in found if one is not None}
-        most = max(first.values(), default=0.0)
+        found = self._by_budget(workload, contender, objective)
+        most = max((one.goodputs[0] for one in found), default=0.0)
         # Where nothing is reached one budget is enough to see that it stays so.
-        close = [one for one, reached in first.items() if reached >= _CLOSE * most]
-        return close if most else close[:1]
+        return [one for one in found if one.goodputs[0] >= _CLOSE * most] if most else found[:1]
 
-    def _repeated(self, workload: str, contender: Contender, budget: int, objective: int) -> Best | None:
-        """What a budget reaches, in all rounds that are whole; None before there is a first round."""
-        curve = self.curve(1, workload, contender.name, budget)
-        if not curve:
-            return None
-        ends = bracket(curve, objective, TARGET)
-        later = [self.curve(number, workload, contender.name, budget) for number in range(2, 1 + self.num_rounds)]
-        whole = [again for again in later if again and _LADDER.next_repetition(again, {objective: ends}) is None]
-        return Best(budget, tuple(goodput(one, objective, TARGET) for one in (curve, *whole)), ends)
+    def _by_budget(self, workload: str, contender: Contender, objective: int) -> list[Best]:
+        """What each budget that has a first round reaches, in that and in every later one that is whole."""
+        found = []
+        for budget in contender.budgets:
+            first = self.curve(1, workload, contender.name, budget)
+            if first:
+                ends = bracket(first, objective, TARGET)
+                later = [self.curve(n, workload, contender.name, budget) for n in range(2, 1 + self.num_rounds)]
+                whole = [one for one in later if one and _LADDER.next_repetition(one, {objective: ends}) is None]
+                found.append(Best(budget, tuple(goodput(one, objective, TARGET) for one in (first, *whole)), ends))
+        return found
 
     @property
     def num_rounds(self) -> int:
