@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals in each run")
     parser.add_argument("--coarse", action="store_true", help="brackets of one step")
     parser.add_argument("--default-budgets", action="store_true", help="try no other budgets")
+    parser.add_argument("--least", type=float, default=0.25, metavar="RATE", help="the lowest rate to try, requests/s")
     options = parse(parser)
     if options.quick:
         options.seconds = 4.0
@@ -105,7 +106,7 @@ class Session:
         if options.quick:
             self._ladder = Ladder(target=TARGET, start=1.0, step=2.0, width=9.0, least=1.0, most=2.0)
         else:
-            self._ladder = Ladder(target=TARGET, width=1.5 if options.coarse else 1.2)
+            self._ladder = Ladder(target=TARGET, width=1.5 if options.coarse else 1.2, least=options.least)
         self.failures: list[str] = []
 
     def run(self) -> None:
