@@ -1,7 +1,7 @@
 """Asks our server with other people's clients and with ``distserve bench``: do they find the same?
 
     python -m benchmarks.outside_clients.run --model MODEL --vllm VENV             # about an hour on two cores
-    python -m benchmarks.outside_clients.run --steady --vllm VENV --rounds 3       # ten minutes
+    python -m benchmarks.outside_clients.run --steady --vllm VENV --rounds 3       # 40 minutes
     python -m benchmarks.outside_clients.run --model MODEL --vllm VENV --quick     # a rehearsal
 
 MODEL is what `python benchmarks/make_model.py MODEL` writes, VENV vLLM's virtual environment. The clients are
@@ -49,6 +49,8 @@ _SMALL = {"hidden_size": 128, "layers": 1, "heads": 2, "kv_heads": 1, "intermedi
 """The model on engines that keep time: what computing it takes is to be much less."""
 PARTS = {1: 4, 2: 4, 4: 4, 8: 4, 16: 3, 32: 2}
 """By number of clients in a closed loop, in how many parts a round gives it; one on engines that keep time."""
+_NUM_STEADY = {1: 16, 2: 16, 4: 32, 8: 64, 16: 384, 32: 768}
+"""By number of clients, requests on engines that keep time: many where they queue, or the TTFT would not repeat."""
 RATE, OPEN_PARTS = 3.0, 3
 """Requests/s of the open loop, and its parts."""
 PROMPT_LEN, OUTPUT_LEN = "normal:mean=256,std=77,max=1500", "normal:mean=64,std=19,max=256"
@@ -83,8 +85,7 @@ def loads(directory: Path, seed: int, *, quick: bool = False, steady: bool = Fal
     """
     prompt, output = parse_lengths(PROMPT_LEN), parse_lengths(OUTPUT_LEN)
     for clients in (1, 8) if quick else PARTS:
-        least, each = (2, 2) if quick else (16, 8) if steady else (8, 3)
-        num = max(least, each * clients)
+        num = max(2, 2 * clients) if quick else _NUM_STEADY[clients] if steady else max(8, 3 * clients)
         for part in range(1 if quick or steady else PARTS[clients]):
             trace = directory / f"{clients}-{seed}-{part}.jsonl"
             write_trace(trace, WorkloadSpec(None, prompt, output, num_requests=num, seed=10 * seed + part).at(None))
