@@ -85,6 +85,16 @@ class EngineSection(_Section):
         num_bytes = None if self.kv_memory is None else int(self.kv_memory)
         return KvRequest(self.kv_tokens, num_bytes, self.block_size)
 
+    def check_prefix_cache(self) -> None:
+        """Raise ConfigError if a bound of the prefix cache bounds nothing."""
+        if self.prefix_cache_tokens is not None and not self.prefix_caching:
+            raise ConfigError("prefix_cache_tokens bounds the prefix cache, which is off: set prefix_caching as well")
+        if (self.prefix_cache_tokens or 0) > (self.kv_tokens or float("inf")):
+            raise ConfigError(
+                f"a prefix cache of {self.prefix_cache_tokens} tokens is more than the KV memory of {self.kv_tokens}, "
+                "of which it is a part"
+            )
+
     def token_budget(self, base: Path) -> int:
         """``max_batch_tokens`` if it is set, else where throughput saturates by ``profile``, else the default.
 
@@ -241,13 +251,7 @@ def load_config(
             "serving.node_patience (--wait-for-nodes) is for the nodes of a cluster that is joined: give "
             "serving.ray_address (--ray-address), or drop it"
         )
-    if engine.prefix_cache_tokens is not None and not engine.prefix_caching:
-        raise ConfigError("prefix_cache_tokens bounds the prefix cache, which is off: set prefix_caching as well")
-    if (engine.prefix_cache_tokens or 0) > (engine.kv_tokens or float("inf")):
-        raise ConfigError(
-            f"a prefix cache of {engine.prefix_cache_tokens} tokens is more than the KV memory of {engine.kv_tokens}, "
-            "of which it is a part"
-        )
+    engine.check_prefix_cache()
     if checked.placement == "auto" and planner is None:
         for name, said in in_file.items():
             if flags.get(name) not in (None, said):

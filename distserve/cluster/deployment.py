@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distserve.cluster.parts import NEARBY, Card, ClusterKey, EnginePlan, InstanceConfig, KvAccess
 from distserve.cluster.ray_actors import CONCURRENCY, InstanceActor, RankHostActor, RouterActor
@@ -107,10 +108,19 @@ class Deployment:
         self._reservation.wait(_PLACEMENT_PATIENCE)
 
     def start_router(self) -> Any:
-        """Create the router's actor; the call that gives its card."""
+        """Create the router's actor; the call that gives its card.
+
+        The first has CPUs reserved. A later one is on this process's node and needs none: the first one's node may be
+        gone, and nothing outlives this one.
+        """
         assert self._reservation is not None, "reserve comes first"
+        is_first = self.router is None
         self.router = RouterActor.options(
-            num_cpus=ROUTER_CPUS, max_concurrency=CONCURRENCY, scheduling_strategy=self._reservation.router()
+            num_cpus=ROUTER_CPUS if is_first else 0,
+            max_concurrency=CONCURRENCY,
+            scheduling_strategy=self._reservation.router()
+            if is_first
+            else NodeAffinitySchedulingStrategy(self.cluster.here(), soft=False),
         ).remote(self.blueprint.key, self._listen_on(), self.blueprint.log_dir, self.blueprint.router)
         return self.router.card.remote()
 

@@ -8,6 +8,7 @@ import heapq
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from distserve.core.errors import TransferError
@@ -23,7 +24,8 @@ class KvPeers:
 
     Args:
         name: The instance's own name, for messages.
-        connect: Makes a peer (instance id, address) readable; raises TransferError if it cannot be.
+        connect: Makes a peer (instance id, address) readable; raises TransferError if it cannot be. One call at a time
+            for each peer.
         forget: Lets go of a peer.
     """
 
@@ -34,6 +36,8 @@ class KvPeers:
         self._changed = threading.Condition()
         self._addresses: dict[str, str] = {}
         self._connected_at: dict[str, float] = {}
+        # Held during an attempt, of which several may be wanted at once.
+        self._attempting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         # Peers to be tried again: (when, instance id, the pause until then).
         self._due: list[tuple[float, str, float]] = []
         self._is_closed = False
@@ -89,17 +93,24 @@ class KvPeers:
                 self._changed.notify()
 
     def _attempt(self, peer: str, address: str) -> str:
-        """Try to connect; returns why it failed."""
-        try:
-            self._connect(peer, address)
-        except TransferError as error:
-            return f"{self._name} cannot pull KV from {peer}: {error}{_advice(error)}"
+        """Try to connect, unless somebody else has meanwhile; returns why it failed."""
+        wanted = time.monotonic()
         with self._changed:
-            is_known = peer in self._addresses
-            if is_known:
-                self._connected_at[peer] = time.monotonic()
-        if not is_known:  # it was forgotten meanwhile
-            self._forget(peer)
+            attempting = self._attempting[peer]
+        with attempting:
+            with self._changed:
+                if self._addresses.get(peer) == address and self._connected_at.get(peer, wanted) > wanted:
+                    return ""
+            try:
+                self._connect(peer, address)
+            except TransferError as error:
+                return f"{self._name} cannot pull KV from {peer}: {error}{_advice(error)}"
+            with self._changed:
+                is_known = peer in self._addresses
+                if is_known:
+                    self._connected_at[peer] = time.monotonic()
+            if not is_known:  # it was forgotten meanwhile
+                self._forget(peer)
         return ""
 
     def _run(self) -> None:

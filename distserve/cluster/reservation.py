@@ -81,7 +81,7 @@ class Reservation:
             )
 
     def router(self) -> PlacementGroupSchedulingStrategy:
-        """Where the router goes."""
+        """Where the first router goes."""
         return PlacementGroupSchedulingStrategy(self._groups[0][1], placement_group_bundle_index=0)
 
     def seat(self, instance: int, rank: int) -> PlacementGroupSchedulingStrategy:

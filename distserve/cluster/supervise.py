@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_STARTS = 5
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
+_PATIENCE = 10.0
+"""Seconds for what is under way when the watch ends."""
 _POLL = 0.25
 """Seconds between looks at what is due; a death itself is noticed at once."""
 
@@ -47,7 +49,8 @@ class Supervisor:
     def close(self) -> None:
         """Watch no longer: what dies from now on dies on purpose."""
         self._stopped.set()
-        self._thread.join()
+        # It may be waiting for a part that does not answer, whose end ends that.
+        self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -107,6 +107,30 @@ def test_who_is_gone_is_let_go_of_and_not_tried_again(network: Network, peers: K
     assert network.num_attempts == 1
 
 
+def test_who_is_met_twice_at_once_is_connected_once(network: Network) -> None:
+    connecting, go_on = threading.Event(), threading.Event()
+
+    def slowly(peer: str, address: str) -> None:
+        connecting.set()
+        assert go_on.wait(5)
+        network.connect(peer, address)
+
+    peers = KvPeers("decode-0", slowly, network.forget)
+    meetings = [threading.Thread(target=peers.meet, args=({"prefill-0": "a"},)) for _ in range(3)]
+    meetings[0].start()
+    assert connecting.wait(5)
+    for meeting in meetings[1:]:
+        meeting.start()
+    time.sleep(0.1)  # so that they want what is under way
+    go_on.set()
+    for meeting in meetings:
+        meeting.join()
+    assert (network.connected, network.num_attempts) == ({"prefill-0": "a"}, 1)
+    peers.meet({"prefill-0": "b"})
+    assert (network.connected, network.num_attempts) == ({"prefill-0": "b"}, 2)
+    peers.close()
+
+
 def test_who_goes_while_being_connected_is_let_go_of(network: Network) -> None:
     connecting = threading.Event()
 

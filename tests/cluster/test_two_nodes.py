@@ -157,6 +157,26 @@ def test_kv_crosses_nodes_and_a_node_that_dies_costs_no_tokens(tmp_path: Path) -
         assert (status, health["pools"]) == (200, {"prefill": {"instances": 1}, "decode": {"instances": 1}})
 
 
+def test_the_routers_node_may_die(tmp_path: Path) -> None:
+    """The plan's first node, which the router is on, is the smaller one of the cluster."""
+    expected = generated()
+    text = """
+placement: {mixed: {instances: 2, gpus: [[[0, 0]], [[1, 0]]]}}
+cluster: {gpu: cpu, nodes: 2, gpus_per_node: 4}
+engine: {dtype: float32, kv_tokens: 1024, threads: 1}
+"""
+    with RayNodes(4, 2) as nodes, serving(tmp_path, nodes, text) as server:
+        begun = threading.Barrier(5)
+        killer = threading.Thread(target=lambda: (begun.wait(60), nodes.kill(1)))
+        killer.start()
+        assert stream_all(server, 4, begun) == [expected] * 4
+        killer.join()
+        wait_for(server, "the router died; starting another")
+        wait_for(server, "mixed-0 is not replaced: a node of it has left the Ray cluster")
+        assert list(server.token_ids(PROMPT, NUM_TOKENS)) == expected
+        wait_idle(server)
+
+
 def test_stages_on_two_nodes_side_by_side_and_the_loss_of_one_is_the_instances(tmp_path: Path) -> None:
     """Low affinity (DistServe's Algorithm 2): a stage of both instances on each node, so KV stays within nodes."""
     expected = generated()

@@ -1,6 +1,9 @@
 """Which backend the ranks of an instance speak through, and what is asked for before they do."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from distserve.engine.group.memory import check_devices
 from distserve.engine.group.rank import rank_device
 from distserve.engine.sharding import comm
 from distserve.engine.sharding.comm import Communicator, make_group
-from distserve.engine.sharding.meeting import Meeting
+from distserve.engine.sharding.meeting import LOOPBACK, FileStore, HostedStore, Meeting
 from distserve.engine.sharding.shard import Shard
 
 
@@ -30,6 +33,9 @@ def test_ranks_on_gpus_speak_through_nccl(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(comm.c10d, "ProcessGroupNCCL", Nccl, raising=False)
     shard = Shard(ParallelConfig(4, 2), 6, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=16)
+    store = distributed.FileStore(str(tmp_path / "store"), 8)
+    for other in {*range(8)} - {6}:
+        store.set(f"here-{other}", b"")
     Communicator(shard, Meeting(str(tmp_path / "store")), device=rank_device("cuda", 6), timeout=7.0)
     # Shard 2 of 4 in its stage, stage 1 of 2 among its neighbours.
     assert made == [(2, 4, timedelta(seconds=7)), (1, 2, timedelta(seconds=7))]
@@ -41,6 +47,26 @@ def test_ranks_on_cpus_speak_through_gloo(tmp_path: Path) -> None:
     tensor = torch.arange(3.0)
     group.allreduce([tensor]).wait()
     assert tensor.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("make_store", [FileStore, partial(HostedStore, LOOPBACK)], ids=["one node", "several"])
+def test_who_waits_for_a_rank_that_is_lost_is_told(make_store: Callable[[], FileStore | HostedStore]) -> None:
+    store = make_store()
+    meeting = Meeting(store.address)
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda rank: meeting.attend(rank, 2, 60.0), range(2))
+        loaded = [pool.submit(rank.wait_for_all, "loaded") for rank in (first, second)]
+        assert [each.result(20) for each in loaded] == [None, None]
+        waiting = pool.submit(first.wait_for_all, "tried out")
+        store.end()
+        with pytest.raises(RuntimeError, match="another rank is lost"):
+            waiting.result(20)
+        # Nor does it help that all had come.
+        with pytest.raises(RuntimeError, match="another rank is lost"):
+            second.wait_for_all("loaded")
+    store.close()
+    store.end()
+    store.close()
 
 
 @pytest.mark.gpu

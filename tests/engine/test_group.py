@@ -171,6 +171,21 @@ def test_each_rank_has_cpus_of_its_own_and_a_killed_one_is_noticed_while_nothing
         group.run(RunStep(1, ()))
 
 
+class Killed:
+    """A rank's memory that the kernel has none for."""
+
+    def __init__(self, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_killed_before_all_have_met_is_named_at_once(llama: Served, start: Callable[..., RankGroup]) -> None:
+    begin = time.monotonic()
+    with pytest.raises(InstanceError, match="rank 1 was killed by SIGKILL"):
+        start(llama.path, 2, 1, memory=f"{__name__}:Killed")
+    assert time.monotonic() - begin < 60
+    assert not nurseries()
+
+
 @pytest.mark.parametrize(
     ("tp", "pp", "message"),
     [

@@ -5,7 +5,6 @@ next command. So a step costs each rank one message and the instance no wait but
 """
 
 import contextlib
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ from distserve.engine.group.processes import Crew, RankProcesses, describe_statu
 from distserve.engine.group.rank import make_worker, rank_device
 from distserve.engine.kv import check_dtype
 from distserve.engine.sharding.comm import PeerError
-from distserve.engine.sharding.meeting import LOOPBACK, HostedStore, Meeting
+from distserve.engine.sharding.meeting import LOOPBACK, FileStore, HostedStore, Meeting
 from distserve.engine.sharding.shard import shard_of
 
 _GRACE = 1.0
@@ -150,12 +149,8 @@ class RankGroup:
         self._own = contextlib.ExitStack()
         # A file is given up once all have met, so that a process that is killed later leaves nothing; a store that is
         # served is asked by NCCL later too.
-        self._meeting = contextlib.ExitStack()
-        if away:
-            meeting = Meeting(self._meeting.enter_context(HostedStore(host)).address, host)
-        else:
-            directory = self._meeting.enter_context(tempfile.TemporaryDirectory(prefix="distserve-ranks-"))
-            meeting = Meeting(str(Path(directory) / "store"))
+        self._store = HostedStore(host) if away else FileStore()
+        meeting = Meeting(self._store.address, host if away else LOOPBACK)
         plan = RankPlan(
             model_dir=str(path),
             dtype=dtype,
@@ -177,7 +172,7 @@ class RankGroup:
         try:
             self._processes = RankProcesses(plan, away)
         except BaseException:
-            self._meeting.close()
+            self._store.close()
             raise
         self._reader = threading.Thread(target=self._read, name="ranks", daemon=True)
         self._reader.start()
@@ -187,7 +182,7 @@ class RankGroup:
             self._all_loaded.wait()
             self.check()
             if not away:
-                self._meeting.close()
+                self._store.close()
         except PeerError as error:
             raise self._cause(error) from error
         except BaseException:
@@ -258,7 +253,7 @@ class RankGroup:
         self._is_closed = True
         self._own.close()
         self._processes.kill()
-        self._meeting.close()
+        self._store.close()
         if threading.current_thread() is not self._reader:
             self._reader.join()
             self._processes.release()
@@ -357,8 +352,8 @@ class RankGroup:
 
     def _give_up(self, error: Loss) -> None:
         self._processes.kill()
-        # Where rank 0 waits for others to meet, this ends the wait.
-        self._meeting.close()
+        # Where rank 0 waits for the others to come, or to load, this ends the wait.
+        self._store.end()
         if self._on_lost is not None and self._all_loaded.is_set():
             self._on_lost(error)
         # Last, so that whoever sees the error finds the instance ended and everyone told.

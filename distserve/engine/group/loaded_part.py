@@ -63,4 +63,6 @@ def load_part(
     comm = Communicator(shard, meeting, device=device, timeout=timeout)
     pool = make_pool(shard.layout(kv, dtype))
     module, cut = load_shard(config, model_dir, dtype, shard, comm)
+    # NCCL's ranks meet at the first operation, and would wait for ever for one that is lost by then.
+    comm.wait_for_all("loaded")
     return LoadedPart(description, shard, comm, pool, StageModel(module, cut, pool, comm, device))

@@ -44,7 +44,8 @@ class Communicator:
         self._tp: Any = None
         self._pp: Any = None
         try:
-            store = meeting.open(parallel.num_ranks, timeout)
+            self._attendance = meeting.attend(shard.rank, parallel.num_ranks, timeout)
+            store = self._attendance.store
             tp_store = c10d.PrefixStore(f"stage-{shard.stage}", store)
             if parallel.tp > 1:
                 self._tp = make_group(tp_store, shard.index, parallel.tp, device, timeout, meeting.host)
@@ -54,6 +55,17 @@ class Communicator:
                 self._pp = make_group(pp_store, shard.stage, parallel.pp, device, timeout, meeting.host)
         except RuntimeError as error:
             raise PeerError(f"the ranks of the instance did not find each other: {error}") from error
+
+    def wait_for_all(self, point: str) -> None:
+        """Return when all ranks of the instance have reached ``point``.
+
+        Raises:
+            PeerError: another rank is gone or silent.
+        """
+        try:
+            self._attendance.wait_for_all(point)
+        except RuntimeError as error:
+            raise PeerError(f"the ranks of the instance are not all {point}: {error}") from error
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of the stage's shards' tensors, the same to the bit on each; overwrites ``tensor``.
