@@ -69,7 +69,7 @@ def _markdown(result: dict[str, Any]) -> list[str]:
     loads = result["loads"]
     num_judged, num_missed = _tally(loads, _is_outside)
     num_repeated, num_other = _tally(loads, lambda client: client == CONTROL)
-    verdict = "All of them agree" if not num_missed else f"{num_judged - num_missed} of {num_judged} figures agree"
+    agreeing = f"All {num_judged}" if not num_missed else f"{num_judged - num_missed} of {num_judged}"
     rows = [
         _row(load, clients, client, misses(clients, client))
         for load, clients in loads.items()
@@ -78,7 +78,7 @@ def _markdown(result: dict[str, Any]) -> list[str]:
     return [
         "# What other clients find",
         "",
-        f"{verdict} with `distserve bench` within {BOUND:.0%}; what does not is in **bold**.",
+        f"{agreeing} figures agree with `distserve bench` within {BOUND:.0%}; what does not is in **bold**.",
         f"With itself, asking again, it agrees in {num_repeated - num_other} of {num_repeated}.",
         "",
         (
