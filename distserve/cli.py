@@ -55,8 +55,8 @@ def main() -> None:
 @main.command()
 @click.argument("model", required=False)
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file; flags win.")
-@click.option("--prefill", type=int, help="Prefill instances.  [default: 1]")
-@click.option("--decode", type=int, help="Decode instances.  [default: 1]")
+@click.option("--prefill", type=int, help="Prefill instances.  [default: 1; 0 with --mixed]")
+@click.option("--decode", type=int, help="Decode instances.  [default: 1; 0 with --mixed]")
 @click.option("--mixed", type=int, help="Instances that do both, alone or beside --prefill.")
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on; 0 picks a free one.  [default: 8000]")
@@ -64,7 +64,11 @@ def main() -> None:
 @click.option("--gpu", type=int, help="Place all instances on this GPU, counted from 0.  [default: compute on CPUs]")
 @click.option("--dtype", help="float32 or bfloat16, for weights and KV.  [default: float32]")
 @click.option("--max-model-len", type=int, help="Most tokens of prompt and output together.  [default: the model's]")
-@click.option("--kv-tokens", type=int, help="KV memory of each instance, in tokens.  [default: at most 256 MiB]")
+@click.option(
+    "--kv-tokens",
+    type=int,
+    help="KV memory of each instance, in tokens.  [default: 256 MiB, or a whole sequence]",
+)
 @click.option("--kv-memory", type=float, help="KV memory of each instance, in bytes, in place of --kv-tokens.")
 @click.option("--prefix-caching", is_flag=True, default=None, help="Compute and move what prompts have in common once.")
 @click.option("--prefix-cache-tokens", type=int, help="Most unused KV kept for it, in tokens.  [default: all memory]")

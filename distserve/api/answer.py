@@ -41,7 +41,7 @@ class Answer(Response):
         run = self._stream if self._job.options.stream else self._whole
         try:
             generation = Generation(self._job, self._backend, self._metrics, self._clock)
-            renderer = renderer_for(self._job)
+            renderer = await renderer_for(self._job)
             for request in self._job.requests:
                 self._metrics.on_prompt(len(request.prompt_token_ids))
             async with Exchange(self._backend, self._job.requests, receive) as exchange:

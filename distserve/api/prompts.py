@@ -7,11 +7,8 @@ from typing import Any
 from distserve.api.model import ServedModel
 from distserve.api.sampling import check_prompt_length, check_token_ids
 from distserve.api.schemas import ChatMessage, CompletionBody, ConversationBody, TokenizeBody
-from distserve.api.tokenizer import TextTokenizer
+from distserve.api.tokenizer import LONG_TEXT, TextTokenizer
 from distserve.core.errors import InvalidRequestError
-
-LONG_TEXT = 4_000
-"""Characters from which tokenising (about a microsecond each) leaves the event loop for a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +72,11 @@ async def completion_prompts(body: CompletionBody, model: ServedModel, max_promp
             prompts.append(Prompt(ids, prompt))
         else:
             ids = prompt
-            check_token_ids(ids, model, "prompt")
             prompts.append(Prompt(ids))
         if not ids:
             raise InvalidRequestError("prompt is empty: it has no tokens", param="prompt")
+        # Of texts too: a tokenizer may know tokens that the model has no embedding for.
+        check_token_ids(ids, model, "prompt")
         check_prompt_length(len(ids), model, "prompt")
     return prompts
 
@@ -113,7 +111,7 @@ RESERVED_KWARGS = frozenset(
 async def conversation_prompt(body: ConversationBody | TokenizeBody, model: ServedModel) -> Prompt:
     """A conversation through the model's chat template. Raises InvalidRequestError.
 
-    Only one that is to be served must fit the context.
+    Only one that is to be served must fit the context and the vocabulary.
     """
     is_served = isinstance(body, ConversationBody)
     tokenizer = require_tokenizer(model, "messages")
@@ -141,5 +139,6 @@ async def conversation_prompt(body: ConversationBody | TokenizeBody, model: Serv
     if not ids:
         raise InvalidRequestError("the conversation has no tokens", param="messages")
     if is_served:
+        check_token_ids(ids, model, "messages")
         check_prompt_length(len(ids), model, "messages")
     return Prompt(ids, text)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from distserve.api.choice import Choice, Piece
-from distserve.api.detokenize import detokenizer_for
+from distserve.api.echo import Echo, echoes_of
 from distserve.api.job import Job
 from distserve.api.logprobs import Entry, chat_logprobs, completion_logprobs, prompt_logprobs
 from distserve.core.request import TokenLogprobs
@@ -162,39 +162,26 @@ class Renderer(ABC):
 
 
 class CompletionRenderer(Renderer):
-    """``text_completion`` objects, with the prompt in front if it is to be echoed."""
+    """``text_completion`` objects, with a prompt of ``echoes`` in front if there are any."""
 
     object_name = "text_completion"
     chunk_name = "text_completion"
     text_open = b'"text":'
     text_close = b""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, echoes: Sequence[Echo]) -> None:
         super().__init__(job)
-        self._echoes = [self._echo(i) for i in range(len(job.prompts))] if job.options.echo else []
-
-    def _echo(self, i: int) -> tuple[str, list[int]]:
-        """A prompt's text and where in it each token's begins."""
-        prompt = self.job.prompts[i]
-        skip = self.options.skip_special_tokens
-        detokenizer = detokenizer_for(self.tokenizer, (), skip_special_tokens=skip)
-        pieces, offsets, length = [], [], 0
-        for token_id in prompt.token_ids:
-            offsets.append(length)
-            pieces.append(detokenizer.feed(token_id))
-            length += len(pieces[-1])
-        text = "".join(pieces) + detokenizer.flush()
-        return (text if prompt.text is None else prompt.text), offsets
+        self._echoes = echoes
 
     def _offset(self, index: int) -> int:
-        return len(self._echoes[index // self.job.n][0]) if self._echoes else 0
+        return len(self._echoes[index // self.job.n].text) if self._echoes else 0
 
     def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
         return completion_logprobs(entries, self.tokenizer, self.num_top)
 
     def _echo_entries(self, i: int, logprobs: Sequence[TokenLogprobs] | None) -> list[Entry]:
         known = [None, *(logprobs or ())]
-        triples = zip(self.job.prompts[i].token_ids, self._echoes[i][1], known, strict=True)
+        triples = zip(self.job.prompts[i].token_ids, self._echoes[i].offsets, known, strict=True)
         return [Entry(*triple) for triple in triples]
 
     def opening(self, index: int, logprobs: Sequence[TokenLogprobs] | None) -> bytes:
@@ -205,7 +192,7 @@ class CompletionRenderer(Renderer):
         choice: dict[str, Any] = {"index": index, "text": "", "logprobs": None}
         choice |= {"finish_reason": None, "stop_reason": None}
         if self._echoes:
-            choice["text"] = self._echoes[i][0]
+            choice["text"] = self._echoes[i].text
             if self.options.logprobs:
                 choice["logprobs"] = self._logprobs(self._echo_entries(i, logprobs))
         if self.options.return_token_ids:
@@ -223,7 +210,7 @@ class CompletionRenderer(Renderer):
             choice: dict[str, Any] = {"index": answer.choice.index, "text": answer.text, "logprobs": None}
             entries = self._entries(answer)
             if self._echoes:
-                choice["text"] = self._echoes[i][0] + answer.text
+                choice["text"] = self._echoes[i].text + answer.text
                 if self.options.logprobs:
                     entries = self._echo_entries(i, logprobs[i]) + entries
             if self.options.logprobs:
@@ -281,6 +268,6 @@ class ChatRenderer(Renderer):
         return self._whole(answers, choices, num_cached_tokens, extra)
 
 
-def renderer_for(job: Job) -> Renderer:
+async def renderer_for(job: Job) -> Renderer:
     """The renderer of the API the job came in by."""
-    return ChatRenderer(job) if job.kind == "chat" else CompletionRenderer(job)
+    return ChatRenderer(job) if job.kind == "chat" else CompletionRenderer(job, await echoes_of(job))

@@ -13,6 +13,7 @@ import distserve
 from distserve.api.answer import Answer
 from distserve.api.backend import Backend
 from distserve.api.body import read_body
+from distserve.api.echo import decode
 from distserve.api.error_responses import envelope
 from distserve.api.health import health
 from distserve.api.job import chat_job, check_model, completion_job
@@ -140,7 +141,7 @@ def build_router(service: Service) -> APIRouter:
         check_model(body.model, model)
         tokenizer = require_tokenizer(model, "tokens")
         check_token_ids(body.tokens, model, "tokens")
-        return _json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return _json({"prompt": await decode(body.tokens, tokenizer)})
 
     @router.get("/health")
     async def healthy() -> Response:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from distserve.bench.errors import BenchError
+from distserve.bench.files import is_no_file
 from distserve.bench.plan import make_plan
 from distserve.bench.traces import FORMATS
 
@@ -48,8 +49,8 @@ Latencies count from the scheduled arrival. OPENAI_API_KEY is sent as the bearer
 @click.option(
     "--arrivals",
     type=click.Choice(["poisson", "gamma", "trace"]),
-    help="Open loop's gaps. A trace with timestamps brings its own unless --rate or --clients is given; "
-    "`trace` with --rate scales them to that mean rate.  [default: poisson]",
+    help="Open loop's gaps. A trace with timestamps brings its own unless --rate, --clients or --find-goodput is "
+    "given; `trace` with --rate or --find-goodput scales them to the mean rate asked for.  [default: poisson]",
 )
 @click.option("--cv", type=click.FloatRange(0), help="Coefficient of variation of gamma gaps: 1 is Poisson, 2 bursty.")
 @click.option("--num-requests", type=click.IntRange(1), help="Stop sending after so many.  [default: 100 if unbounded]")
@@ -157,7 +158,7 @@ def bench(url: str, **options: Any) -> None:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
         # Now, not after an hour's measurement.
-        for place in filter(None, (directory, options["output"] and options["output"].parent)):
+        for place in filter(None, (directory, _folder_of(options["output"]))):
             if not os.access(place, os.W_OK | os.X_OK):
                 raise click.ClickException(f"cannot write into {place}: not there, or not allowed")
         outcome = asyncio.run(run_session(plan, Progress(Console(stderr=True)), os.environ.get("OPENAI_API_KEY")))
@@ -183,3 +184,8 @@ def bench(url: str, **options: Any) -> None:
     except OSError as error:
         raise click.ClickException(f"cannot write the result: {error}") from error
     sys.exit(exit_code(outcome))
+
+
+def _folder_of(output: Path | None) -> Path | None:
+    """The directory that must be writable for a result in ``output``; None without one, and for pipes and terminals."""
+    return None if output is None or is_no_file(output) else output.resolve().parent

@@ -134,8 +134,8 @@ def scale_lengths(lengths: Lengths, factor: float) -> Lengths:
     return scaled
 
 
-def factor_to_fit(prompt_lens: Lengths, output_lens: Lengths, context: int) -> float:
-    """The one factor (at most 1) with which the longest prompt + output fits in ``context`` tokens.
+def factor_to_fit(prompt_lens: Lengths, output_lens: Lengths, context: int, most: float = 1.0) -> float:
+    """The one factor (at most ``most``) with which the longest prompt + output fits in ``context`` tokens.
 
     With ``scale_lengths`` no sum exceeds ``context``: rounding a length up to one token costs less than the fraction
     rounded off its partner. Raises WorkloadError when ``context`` has no room for a prompt and an output token.
@@ -143,4 +143,4 @@ def factor_to_fit(prompt_lens: Lengths, output_lens: Lengths, context: int) -> f
     if context < 2:
         raise WorkloadError(f"a context of {context} tokens has no room for a prompt token and an output token")
     longest = int((prompt_lens + output_lens).max(initial=1))
-    return 1.0 if longest <= context else context / longest
+    return min(most, context / longest)

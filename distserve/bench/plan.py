@@ -77,8 +77,11 @@ def make_plan(url: str, o: dict[str, Any]) -> Plan:
     own_times = isinstance(arrivals, TraceTimes) and not rates and search is None
     if duration is None and search is not None:
         duration = _DEFAULT_PROBE_SECONDS
-    if duration is None and num_requests is None and not isinstance(arrivals, TraceTimes):
-        num_requests = _DEFAULT_REQUESTS
+    if num_requests is None and not isinstance(arrivals, TraceTimes):
+        if duration is None:
+            num_requests = _DEFAULT_REQUESTS
+        elif not math.isfinite(duration):
+            raise WorkloadError(f"--duration {duration:g} has no end: give a number of seconds, or --num-requests")
     warmup = o["warmup"]
     if warmup is None:
         warmup = _PROBE_WARMUP_SHARE * duration if search is not None else 0.0

@@ -7,7 +7,7 @@ The JSON document (``schema`` "distserve-bench/1"); times in seconds, lengths in
     options      the command's options, by name
     slo          ttft, tpot, attainment; or null
     notes        what a reader must know to read the figures right
-    interrupted  the user ended it; error: the server died, with the message ("" otherwise)
+    interrupted  the user ended it; error: why the runs ended early or count for nothing ("" otherwise)
     runs[]       label, rate (null: a trace's own times, or closed loop), length_factor, stopped ("" or why early),
                  summary   metrics.Summary, field by field
                  requests[]  index, scheduled, sent, end (since the run's start), status, http_status, error,
@@ -252,7 +252,7 @@ def _warnings(summaries: list[Summary]) -> list[str]:
 
 
 def exit_code(outcome: Outcome) -> int:
-    """0: measured; 1: the server died, or no request succeeded; 130: interrupted."""
+    """0: measured; 1: ``error`` says why not, or no request succeeded; 130: interrupted."""
     if outcome.interrupted:
         return 130
     all_records = [record for measured in outcome.runs for record in measured.run.records]

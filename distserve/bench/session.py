@@ -9,7 +9,7 @@ import itertools
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ _FALLBACK_VOCAB = 1000
 _TRIAL_PROMPT, _TRIAL_OUTPUT = 8, 2
 _SETTLE_SECONDS = 60.0
 _CALIBRATION_WORDS = (16, 80)
+_LEAVE_SOME = "a longer --duration, more --num-requests or a shorter --warmup leave some to count"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Measured:
 
 @dataclass
 class Outcome:
-    """Everything measured; ``error`` when the server died on the way."""
+    """Everything measured; ``error`` when the server died on the way, or nothing could be counted."""
 
     model: str
     runs: list[Measured] = field(default_factory=list)
@@ -56,10 +57,15 @@ class Outcome:
 
 
 async def run_session(plan: Plan, progress: Progress, api_key: str | None = None) -> Outcome:
-    """Carry out ``plan``. Raises TargetError when the server cannot be measured at all.
+    """Carry out ``plan``.
 
     Ctrl-C ends the run in progress and returns what was measured.
+
+    Raises:
+        WorkloadError: a rate of the plan has no load that could be measured; nothing has been sent then.
+        TargetError: the server cannot be measured at all.
     """
+    workloads = [] if plan.search is not None else _workloads(plan)
     _raise_file_limit()
     async with open_client(plan.target, api_key) as client:
         client.target = await _resolve_model(client)
@@ -69,7 +75,7 @@ async def run_session(plan: Plan, progress: Progress, api_key: str | None = None
             if plan.search is not None:
                 await session.search_goodput(plan.search)
             else:
-                await session.run_all()
+                await session.run_all(workloads)
         return session.outcome
 
 
@@ -155,16 +161,20 @@ class _Session:
             return
         self.text = replace(self.text, tokens_per_word=per_word, overhead_tokens=counts[0] - per_word * few)
 
-    async def run_all(self) -> None:
-        """Every rate of the plan in turn."""
-        for number, rate in enumerate(self.plan.rates):
+    async def run_all(self, workloads: Sequence[Workload]) -> None:
+        """Every rate of the plan in turn, with its workload."""
+        for number, (rate, workload) in enumerate(zip(self.plan.rates, workloads, strict=True)):
             if number and not await self._settle():
                 return
-            workload = self.plan.workload.at(rate)
             label = self._label(rate)
             run = await self._measure(number, label, workload, _never)
             self.outcome.runs.append(Measured(label, rate, workload, run))
             if self._ended(run):
+                return
+            if not counted(run.records, self.plan.warmup):
+                self.outcome.error = (
+                    f"with {label} no request began after the warm-up of {self.plan.warmup:g} s: {_LEAVE_SOME}"
+                )
                 return
 
     def _label(self, rate: float | None) -> str:
@@ -222,17 +232,10 @@ class _Session:
         assert slo is not None
         try:
             workload = self.plan.workload.at(rate)
+            num_counted = _num_counted(workload, warmup)
         except WorkloadError as error:
             return self._void(rate, f"at {rate:g}/s {error}")
         assert workload.arrivals is not None
-        num_counted = int((workload.arrivals >= warmup).sum())
-        if not num_counted:
-            last = float(workload.arrivals[-1])
-            return self._void(
-                rate,
-                f"at {rate:g}/s the last request arrives after {last:.1f} s, within the warm-up of {warmup:g} s: "
-                "a longer --duration, more --num-requests or a shorter --warmup leave some to count",
-            )
 
         bound = 1.0
 
@@ -304,6 +307,32 @@ class _Session:
 
 def _never(run: Run) -> str:  # noqa: ARG001  a monitor that lets every run end by itself
     return ""
+
+
+def _workloads(plan: Plan) -> list[Workload]:
+    """That of each rate. Raises WorkloadError, with the rate, for one that cannot be made or has nothing to count."""
+    workloads = []
+    for rate in plan.rates:
+        try:
+            workload = plan.workload.at(rate)
+            if workload.arrivals is not None:
+                _num_counted(workload, plan.warmup)
+        except WorkloadError as error:
+            raise WorkloadError(str(error) if rate is None else f"at {rate:g}/s {error}") from error
+        workloads.append(workload)
+    return workloads
+
+
+def _num_counted(workload: Workload, warmup: float) -> int:
+    """Requests of open-loop load that arrive after the warm-up. Raises WorkloadError when there is none."""
+    assert workload.arrivals is not None
+    num = int((workload.arrivals >= warmup).sum())
+    if not num:
+        last = float(workload.arrivals[-1])
+        raise WorkloadError(
+            f"the last request arrives after {last:.1f} s, within the warm-up of {warmup:g} s: {_LEAVE_SOME}"
+        )
+    return num
 
 
 def _num_missed(run: Run, slo: SLO, warmup: float) -> int:

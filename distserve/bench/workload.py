@@ -116,6 +116,6 @@ class WorkloadSpec:
         if self.fit_context is None:
             return 1.0
         assert self.trace is not None
-        prompts = scale_lengths(self.trace.prompt_lens, self.length_scale)
-        outputs = scale_lengths(self.trace.output_lens, self.length_scale)
-        return factor_to_fit(prompts, outputs, self.fit_context)
+        # From the lengths before any rounding: both factors are applied at once, and rounded once.
+        factor = factor_to_fit(self.trace.prompt_lens, self.trace.output_lens, self.fit_context, self.length_scale)
+        return factor / self.length_scale

@@ -58,7 +58,9 @@ async def make_job(
             fields |= {"logprobs": True, "top_logprobs": num_top}
         chat = _checked(ChatBody, fields | _conversation(prompt))
         return await chat_job(chat, model, owner_id, MAX_CHOICES_PER_PROMPT, arrival)
-    given = prompt if isinstance(prompt, str) else list(prompt)
+    given = _listed(prompt)
+    if isinstance(given, list) and given and isinstance(given[0], str | list):
+        raise InvalidRequestError("prompt: one prompt is a text or token ids, not several of them", param="prompt")
     completion = _checked(CompletionBody, fields | {"prompt": given})
     return await completion_job(completion, model, owner_id, MAX_CHOICES_PER_PROMPT, arrival)
 
@@ -72,20 +74,26 @@ def _checked(schema: type[BodyT], fields: dict[str, Any]) -> BodyT:
 
 def _fields(params: SamplingParams) -> dict[str, Any]:
     """What was set, sequences as the lists that a JSON body would have."""
-    fields = {name: value for name, value in asdict(params).items() if value is not None}
-    for name in ("stop", "stop_token_ids"):
-        if name in fields and not isinstance(fields[name], str):
-            fields[name] = list(fields[name])
-    return fields
+    return {name: _listed(value) for name, value in asdict(params).items() if value is not None}
 
 
 def _conversation(chat: Chat) -> dict[str, Any]:
+    messages = _listed(chat.messages)
+    if isinstance(messages, list):
+        messages = [dict(message) if isinstance(message, Mapping) else message for message in messages]
     return {
-        "messages": [dict(message) for message in chat.messages],
+        "messages": messages,
         "add_generation_prompt": chat.add_generation_prompt,
         "continue_final_message": chat.continue_final_message,
         "chat_template_kwargs": chat.chat_template_kwargs,
     }
+
+
+def _listed(value: object) -> object:
+    """A list of a sequence's items. What is no sequence is left as it is: the bodies say what they want there."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        return value
+    return list(value)
 
 
 def _no_prompt(given: object) -> InvalidRequestError:

@@ -68,6 +68,7 @@ class LLM:
         max_batch_size: Most sequences that run at once.
         mixed_policy: ``splitfuse``, or ``whole`` for prompts that are never split, for comparison.
         prefix_caching: Share KV between prompts that begin alike.
+        prefix_cache_tokens: Most KV kept for that while nobody uses it, in tokens; None: as long as memory lasts.
         threads: Threads that compute; all CPUs of this process if None.
 
     Raises:
@@ -88,6 +89,7 @@ class LLM:
         max_batch_size: int = 64,
         mixed_policy: str = PrefillPolicy.SPLITFUSE,
         prefix_caching: bool = False,
+        prefix_cache_tokens: int | None = None,
         threads: int | None = None,
     ) -> None:
         options = {
@@ -100,6 +102,7 @@ class LLM:
             "max_batch_size": max_batch_size,
             "mixed_policy": mixed_policy,
             "prefix_caching": prefix_caching,
+            "prefix_cache_tokens": prefix_cache_tokens,
             "threads": threads,
         }
         directory = Path(model) if model is not None else model_dir()

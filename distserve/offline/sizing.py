@@ -36,6 +36,7 @@ def size_instance(directory: Path, options: dict[str, Any]) -> SizedInstance:
         engine = EngineSection.model_validate(options)
     except ValidationError as error:
         raise ConfigError(explain(error, None, {}, {}, EngineSection)) from error
+    engine.check_prefix_cache()
     model = describe(directory)
     max_model_len = engine.max_model_len or model.max_model_len
     if max_model_len > model.max_model_len:
@@ -56,8 +57,10 @@ def size_instance(directory: Path, options: dict[str, Any]) -> SizedInstance:
         max_batch_size=engine.max_batch_size,
         max_model_len=max_model_len,
         prefix_caching=engine.prefix_caching,
+        prefix_cache_tokens=engine.prefix_cache_tokens,
         policy=engine.mixed_policy,
     )
     spec = InstanceSpec("mixed-0", Role.MIXED, kv, scheduler)
+    spec.check_prefix_cache()
     check_budget(spec)
     return SizedInstance(spec, engine.dtype, engine.threads or len(os.sched_getaffinity(0)))

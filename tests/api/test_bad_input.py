@@ -3,12 +3,14 @@
 import asyncio
 import http.client
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from distserve.api.model import ServedModel
 from distserve.core.commands import Conclude
-from tests.api.conftest import Server
+from tests.api.conftest import Server, Start, backend_for
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -158,6 +160,19 @@ def test_numbers_that_are_none(server: Server, field: str, number: str) -> None:
     data = f'{{"prompt": "a", "logit_bias": {{"5": {number}}}}}'.encode()
     assert_error(server.client.post(COMPLETIONS, content=data, headers=JSON), 400, "logit_bias.5")
     assert_still_serves(server)
+
+
+def test_a_text_of_tokens_that_the_model_lacks_is_refused(start: Start, demo_model: ServedModel) -> None:
+    server = start(backend_for(demo_model), demo_model)
+    unknown = max(server.tokenizer.encode("Hello", add_special_tokens=False))
+    server = start(server.backend, replace(demo_model, vocab_size=unknown))
+    message = f"token id {unknown} is outside the vocabulary of {unknown} tokens"
+    assert_error(server.post(COMPLETIONS, **OK), 400, "prompt", message)
+    assert_error(server.post(COMPLETIONS, prompt=["Hello", "Hello"]), 400, "prompt", message)
+    assert_error(server.post(CHAT, messages=USER), 400, "messages", message)
+    assert server.backend.submitted == []
+    assert unknown in server.post("/tokenize", prompt="Hello").json()["tokens"]
+    assert unknown in server.post("/tokenize", messages=USER).json()["tokens"]
 
 
 def test_a_prompt_past_the_context_says_the_numbers(server: Server) -> None:

@@ -43,6 +43,8 @@ def test_chats_and_tokens_equal_those_of_transformers(
     assert ours.render_chat(MESSAGES, template_kwargs={}, **options) == chat
     assert ours.encode(chat, add_special_tokens=False) == theirs.encode(chat, add_special_tokens=False)
     assert ours.encode("Hello 🦊", add_special_tokens=True) == theirs.encode("Hello 🦊")
+    long = "Hello 🦊, naïve 日本!\n" * 1000
+    assert ours.encode(long, add_special_tokens=True) == theirs.encode(long)
     assert ours.eos_token_id == theirs.eos_token_id
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -165,6 +166,31 @@ def test_a_rate_that_cannot_be_judged_ends_the_search_and_keeps_what_was_measure
     assert len(document["runs"]) == 2
 
 
+def test_a_closed_loop_that_ends_within_its_warm_up_is_an_error(start_stub: Start, tmp_path: Path) -> None:
+    arguments = ("--clients", 2, "--num-requests", 4, "--output-len", 2, "--warmup", 30)
+    document = measure(tmp_path, start_stub(), *arguments, expect=1)
+    assert document["error"].startswith("with 2 clients no request began after the warm-up of 30 s")
+    assert document["runs"][0]["summary"]["num_warmup"] == 4
+
+
+def test_a_pipe_takes_the_result_wherever_it_is(
+    start_stub: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, read, access = tmp_path / "pipe", [], os.access
+    os.mkfifo(pipe)
+    # As /dev is to most users: root may write into any directory.
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path and access(place, mode))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    load = ("--clients", 1, "--num-requests", 1, "--output-len", 2)
+    result = run(start_stub(), *load, "--output", pipe)
+    assert result.exit_code == 0, result.output
+    reader.join(10)
+    assert json.loads(read[0])["runs"][0]["summary"]["num_ok"] == 1
+    refused = run("http://127.0.0.1:9", *load, "--output", tmp_path / "result.json")
+    assert f"cannot write into {tmp_path}" in refused.output
+
+
 def test_a_server_that_is_busy_between_two_runs_is_waited_for(start_stub: Start, tmp_path: Path) -> None:
     # Two trials, seven requests: the tenth, which asks whether it is at rest, is shed.
     url = start_stub(shed_every=10)
@@ -217,6 +243,13 @@ def test_a_wrong_model_name_lists_the_right_ones(start_stub: Start) -> None:
         (("--rate", "1", "--arrivals", "trace"), "--trace with timestamps"),
         (("--rate", "1", "--cv", "2"), "--arrivals gamma"),
         (("--rate", "1", "--duration", "5", "--warmup", "5"), "leaves nothing"),
+        (("--rate", "10", "--num-requests", "5", "--warmup", "60"), "within the warm-up of 60 s"),
+        (("--rate", "1", "--duration", "inf"), "--duration inf has no end"),
+        (("--clients", "1", "--duration", "inf"), "--duration inf has no end"),
+        (
+            ("--rate", "8,0.01", "--duration", "60", "--arrivals", "gamma", "--cv", "0"),
+            "at 0.01/s no request arrives",
+        ),
         (("--rate", "1", "--extra-body", "[1]"), "JSON object"),
         (("--trace", "/nowhere/trace.csv"), "cannot read the trace"),
         (("--rate", "1", "--output", "/nowhere/result.json"), "cannot write into /nowhere"),

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distserve.bench.arrivals import Gamma, TraceTimes
 from distserve.bench.errors import WorkloadError
 from distserve.bench.lengths import Fixed, Lognormal, Normal, factor_to_fit, parse_lengths, scale_lengths
 from distserve.bench.prompts import TextPrompts, TokenPrompts
-from distserve.bench.traces import read_trace
+from distserve.bench.traces import Trace, read_trace
 from distserve.bench.workload import WorkloadSpec
 
 REAL_TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "traces"
@@ -107,6 +107,25 @@ def test_fitted_lengths_fit_and_keep_their_proportions(pairs: list[tuple[int, in
     if factor < 1:
         assert scaled.max() >= context - 2
     assert np.all(np.abs(scale_lengths(prompts, factor) - prompts * factor) <= 1)
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 200_000), st.integers(1, 50_000)), min_size=1, max_size=50),
+    context=st.integers(2, 300_000),
+    scale=st.floats(0.01, 4.0),
+)
+@example(pairs=[(511, 511)], context=917, scale=0.9)
+def test_lengths_that_are_scaled_and_fitted_fit(pairs: list[tuple[int, int]], context: int, scale: float) -> None:
+    times = np.arange(len(pairs), dtype=np.float64)
+    prompts, outputs = (np.array(lens, np.int64) for lens in zip(*pairs, strict=True))
+    trace = Trace(prompts, outputs, times)
+    spec = WorkloadSpec(TraceTimes(times), None, None, trace=trace, length_scale=scale, fit_context=context)
+    workload = spec.at(None)
+    totals = workload.prompt_lens + workload.output_lens
+    assert totals.max() <= context
+    assert workload.length_factor <= scale
+    if workload.length_factor < scale:
+        assert totals.max() >= context - 2
 
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens

@@ -41,3 +41,12 @@ def test_what_is_no_file_is_written_as_it_is(tmp_path: Path) -> None:
     reader.join(10)
     assert read == ["through"]
     assert pipe.is_fifo()
+
+
+def test_a_pipe_that_has_no_name_is_written_too() -> None:
+    """As behind /dev/stdout in a shell's pipeline."""
+    read, write = os.pipe()
+    with os.fdopen(read) as reader:
+        with os.fdopen(write, "w"):
+            write_atomically(Path(f"/dev/fd/{write}"), lambda file: file.write_text("through"))
+        assert reader.read() == "through"

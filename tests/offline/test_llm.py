@@ -300,6 +300,9 @@ async def test_a_stream_raises_what_is_wrong(llm: LLM) -> None:
         await anext(llm.stream(TEXT, SamplingParams(temperature=3.0)))
     with pytest.raises(InvalidRequestError, match="prompt_logprobs cannot be streamed"):
         await anext(llm.stream(TEXT, SamplingParams(prompt_logprobs=1)))
+    no_prompt: Any = 7
+    with pytest.raises(InvalidRequestError, match="prompt: should be a valid string"):
+        await anext(llm.stream(no_prompt))
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -325,6 +328,12 @@ async def test_a_stream_raises_what_is_wrong(llm: LLM) -> None:
         (TEXT, SamplingParams(max_tokens=10**5), "maximum context length"),
         (TEXT, SamplingParams(stop=[""]), "stop"),
         (TEXT, SamplingParams(logprobs=50), "logprobs: should be less than or equal to 20"),
+        (TEXT, SamplingParams(stop=5), "stop: should be a valid string or a valid list"),  # type: ignore[arg-type]
+        (TEXT, SamplingParams(stop_token_ids=2), "stop_token_ids: should be a valid list"),  # type: ignore[arg-type]
+        (Chat("hello"), None, "messages: should be a valid list"),  # type: ignore[arg-type]
+        (Chat([*QUESTION, "b"]), None, r"messages\[1\]: should be a valid dictionary"),  # type: ignore[list-item]
+        ([*QUESTION, "b"], None, r"messages\[1\]: should be a valid dictionary"),
+        ([["a", "b"]], None, "one prompt is a text or token ids, not several"),
         ([TEXT, TEXT], [GREEDY], "1 sampling_params for 2 prompts"),
     ],
 )
@@ -344,6 +353,8 @@ def test_a_mistake_is_named_and_nothing_is_computed(llm: LLM, prompts: Any, para
         ({"max_model_len": 10**6}, "max_model_len 1000000 is more than the model can take"),
         ({"kv_tokens": 10**12}, "are free"),
         ({"kv_tokens": 4096, "kv_memory": 1e6}, "kv_tokens and kv_memory both say"),
+        ({"prefix_cache_tokens": 64}, "the prefix cache, which is off: set prefix_caching"),
+        ({"prefix_caching": True, "prefix_cache_tokens": 8}, "a prefix cache of 8 tokens does not fit"),
         ({"mixed_policy": "both"}, "mixed_policy: 'both' is wrong, must be 'splitfuse' or 'whole'"),
         ({"model": "/no/such/model"}, "model directory /no/such/model does not exist"),
         ({"model": Path(__file__).parent}, "no config.json"),
