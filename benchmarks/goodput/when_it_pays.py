@@ -24,6 +24,7 @@ from benchmarks.common.rows import read_rows, write_rows
 from benchmarks.goodput.fleet import Fleet, Found
 from benchmarks.goodput.map_grid import QUICK, ROUGH, WHOLE, Grid, Point, fleet_at, with_bandwidth
 from benchmarks.goodput.map_plot import draw
+from benchmarks.goodput.map_report import report
 from benchmarks.goodput.map_rows import Row
 from distserve.bench.files import write_atomically
 
@@ -100,7 +101,7 @@ def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
 
 
 def main() -> None:
-    """Measure, write the table and draw the map."""
+    """Measure, write the tables and draw the map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument(
@@ -134,7 +135,10 @@ def main() -> None:
         table.unlink(missing_ok=True)
     rows = measure_map(grid, table, options.seed)
     write_atomically(picture, lambda temporary: draw(rows).savefig(temporary, dpi=110))
-    print(f"{table}\n{picture}")
+    figures = table.with_suffix(".md")
+    command = " ".join(["python -m benchmarks.goodput.when_it_pays", *sys.argv[1:]])
+    write_atomically(figures, lambda temporary: temporary.write_text(report(rows, command), encoding="utf-8"))
+    print(f"{table}\n{figures}\n{picture}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from benchmarks.common.rows import read_rows, write_rows
 from benchmarks.goodput.fleet import MODES, Fleet, Mode, Pace
 from benchmarks.goodput.map_grid import LLAMA_8B, QUICK, TIGHT_TPOT, Point, fleet_at, with_bandwidth
 from benchmarks.goodput.map_plot import draw
+from benchmarks.goodput.map_report import report
 from benchmarks.goodput.map_rows import Row, judge
 from benchmarks.goodput.when_it_pays import measure_map
 from distserve.core.config import Role
@@ -74,6 +75,15 @@ def test_who_wins() -> None:
     assert judge([row(SPLITFUSE, 0.0), row(WHOLE, 0.0), row(DISAGGREGATED, 0.0)]).winner == ""
     alone = judge([row(SPLITFUSE, 0.0), row(WHOLE, 0.0), row(DISAGGREGATED, 1.0)])
     assert (alone.winner, alone.ratio) == ("D", float("inf"))
+
+
+def test_the_figures_say_who_is_ahead_and_what_was_not_measured_closely() -> None:
+    first = [row(SPLITFUSE, 2.0), row(WHOLE, 1.0), row(DISAGGREGATED, 3.0, bandwidth=5e9)]
+    second = [replace(one, prompt=2) for one in (*first[:2], row(DISAGGREGATED, 0.0, high=1.0, bandwidth=5e9))]
+    assert "| o | m | 5 | 1.50 to 1.50 (1.50; 1, 0, 0) |" in report(first, "again")
+    text = report([*first, *second], "again")
+    assert "| o | m | 5 | <0.50 to 1.50 (1, 0, 1) |" in text
+    assert "| o | m | 0.50 to 0.50 (0.50; 0, 0, 2) |" in text
 
 
 def test_an_interrupted_map_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
