@@ -57,7 +57,8 @@ def bound_shape(problem: Problem, offered: Offered, shape: Shape) -> ShapeBound:
     if shape.role is not Role.PREFILL:
         lone = _interpolated(prompts + outputs // 2, lambda length: lone_decode(step_time, pp, length))
         tpot = np.where(outputs > 1, lone, 0.0)
-    fits = prompts + outputs <= shape.kv.num_tokens
+    held = prompts if shape.role is Role.PREFILL else prompts + outputs
+    fits = held <= shape.kv.num_tokens
     within = (ttft <= problem.slo.ttft) & (tpot <= problem.slo.tpot) & fits
     whole, decoding = capacities(problem, offered, shape, step_time)
     return ShapeBound(

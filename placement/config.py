@@ -126,9 +126,9 @@ def given_candidate(path: Path, problem: Problem) -> Candidate | None:
         problem.model.check(parallel)
         shape = next((shape for shape in shapes if (shape.role, shape.parallel) == (role, parallel)), None)
         if shape is None:
-            reasons = [refusal.reason for refusal in refused if refusal.parallel == parallel]
-            if reasons:
-                reason = reasons[0]
+            ours = [refusal for refusal in refused if refusal.parallel == parallel and refusal.role in {None, role}]
+            if ours:
+                reason = ours[0].reason
             elif problem.model.num_layers % pool.pp:
                 reason = f"{problem.model.num_layers} layers are planned in equal stages"
             elif pool.pp > problem.search.max_pp:

@@ -2,8 +2,9 @@
 
 Every pair of shapes starts from the instance counts that capacity asks for at least. The candidate with the fewest
 GPUs is looked at first: its phases alone at the rate, then the whole. A phase that surely fails alone gets one instance
-more; a whole that does not surely hold is replaced by its two neighbours with one instance more. So no placement with
-fewer GPUs than the answer is left that could have held, and none with more is simulated.
+more; a whole that does not surely hold is replaced by its two neighbours with one instance more. That goes on until
+whatever is left has no fewer GPUs than what holds. So no placement with fewer GPUs than the answer is left that could
+have held; one with more is simulated only to fill a round that began with fewer.
 """
 
 import math
@@ -54,7 +55,7 @@ def fewest_gpus(
     num_wanted: int,
     note: Note,
 ) -> Fewest:
-    """Up to ``num_wanted`` candidates that hold at ``rate``, made from ``pairs`` by adding instances."""
+    """The smallest that hold at ``rate``, up to ``num_wanted``, made from ``pairs`` by adding instances."""
     problem = setting.problem
     target = problem.slo.attainment
     open_: dict[Candidate, Placement] = {}
@@ -93,8 +94,8 @@ def fewest_gpus(
                     *(max(int(-(-rate // (bounds.of_shape(shape).capacity * _SLACK))), 1) for shape, _ in pair.pools)
                 )
             )
-    while open_ and len(holding) < num_wanted:
-        ranked = sorted(open_, key=lambda c: (c.num_gpus, open_[c].num_nodes, str(c)))
+    while smaller := [candidate for candidate in open_ if candidate.num_gpus < _most_gpus(holding, num_wanted)]:
+        ranked = sorted(smaller, key=lambda c: (c.num_gpus, open_[c].num_nodes, str(c)))
         phases: dict[tuple[Shape, int], PhasePoint] = {}
         joint: dict[Candidate, JointPoint] = {}
         for candidate in ranked:
@@ -123,12 +124,18 @@ def fewest_gpus(
                 del open_[candidate]
                 add(candidate)
     holding.sort(key=in_order)
-    return Fewest(holding, best, len(seen), num_simulated)
+    return Fewest(holding[:num_wanted], best, len(seen), num_simulated)
 
 
 def in_order(holding: Holding) -> tuple[int, int, float]:
     """Fewest GPUs first, then fewest nodes, then most attained."""
     return holding.candidate.num_gpus, holding.placement.num_nodes, -holding.measurement.point.attainment.estimate
+
+
+def _most_gpus(holding: list[Holding], num_wanted: int) -> float:
+    """A candidate with fewer GPUs than this would be among the ``num_wanted`` smallest that hold, if it held."""
+    sizes = sorted(entry.candidate.num_gpus for entry in holding)
+    return sizes[num_wanted - 1] if len(sizes) >= num_wanted else math.inf
 
 
 def _enough(alone: dict[tuple[Shape, int], Measurement], pool: tuple[Shape, int], target: float) -> int:

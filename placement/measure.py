@@ -87,6 +87,7 @@ def summarise(rate: float, windows: list[Window], slo: SLO) -> RatePoint:
     met = np.concatenate([window.met for window in windows])
     ttft = np.concatenate([window.ttft for window in windows])
     tpot = np.concatenate([window.tpot for window in windows])
+    has_tpot = np.concatenate([window.has_tpot for window in windows])
     reasons = [window.instability for window in windows if window.instability]
     with np.errstate(invalid="ignore"):
         return RatePoint(
@@ -95,7 +96,7 @@ def summarise(rate: float, windows: list[Window], slo: SLO) -> RatePoint:
             ttft_attainment=float((ttft <= slo.ttft).mean()) if len(met) else 0.0,
             tpot_attainment=float((tpot <= slo.tpot).mean()) if len(met) else 0.0,
             ttft=_percentiles(ttft),
-            tpot=_percentiles(tpot),
+            tpot=_percentiles(tpot[has_tpot]),
             num_requests=len(met),
             num_runs=len(windows),
             instability=reasons[0] if 2 * len(reasons) > len(windows) else "",

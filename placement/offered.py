@@ -2,7 +2,8 @@
 
 Every placement is offered the same requests at the same seed, and the same seed at two rates is the same pattern,
 denser or thinner: differences are differences of placements (common random numbers). A trace has one course only; its
-seeds are stretches of it that begin at different requests.
+seeds are stretches of it that begin at different requests, the same ones whatever a stretch's length: a shorter run is
+the beginning of a longer one, unless that would end beyond the trace and so begins earlier.
 """
 
 from dataclasses import dataclass, replace
@@ -72,7 +73,7 @@ class Offered:
         """Consecutive requests of the trace, its mean rate scaled to ``rate``: the stretch keeps its own burstiness."""
         total = len(arrivals.timestamps)
         num = min(num_requests, total)
-        start = int((total - num) * self._start(run, 10**6) / 10**6)
+        start = min(self._start(run, total), total - num)
         times = (arrivals.timestamps[start : start + num] - arrivals.timestamps[start]) * arrivals.factor_for_rate(rate)
         trace = spec.trace
         if trace is not None:

@@ -20,7 +20,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Seconds, over the answered requests of the measured windows."""
+    """Seconds, over the answered requests of the measured windows; of TPOT over those with two tokens or more.
+
+    NaN where there are none.
+    """
 
     mean: float
     p50: float
@@ -194,8 +197,8 @@ class Plan:
 class UnreachableError(ConfigError):
     """No placement on the cluster reaches the objective.
 
-    ``constraint`` names what stands in the way (``memory``, ``ttft``, ``tpot``, ``rate``), ``best`` says the best
-    reachable value, ``advice`` what would help; the message holds all three.
+    ``constraint`` names what stands in the way (``shape``, ``batch``, ``memory``, ``ttft``, ``tpot``, ``rate``);
+    ``best`` says the best reachable value, ``advice`` what would help; the message holds all three.
     """
 
     def __init__(self, constraint: str, best: str, advice: str) -> None:

@@ -61,12 +61,15 @@ def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None
             evaluations = searcher.best_units(usable, paper)
         else:
             evaluations = searcher.fewest(usable, problem.rate, paper)
-        if not evaluations:
-            raise explain_unreachable(setting, bounds, shapes, refused, searcher.closest)
         measured_paper = searcher.evaluate_paper()
+        if measured_paper is not None:
+            evaluations.append(measured_paper)
+        if not any(evaluation.goodput.estimate for evaluation in evaluations):
+            raise explain_unreachable(setting, bounds, shapes, refused, searcher.closest)
     count = searcher.count
-    if measured_paper is not None:
-        evaluations.append(measured_paper)
+    notes = [f"step times: {problem.latency.source}"]
+    if paper is not None and measured_paper is None:
+        notes.append(f"the placement as given, {paper}, was not measured: the cluster has no room for it")
     key = _by_size if problem.rate is not None else _by_goodput
     ordered = sorted(evaluations, key=key)
     chosen = _chosen(problem, ordered)
@@ -92,7 +95,7 @@ def find_plan(problem: Problem, progress: Note = silent, paper: Candidate | None
         hybrid=first_of(Kind.HYBRID),
         paper=measured_paper,
         stats=stats,
-        notes=(f"step times: {problem.latency.source}",),
+        notes=tuple(notes),
     )
 
 
@@ -147,13 +150,13 @@ class _Searcher:
         """Finalists of every kind, measured with intervals."""
         problem = self._setting.problem
         kinds = self._kinds(shapes, problem.search.num_finalists)
-        # The paper's placement is measured in any case.
+        # The paper's placement is measured in any case, and may be the only one there is.
         units = [[u for single in kind for u in replications(problem, single) if u != paper] for kind, _ in kinds]
         races = [partial(self._race, rivals, wanted) for rivals, (_, wanted) in zip(units, kinds, strict=True)]
         raced = self._workers.side_by_side(races)
         for rivals, found in zip(units, raced, strict=True):
             self._tally(len(rivals), len(found))
-        if paper is not None and any(raced):
+        if paper is not None and (any(raced) or self._bounds.of_candidate(paper) > 0):
             self.evaluate_paper = self._begin(paper)
         finals = [partial(self._refine, found, wanted) for found, (_, wanted) in zip(raced, kinds, strict=True)]
         measured = [evaluation for of_kind in self._workers.side_by_side(finals) for evaluation in of_kind]

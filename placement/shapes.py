@@ -60,11 +60,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A shape that cannot be, and why (``memory`` or ``shape``)."""
+    """A shape that cannot be, and why: ``memory``, ``shape`` or ``batch`` (its steps). ``role`` None: in any role."""
 
     parallel: ParallelConfig
     constraint: str
     reason: str
+    role: Role | None = None
 
 
 def parallel_configs(problem: Problem) -> list[ParallelConfig]:
@@ -108,13 +109,13 @@ def find_shapes(problem: Problem, offered: Offered) -> tuple[list[Shape], list[R
                 reason = (
                     f"TP{parallel.tp} PP{parallel.pp}: {gigabytes:.0f} GB of weights per GPU leave no room for {room}"
                 )
-                refused.append(Refusal(parallel, "memory", reason))
-                break
+                refused.append(Refusal(parallel, "memory", reason, role))
+                continue  # another role has other steps, and may leave room
             shape = Shape(role, parallel, policy, kv, tokens, problem.limits.max_batch_size, nodes)
             try:
                 check_budget(shape.spec(problem, f"{role} instance"))
             except ConfigError as error:
-                refused.append(Refusal(parallel, "shape", str(error)))
+                refused.append(Refusal(parallel, "batch", str(error), role))
                 continue
             shapes.append(shape)
     return shapes, refused

@@ -22,11 +22,13 @@ _MIN_REQUESTS = 20
 class Window:
     """The measured requests of one run, in order of arrival. Times in seconds; NaN: not answered.
 
+    ``tpot`` of an answer of one token is 0: it meets any limit. ``has_tpot``: answered, with two tokens or more.
     ``throughput``: requests answered per second of the window, whenever they arrived.
     """
 
     ttft: Floats
     tpot: Floats
+    has_tpot: NDArray[np.bool_]
     met: NDArray[np.bool_]
     instability: str
     throughput: float
@@ -48,9 +50,11 @@ def measure_window(timelines: Timelines, slo: SLO, cv: float = 1.0) -> Window:
     end = float(arrival[0]) + span - min(residence, 0.15 * span)
     inside = (arrival >= begin) & (arrival <= end)
     finish = timelines.finish
+    is_answered = timelines.status == 200
     return Window(
         ttft=timelines.ttft[inside],
-        tpot=timelines.tpot[inside],
+        tpot=np.where(is_answered, timelines.tpot, np.nan)[inside],
+        has_tpot=(is_answered & (timelines.output_tokens > 1))[inside],
         met=timelines.meets(slo)[inside],
         instability=_growth(timelines, inside, begin, end, slo, cv),
         throughput=float(((finish >= begin) & (finish < end)).sum()) / (end - begin) if end > begin else 0.0,
@@ -60,13 +64,19 @@ def measure_window(timelines: Timelines, slo: SLO, cv: float = 1.0) -> Window:
 
 
 def _growth(timelines: Timelines, inside: NDArray[np.bool_], begin: float, end: float, slo: SLO, cv: float) -> str:
-    """Why the backlog counts as growing, by the criteria of :mod:`distserve.bench.steady`; empty if it does not."""
+    """Why the backlog counts as growing, empty if it does not.
+
+    The criterion of the backlog is that of :mod:`distserve.bench.steady`; medians of TTFT are compared with the whole
+    limit. Requests that are refused or fail leave at an unknown time, soon: they are no backlog.
+    """
     if int(inside.sum()) < _MIN_REQUESTS or end <= begin:
         return ""
     third = (end - begin) / 3
-    leave = np.where(np.isfinite(timelines.finish), timelines.finish, np.inf)
-    first = _mean_level(timelines.arrival, leave, begin, begin + third)
-    last = _mean_level(timelines.arrival, leave, end - third, end)
+    stays = (timelines.status == 200) | (timelines.status == 0)
+    arrive = timelines.arrival[stays]
+    leave = np.where(np.isfinite(timelines.finish), timelines.finish, np.inf)[stays]
+    first = _mean_level(arrive, leave, begin, begin + third)
+    last = _mean_level(arrive, leave, end - third, end)
     if last - first > _BACKLOG_SIGMAS * math.sqrt(max(first, 1.0)) * max(cv, 1.0) and last > _BACKLOG_RATIO * first:
         return f"the backlog grows: {first:.0f} requests in the first third, {last:.0f} in the last"
     ttft, at = timelines.ttft, timelines.arrival

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from distserve.core.config import Role
 from distserve.core.topology import Placement
+from placement.bounds import ShapeBound
 from placement.candidates import Candidate
 from placement.fewest import Holding
 from placement.plan import UnreachableError
 from placement.race import Bounds
 from placement.shapes import Refusal, Shape
 from placement.tasks import JointPoint, Setting
+from placement.words import seconds
 
 _NEARLY_IDLE = 0.02
 """Of its capacity: the rate at which a placement shows what it does for requests that hardly ever meet."""
@@ -18,30 +20,26 @@ _NEARLY_IDLE = 0.02
 def explain_unreachable(
     setting: Setting, bounds: Bounds, shapes: Sequence[Shape], refused: Sequence[Refusal], closest: Holding | None
 ) -> UnreachableError:
-    """The first constraint that excludes every placement, in the order memory, TTFT, TPOT, rate."""
+    """The first constraint that excludes every placement, in the order shapes, memory, TTFT, TPOT, rate."""
     problem = setting.problem
     slo, cluster = problem.slo, problem.cluster
     target = f"{slo.attainment:.0%}"
-    if not shapes:
-        memory = [refusal for refusal in refused if refusal.constraint == "memory"]
-        if memory:
-            return UnreachableError(
-                "memory",
-                f"{problem.model.name} fits no shape on {cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu}; "
-                f"the widest, {memory[-1].reason}",
-                "GPUs with more memory, more of them, or a smaller model would help",
-            )
-        reason = refused[-1].reason if refused else "the cluster has no GPUs"
-        return UnreachableError("shape", reason, "choose a cluster or a source of step times that knows such a shape")
+    for other, words in ((Role.DECODE, "computes prompts"), (Role.PREFILL, "decodes")):
+        if all(shape.role is other for shape in shapes):
+            missing = f" that {words}" if shapes else ""
+            return _without_shape(setting, [refusal for refusal in refused if refusal.role is not other], missing)
     known = [(shape, bounds.of_shape(shape)) for shape in shapes]
-    fits = max(known, key=lambda item: item[1].memory)
+    computing = [item for item in known if item[0].role is not Role.DECODE]
+    decoding = [item for item in known if item[0].role is not Role.PREFILL]
+    roomiest = (max(phase, key=lambda item: item[1].memory) for phase in (computing, decoding))
+    fits = min(roomiest, key=lambda item: item[1].memory)
     if fits[1].memory < slo.attainment:
         return UnreachableError(
             "memory",
             f"only {fits[1].memory:.0%} of the requests fit the KV memory of {fits[0]}: {fits[0].kv.num_tokens} tokens",
             "shorter requests, GPUs with more memory, or more GPUs per instance would help",
         )
-    prefill = min((item for item in known if item[0].role is not Role.DECODE), key=lambda item: item[1].ttft)
+    prefill = min(computing, key=lambda item: item[1].ttft)
     if prefill[1].ttft > slo.ttft:
         return UnreachableError(
             "ttft",
@@ -49,7 +47,7 @@ def explain_unreachable(
             f"the fastest shape",
             f"a TTFT of at least {prefill[1].ttft:.3f} s, shorter prompts or faster GPUs would help",
         )
-    decode = min((item for item in known if item[0].role is not Role.PREFILL), key=lambda item: item[1].tpot)
+    decode = min(decoding, key=lambda item: item[1].tpot)
     if decode[1].tpot > slo.tpot:
         return UnreachableError(
             "tpot",
@@ -68,14 +66,10 @@ def explain_unreachable(
             "more GPUs, a lower rate or looser limits would help",
         )
     if problem.rate is not None:
-        prompts, decodes = (
-            min(-(-problem.rate // bound.capacity) * shape.num_gpus for shape, bound in known if shape.role is role)
-            for role in (Role.PREFILL, Role.DECODE)
-        )
         return UnreachableError(
             "rate",
             f"{problem.rate:g} requests/s exceed what {cluster.num_gpus} GPUs can compute, about "
-            f"{_most(setting, bounds, shapes):.3g}: prompts alone take {prompts:.0f} GPUs, decoding {decodes:.0f}",
+            f"{_most(setting, bounds, shapes):.3g}{_apart(problem.rate, known)}",
             "more GPUs or a lower rate would help",
         )
     return UnreachableError(
@@ -83,6 +77,36 @@ def explain_unreachable(
         _nearly_idle(setting, bounds, shapes),
         "looser limits, shorter requests or faster GPUs would help",
     )
+
+
+def _without_shape(setting: Setting, refused: Sequence[Refusal], missing: str) -> UnreachableError:
+    """Why there is no instance at all, or none of the kind that ``missing`` says, by what was ``refused`` of it."""
+    model, cluster = setting.problem.model, setting.problem.cluster
+    reasons = {kind: [each.reason for each in refused if each.constraint == kind] for kind in ("batch", "memory")}
+    if reasons["batch"]:
+        # They fit memory: nothing but the limits keeps them out.
+        return UnreachableError("batch", reasons["batch"][0], "other limits of the section engine would help")
+    if reasons["memory"]:
+        return UnreachableError(
+            "memory",
+            f"{model.name} fits no shape{missing} on {cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu}; "
+            f"the widest, {reasons['memory'][-1]}",
+            "GPUs with more memory, more of them, or a smaller model would help",
+        )
+    reason = refused[-1].reason if refused else "the cluster has no GPUs"
+    return UnreachableError("shape", reason, "choose a cluster or a source of step times that knows such a shape")
+
+
+def _apart(rate: float, known: Sequence[tuple[Shape, ShapeBound]]) -> str:
+    """What each phase alone takes at least at ``rate``; empty where there are no instances for both apart."""
+    gpus = [
+        [-(-rate // bound.capacity) * shape.num_gpus for shape, bound in known if shape.role is role]
+        for role in (Role.PREFILL, Role.DECODE)
+    ]
+    if not all(gpus):
+        return ""
+    prompts, decodes = map(min, gpus)
+    return f": prompts alone take {prompts:.0f} GPUs, decoding {decodes:.0f}"
 
 
 def _most(setting: Setting, bounds: Bounds, shapes: Sequence[Shape]) -> float:
@@ -111,7 +135,7 @@ def _nearly_idle(setting: Setting, bounds: Bounds, shapes: Sequence[Shape]) -> s
     return (
         f"{limits} {rates} {point.rate:.2g} requests/s {candidate}, the best, serves {point.attainment.estimate:.1%} "
         f"within both (TTFT {point.ttft_attainment:.1%}, TPOT {point.tpot_attainment:.1%}; at their 90% quantiles "
-        f"{point.ttft.p90:.3g} s and {point.tpot.p90:.3g} s)"
+        f"{seconds(point.ttft.p90)} and {seconds(point.tpot.p90)})"
     )
 
 

@@ -58,6 +58,11 @@ def refused(config: Path, *arguments: str) -> str:
             {"cluster": {"gpu": "l4", "gpus_per_node": 2}, "engine": {"kv_tokens": 400_000}},
             ["(memory)", "13 GB of weights per GPU leave no room for the KV memory asked for"],
         ),
+        # Steps in which no prompt is computed: only decode instances could be.
+        (
+            {"engine": {"max_batch_tokens": 8}},
+            ["(batch)", "a step of max_batch_tokens = 8 is smaller than a KV block of 16 tokens", "to 16 or more"],
+        ),
         # A shape that cannot be.
         (
             {"placement": {"prefill": {"tp": 3}, "decode": {"tp": 1}}, "cluster": {"gpus_per_node": 4}},

@@ -1,5 +1,7 @@
 """Measuring attainment and bracketing goodput, on deployments whose answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -159,3 +161,48 @@ def test_an_interval_reaches_down_to_a_rate_that_surely_holds_however_slowly_att
         with_interval=True,
     )
     assert 1.0 < found.interval.low < 0.75 * found.low
+
+
+def ending(runs, rows, **columns):
+    """``runs`` in which every request of ``rows`` (a function of the number of requests) ends as ``columns`` say."""
+
+    def changed(rate, numbers, num_requests):
+        found = []
+        for run in runs(rate, numbers, num_requests):
+            lines, which = run.timelines, rows(num_requests)
+            new = {name: np.where(which, value, getattr(lines, name)) for name, value in columns.items()}
+            found.append(simulation(replace(lines, **new)))
+        return found
+
+    return changed
+
+
+@pytest.mark.parametrize(("status", "is_stable"), [(400, True), (503, True), (0, False)])
+def test_refused_requests_are_no_backlog_and_those_still_under_way_are(status, is_stable):
+    nothing = {"status": status, "first_token": np.nan, "finish": np.nan}
+    runs = ending(queue(0.01), lambda num: np.arange(num) % 20 == 0, **nothing)
+    point = measure(runs, 50.0, SLO_1S, 1.0, Effort(2000, 2000)).point
+    assert point.is_stable is is_stable
+    assert point.attainment.estimate == pytest.approx(0.95, abs=0.001)
+    assert point.tpot_attainment == pytest.approx(0.95, abs=0.001)
+
+
+def steady(tpot):
+    """A deployment whose first tokens take half a second, and later ones ``tpot`` seconds each, at any rate."""
+
+    def run(rate, number, num_requests):
+        arrival = np.arange(num_requests) / rate
+        return simulation(timelines(arrival, np.full(num_requests, 0.5), np.full(num_requests, tpot)))
+
+    return one_by_one(run)
+
+
+def test_answers_of_one_token_meet_any_tpot_and_are_none_of_its_percentiles():
+    runs = ending(steady(0.05), lambda num: np.arange(num) % 4 < 2, output_tokens=1)
+    refused = ending(runs, lambda num: np.arange(num) % 4 == 0, status=400, first_token=np.nan, finish=np.nan)
+    point = measure(refused, 10.0, SLO_1S, 1.0, Effort(800, 800)).point
+    assert [point.tpot.mean, point.tpot.p50, point.tpot.p99] == pytest.approx([0.05] * 3)
+    assert point.tpot_attainment == point.attainment.estimate == pytest.approx(0.75, abs=0.01)
+    short = measure(ending(runs, lambda num: np.ones(num, bool), output_tokens=1), 10.0, SLO_1S, 1.0, Effort(800, 800))
+    assert short.point.attainment.estimate == short.point.tpot_attainment == 1.0
+    assert np.isnan([short.point.tpot.mean, short.point.tpot.p50, short.point.tpot.p99]).all()

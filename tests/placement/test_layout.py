@@ -76,3 +76,20 @@ def test_no_more_nodes_than_needed():
 def test_what_has_no_room_is_not_seated():
     cluster = ClusterSpec("a100-80g-sxm", 1, 8, 300e9, 3e9)
     assert lay_out(cluster, [Seat(ParallelConfig(4), 2, 1), Seat(ParallelConfig(1), 1, 1)]) is None
+
+
+def test_instances_over_different_numbers_of_nodes_are_seated_beside_each_other():
+    cluster = ClusterSpec("a100-80g-sxm", 5, 8, 300e9, 3e9)
+    placement = place(cluster, [Seat(ParallelConfig(8, 2), 1, 2), Seat(ParallelConfig(8, 3), 1, 3)])
+    assert placement is not None
+    placement.check()
+    assert [len({gpu.node for gpu in instance.gpus}) for instance in placement.instances] == [2, 3]
+
+
+def test_what_cannot_be_spread_fills_one_node_after_the_other():
+    # Spread, each node has a pipeline of three and room for two pairs: one GPU is left on each, and a pair too many.
+    cluster = ClusterSpec("a100-80g-sxm", 2, 8, 300e9, 3e9)
+    placement = place(cluster, [Seat(ParallelConfig(1, 3), 2, 1), Seat(ParallelConfig(2), 5, 1)])
+    assert placement is not None
+    placement.check()
+    assert placement.num_gpus == cluster.num_gpus

@@ -45,6 +45,15 @@ def test_a_trace_offers_consecutive_requests_at_the_mean_rate():
     assert len(starts) == 4
 
 
+def test_a_stretch_begins_with_the_same_requests_however_long_it_is():
+    trace = trace_of(1000)
+    offered = Offered(WorkloadSpec(TraceTimes(trace.timestamps), None, None, trace=trace))
+    for run in range(3):
+        short, long = offered.at(10.0, run, 100), offered.at(10.0, run, 300)
+        assert np.array_equal(short.prompt_lens, long.prompt_lens[:100])
+        assert np.allclose(short.arrivals, long.arrivals[:100])
+
+
 def test_a_stretch_is_no_longer_than_the_trace():
     trace = trace_of(100)
     offered = Offered(WorkloadSpec(TraceTimes(trace.timestamps), None, None, trace=trace))

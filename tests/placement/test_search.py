@@ -13,13 +13,17 @@ from distserve.bench.workload import WorkloadSpec
 from distserve.core.config import SLO, ParallelConfig, Role
 from placement.bounds import bound_shape, network_capacity
 from placement.candidates import Kind, colocated, pairs, replications
+from placement.fewest import fewest_gpus
 from placement.offered import Offered
 from placement.plan import UnreachableError
-from placement.search import find_plan
+from placement.race import Bounds
+from placement.search import find_plan, silent
 from placement.shapes import find_shapes
 from placement.tasks import JointGoodput, JointPoint, PhaseGoodput, PhasePoint, Setting
+from placement.workers import Workers
+from simulator.latency.memory import workspace_bytes
 from simulator.model import Delays
-from tests.placement.problems import ToyLatency, toy_problem
+from tests.placement.problems import TOY, ToyLatency, toy_problem
 
 
 def every_candidate(problem):
@@ -67,6 +71,32 @@ def test_at_a_rate_no_smaller_placement_holds():
             assert not point.surely_holds(problem.slo.attainment), candidate
 
 
+class Watched(Workers):
+    """Notes how many GPUs the placements have that are simulated together."""
+
+    def __init__(self, setting):
+        super().__init__(setting, 1)
+        self.rounds = []
+
+    def run(self, tasks):
+        self.rounds.append([task.placement.num_gpus for task in tasks])
+        return super().run(tasks)
+
+
+def test_the_search_goes_on_while_a_smaller_placement_may_hold():
+    """Two of TP1 miss, and beside them two of TP2 hold: three of TP1 are fewer GPUs, not looked at until then."""
+    problem = toy_problem(gpus_per_node=4, max_pp=1, slo=SLO(0.3, 0.05), latency=ToyLatency(efficiency=0.5))
+    setting = Setting(problem, Offered(problem.workload))
+    bounds = Bounds(setting)
+    shapes, _ = find_shapes(problem, setting.offered)
+    mixed = [shape for shape in shapes if shape.role is Role.MIXED and shape.num_gpus <= 2]
+    rate = 1.8 * bounds.of_shape(mixed[0]).capacity
+    with Watched(setting) as workers:
+        found = fewest_gpus(setting, workers, bounds, colocated(mixed), rate, 1, silent)
+    assert [str(entry.candidate) for entry in found.holding] == ["3 mixed TP1"]
+    assert workers.rounds == [[2, 4], [3]]
+
+
 def test_never_more_than_a_known_feasible_plan():
     problem = toy_problem(20.0, gpus_per_node=3, max_pp=1)
     setting, candidates = every_candidate(problem)
@@ -103,6 +133,25 @@ def test_a_given_placement_that_serves_nothing_is_said_to(rate):
     assert together.paper is not None
     assert together.paper.goodput == plan.paper.goodput
     assert together.chosen == plan.chosen
+
+
+@pytest.mark.parametrize("rate", [None, 4.0])
+def test_a_given_placement_without_room_is_said_to_have_none(rate):
+    problem = toy_problem(rate, gpus_per_node=2, max_pp=1)
+    shapes, _ = find_shapes(problem, Offered(problem.workload))
+    plan = find_plan(problem, paper=next(pairs(problem, shapes)).with_counts(2, 2))
+    assert plan.paper is None
+    assert any("2 prefill TP1 + 2 decode TP1" in note and "no room" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("rate", [None, 4.0])
+def test_a_given_placement_may_be_the_only_one(rate):
+    problem = toy_problem(rate, gpus_per_node=1, max_pp=1)
+    shapes, _ = find_shapes(problem, Offered(problem.workload))
+    (alone,) = colocated(shapes)
+    plan = find_plan(problem, paper=alone)
+    assert plan.chosen is plan.paper
+    assert plan.chosen.goodput.estimate > 0
 
 
 def test_bounds_are_above_what_is_simulated():
@@ -235,3 +284,40 @@ def test_a_trace_shorter_than_the_runs_is_simulated_once():
     setting = Setting(problem, Offered(problem.workload))
     effort = setting.effort([(Role.MIXED, ParallelConfig())], 1.0, fine=True)
     assert (effort.num_requests, effort.max_requests, effort.min_runs) == (100, 100, 1)
+
+
+def test_a_prefill_instance_holds_prompts_alone():
+    problem = toy_problem(prompt=Fixed(300), output=Fixed(100), kv_tokens=320)
+    offered = Offered(problem.workload)
+    held = {shape.role: bound_shape(problem, offered, shape).memory for shape in find_shapes(problem, offered)[0]}
+    assert held == {Role.PREFILL: 1.0, Role.DECODE: 0.0, Role.MIXED: 0.0}
+    with pytest.raises(UnreachableError, match=r"only 0% of the requests fit the KV memory of decode .*: 320 tokens"):
+        find_plan(problem)
+
+
+def without_room_for_prefill(mixed_batch_tokens):
+    """A GPU of which weights and the largest prefill step take all that there is."""
+    problem = toy_problem(gpus_per_node=1, max_pp=1)
+    taken = TOY.weight_bytes(ParallelConfig()) + workspace_bytes(TOY, ParallelConfig(), 8192)
+    limits = replace(
+        problem.limits,
+        kv_tokens=None,
+        memory_bytes=int(taken / problem.limits.memory_utilisation),
+        prefill_batch_tokens=8192,
+        mixed_batch_tokens=mixed_batch_tokens,
+    )
+    return replace(problem, limits=limits)
+
+
+def test_roles_whose_steps_leave_room_for_kv_are_looked_at_where_another_s_do_not():
+    problem = without_room_for_prefill(mixed_batch_tokens=512)
+    shapes, refused = find_shapes(problem, Offered(problem.workload))
+    assert {shape.role for shape in shapes} == {Role.DECODE, Role.MIXED}
+    assert [(refusal.role, refusal.constraint) for refusal in refused] == [(Role.PREFILL, "memory")]
+    assert find_plan(problem).chosen.kind is Kind.COLOCATED
+
+
+def test_a_cluster_on_which_nothing_computes_prompts_is_said_to_be_one():
+    with pytest.raises(UnreachableError, match="toy fits no shape that computes prompts on") as caught:
+        find_plan(without_room_for_prefill(mixed_batch_tokens=8192))
+    assert caught.value.constraint == "memory"
