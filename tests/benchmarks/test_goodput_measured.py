@@ -198,6 +198,7 @@ def options(tmp_path: Path) -> argparse.Namespace:
         minutes=10.0,
         coarse=False,
         default_budgets=False,
+        least=0.25,
         quick=False,
         max_other_load=float("inf"),
         output_dir=tmp_path,
