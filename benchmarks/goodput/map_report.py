@@ -1,6 +1,7 @@
 """The map in figures: how far ways of serving are ahead of others over all lengths, by objective, model and link."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from statistics import mean
 
 from benchmarks.goodput.fleet import MODES
@@ -12,38 +13,43 @@ _MIXED = tuple(mode.name for mode in MODES if not mode.moves_kv)
 
 def report(rows: Sequence[Row], command: str) -> str:
     """Markdown; ``command`` repeats the map."""
-    names = [mode.name for mode in measured_everywhere(rows)]
-    pooled = [name for name in names if name not in _MIXED]
-    lines = [
-        "# When disaggregation pays: the map in figures",
-        "",
-        f"    {command}",
-        "",
-        "Goodput over that of the best mixed way: smallest to largest over the lengths, in brackets the mean and in",
-        f"how many cells it is ahead, level (within {TIE - 1:.0%}) and behind. *<*: not measured closely.",
-        "",
-        "| objective | model | link, GB/s per GPU | " + " | ".join(pooled) + " |",
-        "|---|---|--:|" + "--:|" * len(pooled),
-    ]
-    for objective, model, bandwidth in _panels(rows):
-        of_panel = [row for row in rows if (row.objective, row.model) == (objective, model)]
-        cells = [_summary(_ratios(of_panel, name, _MIXED, bandwidth)) for name in pooled]
-        lines.append(f"| {objective} | {model} | {bandwidth / 1e9:.3g} | " + " | ".join(cells) + " |")
-    first, second = _MIXED
-    if {first, second} <= set(names):
-        lines += ["", f"The same of {second} over {first}:", "", "| objective | model | |", "|---|---|--:|"]
-        for objective, model, _ in dict.fromkeys((o, m, 0.0) for o, m, _ in _panels(rows)):
-            of_panel = [row for row in rows if (row.objective, row.model) == (objective, model)]
-            lines.append(f"| {objective} | {model} | {_summary(_ratios(of_panel, second, (first,), 0.0))} |")
-    return "\n".join(lines) + "\n"
-
-
-def _panels(rows: Sequence[Row]) -> Iterator[tuple[str, str, float]]:
+    pooled = [mode.name for mode in measured_everywhere(rows) if mode.moves_kv]
     bandwidths = sorted({row.bandwidth for row in rows if row.bandwidth}, reverse=True)
-    for objective in dict.fromkeys(row.objective for row in rows):
-        for model in dict.fromkeys(row.model for row in rows):
-            for bandwidth in bandwidths:
-                yield objective, model, bandwidth
+    panels: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        panels[f"| {row.objective} | {row.model} |"].append(row)
+    split, whole = _MIXED
+    return "\n".join(
+        [
+            "# When disaggregation pays: the map in figures",
+            "",
+            f"    {command}",
+            "",
+            "Goodput over that of the best mixed way: smallest to largest over the lengths, in brackets the mean and",
+            f"in how many cells it is ahead, level (within {TIE - 1:.0%}) and behind. *<*: not measured closely.",
+            "",
+            f"| objective | model | link, GB/s per GPU | {' | '.join(pooled)} |",
+            "|---|---|--:|" + "--:|" * len(pooled),
+            *(
+                " | ".join(
+                    [
+                        f"{where} {bandwidth / 1e9:.3g}",
+                        *(_summary(_ratios(panel, name, _MIXED, bandwidth)) for name in pooled),
+                    ]
+                )
+                + " |"
+                for where, panel in panels.items()
+                for bandwidth in bandwidths
+            ),
+            "",
+            f"The same of {whole} over {split}:",
+            "",
+            "| objective | model | |",
+            "|---|---|--:|",
+            *(f"{where} {_summary(_ratios(panel, whole, (split,), 0.0))} |" for where, panel in panels.items()),
+            "",
+        ]
+    )
 
 
 def _ratios(rows: Sequence[Row], name: str, rivals: Sequence[str], bandwidth: float) -> list[tuple[float, bool]]:
@@ -51,7 +57,7 @@ def _ratios(rows: Sequence[Row], name: str, rivals: Sequence[str], bandwidth: fl
     ratios = []
     for key in dict.fromkeys(row.key for row in rows):
         cell = {row.mode: row for row in in_cell(rows, key, bandwidth)}
-        best = max(cell[rival].goodput for rival in rivals if rival in cell)
+        best = max(cell[rival].goodput for rival in rivals)
         if best:
             mine = cell[name]
             ratios.append(((mine.goodput or mine.high) / best, mine.goodput == 0))

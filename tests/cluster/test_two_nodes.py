@@ -124,6 +124,21 @@ def stream_all(server: Server, count: int, when_begun: threading.Barrier | None 
     return answers
 
 
+def stream_through_a_loss(server: Server, nodes: RayNodes) -> list[list[int]]:
+    """Four answers to the same prompt; the second node dies when all have begun."""
+    begun = threading.Barrier(5)
+
+    def kill() -> None:
+        begun.wait(60)
+        nodes.kill(1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    answers = stream_all(server, 4, begun)
+    killer.join()
+    return answers
+
+
 def test_kv_crosses_nodes_and_a_node_that_dies_costs_no_tokens(tmp_path: Path) -> None:
     """Two shards prefill on the first node; one decode instance is there, the other on the second node.
 
@@ -138,17 +153,8 @@ def test_kv_crosses_nodes_and_a_node_that_dies_costs_no_tokens(tmp_path: Path) -
         wait_idle(server)
         assert set(migrations(server)) == {"prefill-0", "decode-0", "decode-1"}
         assert all(migrations(server)[name] > 0 for name in ("decode-0", "decode-1"))
-        begun = threading.Barrier(5)
-
-        def kill() -> None:
-            begun.wait(60)
-            nodes.kill(1)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
         # Whatever the second node decoded goes on with the first one's decode instance.
-        assert stream_all(server, 4, begun) == [expected] * 4
-        killer.join()
+        assert stream_through_a_loss(server, nodes) == [expected] * 4
         wait_for(server, "decode-1 is not replaced: a node of it has left the Ray cluster")
         assert len(nodes.instances()) == 2
         assert list(server.token_ids(PROMPT, NUM_TOKENS)) == expected
@@ -166,11 +172,7 @@ cluster: {gpu: cpu, nodes: 2, gpus_per_node: 4}
 engine: {dtype: float32, kv_tokens: 1024, threads: 1}
 """
     with RayNodes(4, 2) as nodes, serving(tmp_path, nodes, text) as server:
-        begun = threading.Barrier(5)
-        killer = threading.Thread(target=lambda: (begun.wait(60), nodes.kill(1)))
-        killer.start()
-        assert stream_all(server, 4, begun) == [expected] * 4
-        killer.join()
+        assert stream_through_a_loss(server, nodes) == [expected] * 4
         wait_for(server, "the router died; starting another")
         wait_for(server, "mixed-0 is not replaced: a node of it has left the Ray cluster")
         assert list(server.token_ids(PROMPT, NUM_TOKENS)) == expected
@@ -221,11 +223,7 @@ def test_a_node_that_dies_takes_the_instance_that_has_a_stage_there(tmp_path: Pa
     expected = generated()
     text = config("auto", [[[0, 0]]], [[[0, 1], [0, 2]], [[0, 3], [1, 0]]], 1, 2)
     with RayNodes(4, 2) as nodes, serving(tmp_path, nodes, text) as server:
-        begun = threading.Barrier(5)
-        killer = threading.Thread(target=lambda: (begun.wait(60), nodes.kill(1)))
-        killer.start()
-        assert stream_all(server, 4, begun) == [expected] * 4
-        killer.join()
+        assert stream_through_a_loss(server, nodes) == [expected] * 4
         wait_for(server, "decode-1 is not replaced: a node of it has left the Ray cluster")
         assert list(server.token_ids(PROMPT, NUM_TOKENS)) == expected
         wait_idle(server)
