@@ -116,7 +116,7 @@ class DecodingScheduler(InstanceScheduler):
         num_steps = len(ends)
         self._steady_steps -= num_steps
         (batch,) = self._steps.values()
-        self._pace.step_seconds = ends[-1] - (ends[-2] if num_steps > 1 else batch.start)
+        self._pace.count_alike(ends[-1] - (ends[-2] if num_steps > 1 else batch.start), ends[-1])
         batch.start = ends[-1]
         if not self._growth_at:
             block_size = self.spec.kv.block_size

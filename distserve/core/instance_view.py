@@ -68,8 +68,8 @@ class InstanceView:
         self.heard_at = now
         for key in report.seen:
             self.assigned.pop(key, None)
-        if self.prompt_rate > 0:
-            self.done_at = now + (self.num_tokens_ahead + report.num_launched_tokens) / self.prompt_rate
+        if report.prompt_rate > 0:
+            self.done_at = now + (self.num_tokens_ahead + report.num_launched_tokens) / report.prompt_rate
 
     def give(self, key: RequestKey, num_tokens: int, through: str, now: float, default_rate: float) -> None:
         """A prompt with ``num_tokens`` to compute is sent to it."""
@@ -92,28 +92,15 @@ class InstanceView:
         rate = self.report.prefill_rate or default_rate
         return self.num_tokens_ahead / rate if rate > 0 else 0.0
 
-    @property
-    def prompt_rate(self) -> float:
-        """Prompt tokens per second, of late, beside whatever decodes there; 0: none yet."""
-        report = self.report
-        return report.prompt_step_tokens / report.prompt_step_seconds if report.prompt_step_seconds > 0 else 0.0
-
     def first_token(self, now: float, num_tokens: int, default_rate: float) -> float:
         """Predicted seconds until ``num_tokens`` of a prompt that comes now are computed, and those before them."""
-        rate = self.prompt_rate or default_rate
+        rate = self.report.prompt_rate or default_rate
         return max(0.0, self.done_at - now) + (num_tokens / rate if rate > 0 else 0.0)
 
     def interval(self, now: float, num_tokens: int = 0) -> float:
         """Predicted seconds between tokens of a sequence that runs here, with ``num_tokens`` of a prompt on top."""
-        recent = self.recent
-        return interval(self.report.step_seconds, self.prompt_seconds, recent.at(now) + num_tokens, recent.window)
-
-    @property
-    def prompt_seconds(self) -> float:
-        """By how much a prompt token lengthens a step; 0: not known yet."""
-        report = self.report
-        longer = max(0.0, report.prompt_step_seconds - report.step_seconds)
-        return longer / report.prompt_step_tokens if report.prompt_step_tokens > 0 else 0.0
+        report, recent = self.report, self.recent
+        return interval(report.step_seconds, report.prompt_seconds, recent.at(now) + num_tokens, recent.window)
 
     @property
     def num_free_blocks(self) -> int:

@@ -266,9 +266,9 @@ class Report:
     ``seen`` names the attempts received (Prefill, Offer) since the report before: these figures include them.
     ``num_waiting_tokens`` are prompt tokens queued and not yet computed, ``num_launched_tokens`` those that steps under
     way compute (to within one for each prompt), ``num_free_blocks`` KV blocks free now,
-    ``prefill_rate`` tokens computed per second of late in steps with prompts (0: none yet). The last step without
-    prompts took ``step_seconds``; those with prompts took ``prompt_step_seconds`` of late, with ``prompt_step_tokens``
-    of prompts in each (0: none yet). What follows are totals since the instance started: preemptions; KV pulls, their
+    ``prefill_rate`` tokens computed per second of late in steps with prompts, ``prompt_rate`` those of prompts among
+    them; ``prompt_seconds`` is by how much a prompt token lengthens a step (0: not known yet). The last step without
+    prompts took ``step_seconds``. What follows are totals since the instance started: preemptions; KV pulls, their
     bytes and seconds; tokens that were looked up in the prefix cache, and those of them that were found, so that they
     were not computed (prefill, mixed) or not pulled (decode); changes of role. ``role`` is what the instance is now
     (None: as it was started), ``becoming`` what it will be once what it has is done, if anything else.
@@ -282,8 +282,8 @@ class Report:
     seen: tuple[RequestKey, ...] = ()
     prefill_rate: float = 0.0
     step_seconds: float = 0.0
-    prompt_step_seconds: float = 0.0
-    prompt_step_tokens: float = 0.0
+    prompt_rate: float = 0.0
+    prompt_seconds: float = 0.0
     num_preempted: int = 0
     num_pulls: int = 0
     pulled_bytes: int = 0

@@ -77,8 +77,8 @@ class PromptChooser:
         num_tokens = here.num_tokens(request)
         disturbed = here.view.interval(now, num_tokens)
         locally = strain(here.view.first_token(now, num_tokens, rate), disturbed, self._slo)
-        knows_cost = here.view.prompt_seconds > 0
-        is_trifle = knows_cost and is_short(num_tokens, here.view.report.step_seconds, here.view.prompt_seconds)
+        report = here.view.report
+        is_trifle = report.prompt_seconds > 0 and is_short(num_tokens, report.step_seconds, report.prompt_seconds)
         return here if locally < remotely or (is_trifle and is_far(locally)) else there
 
     def _soonest(self, candidates: Sequence[InstanceView], request: Request, default_rate: float) -> PromptChoice:

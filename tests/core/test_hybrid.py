@@ -123,8 +123,8 @@ class Switchboard:
             seen,
             prefill_rate=1000.0,
             step_seconds=step,
-            prompt_step_seconds=step + 0.05,
-            prompt_step_tokens=1000 * (step + 0.05),
+            prompt_rate=1000.0,
+            prompt_seconds=0.05 / (1000 * (step + 0.05)),
             num_launched_tokens=launched,
         )
         return self.feed(Received(name, report))
