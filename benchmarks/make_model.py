@@ -68,7 +68,8 @@ def make_weights(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     kv_size = options.kv_heads * options.head_dim
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(dtype)
+        weights: torch.Tensor = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        return weights.to(dtype)
 
     weights = {
         "model.embed_tokens.weight": matrix(options.vocabulary, hidden),

@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -99,7 +100,7 @@ def compare(reference: Texts, texts: Texts) -> dict[str, float]:
     }
 
 
-def make_requests(model_dir: Path, sampling: dict[str, float]) -> list[Request]:
+def make_requests(model_dir: Path, sampling: dict[str, Any]) -> list[Request]:
     """Prompts cut out of documentation that Python ships with."""
     text = " ".join((value.__doc__ or "") for value in (argparse, json, Path, str, dict, list, int, torch.Tensor.sum))
     text = " ".join([text, *((getattr(str, name).__doc__ or "") for name in dir(str))])

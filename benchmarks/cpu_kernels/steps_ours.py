@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,7 +82,8 @@ class Model:
         )
         hidden = self.decoder(self.embedding[tokens], inputs, self.k_caches, self.v_caches)
         last = hidden[(starts[1:] - 1).long()]
-        return self.head(rms_norm(last, self.norm, self.eps)).argmax(dim=-1)
+        logits: torch.Tensor = self.head(rms_norm(last, self.norm, self.eps))
+        return logits.argmax(dim=-1)
 
     def batch(self, contexts: list[tuple[int, int]]) -> tuple[Tensor, ...]:
         """Arguments of `step` for sequences of (tokens before, tokens of this step)."""
@@ -116,10 +118,10 @@ def main() -> None:
     results = {}
     for size in map(int, batches.split(",")):
         arguments = model.batch([(int(context) - 1, 1)] * size)
-        results[f"decode {size}"] = measure(lambda arguments=arguments: model.step(*arguments), 15)
+        results[f"decode {size}"] = measure(partial(model.step, *arguments), 15)
     for length in map(int, prompts.split(",")):
         arguments = model.batch([(0, length)])
-        results[f"prefill {length}"] = measure(lambda arguments=arguments: model.step(*arguments), 5)
+        results[f"prefill {length}"] = measure(partial(model.step, *arguments), 5)
     read = torch.ones(50_000_000)
     results["read 176 MB"] = measure(read.sum, 10) * 176.2 / 200
     print(json.dumps(results))

@@ -7,6 +7,7 @@ speed is the one at which the simulated latencies of its requests are the measur
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,10 +96,16 @@ def speed_of(probe: Sequence[dict[str, Any]], model_at: Callable[[Speed], Cluste
     def simulated(prompts: float, decodes: float) -> Timelines:
         return simulate(model_at(Speed(prompts, decodes)), workload).timelines
 
+    def ttft_off(prompts: float, decodes: float) -> float:
+        return float(np.median(ttft / simulated(prompts, decodes).ttft))
+
+    def tpot_off(decodes: float, prompts: float) -> float:
+        return float(np.median(tpot / simulated(prompts, decodes).tpot))
+
     prompts, decodes = PROFILED.prompts, PROFILED.decodes
     for _ in range(_ROUNDS):
-        prompts = _find(lambda factor, decodes=decodes: float(np.median(ttft / simulated(factor, decodes).ttft)))
-        decodes = _find(lambda factor, prompts=prompts: float(np.median(tpot / simulated(prompts, factor).tpot)))
+        prompts = _find(partial(ttft_off, decodes=decodes))
+        decodes = _find(partial(tpot_off, prompts=prompts))
     return Speed(prompts, decodes)
 
 

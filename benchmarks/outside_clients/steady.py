@@ -47,7 +47,8 @@ class SteadyWorker(Worker):
 
 async def serve(model: Path, port: int) -> None:
     """Serve ``model`` until a signal comes."""
-    rank.Worker = SteadyWorker  # type: ignore[misc]  # no cluster lets its user choose what its instances compute with
+    # No cluster lets its user choose what its instances compute with.
+    setattr(rank, "Worker", SteadyWorker)  # noqa: B010
     scheduler = SchedulerConfig(max_batch_tokens=512, max_batch_size=64, max_model_len=2048)
     async with LocalCluster(model, kv=KvConfig(num_blocks=2048), scheduler=scheduler) as backend:
         app = create_app(backend, load_served_model(model), ApiSettings(), clock=cluster_time)

@@ -84,7 +84,7 @@ def case_problem(name: str, fits: Path | None, workers: int) -> tuple[Problem, C
     paper = given_candidate(EXAMPLES / f"{name}.yaml", problem)
     assert paper is not None
     (prefill, _), (decode, _) = paper.pools
-    return problem, replace(paper, span=spans(problem.cluster, prefill, decode)[-1])
+    return problem, replace(paper, span=spans(problem, prefill, decode)[-1])
 
 
 def vllm_problem(problem: Problem, fits: Path) -> Problem:
