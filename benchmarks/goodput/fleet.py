@@ -58,12 +58,17 @@ class Mode:
         """Whether KV goes over the network: only then its bandwidth matters."""
         return Role.PREFILL in self.roles
 
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether prompts are computed on either of its pools."""
+        return self.moves_kv and Role.MIXED in self.roles
+
 
 MODES = (
     Mode("SplitFuse", "S", (Role.MIXED,)),
     Mode("whole prompts", "W", (Role.MIXED,), PrefillPolicy.WHOLE_PROMPT),
     Mode("disaggregated", "D", (Role.PREFILL, Role.DECODE)),
-    Mode("hybrid", "H", (Role.PREFILL, Role.MIXED), floor=0.9),
+    Mode("hybrid", "H", (Role.PREFILL, Role.MIXED)),
 )
 
 
@@ -202,11 +207,26 @@ class Fleet:
     def best(self, mode: Mode, floor: float = 0.0, first: int | None = None) -> Found:
         """``mode`` with its knob at its best; ``first`` is where to look first.
 
-        A goodput below ``floor`` (requests/s) is of no interest: its ``low`` is 0.
+        A goodput below ``floor`` (requests/s) is of no interest: its ``low`` is 0. From where to look first the search
+        climbs. A hybrid may have two peaks, little and much of it prefill, and while nothing holds ``floor`` there is
+        no slope: then every other setting is asked whether it is better.
         """
         knobs = self.knobs(mode)
         at = knobs.index(self.likely_knob(mode) if first is None else first)
         tried = {at: self.goodput(mode, knobs[at], floor)}
+        at = self._climb(mode, at, floor, tried)
+        for place in sorted(range(len(knobs)), key=lambda place: abs(place - at)):
+            if place in tried or not (mode.is_hybrid or tried[at].low == 0):
+                continue
+            reached = tried[at].interval.estimate
+            tried[place] = self.goodput(mode, knobs[place], max(floor, _BETTER * reached), reached)
+            if _rank(tried[place]) > _rank(tried[at]):
+                at = self._climb(mode, place, floor, tried)
+        return self._found(mode, knobs[at], tried[at], sum(goodput.num_simulated for goodput in tried.values()))
+
+    def _climb(self, mode: Mode, at: int, floor: float, tried: dict[int, Goodput]) -> int:
+        """Where going from ``at`` to a better neighbour leads; those looked at are added to what was ``tried``."""
+        knobs = self.knobs(mode)
         while True:
             direction = 1 if _misses_ttft(tried[at]) else -1
             reached = tried[at].interval.estimate
@@ -218,8 +238,7 @@ class Fleet:
                     at = place
                     break
             else:
-                break
-        return self._found(mode, knobs[at], tried[at], sum(goodput.num_simulated for goodput in tried.values()))
+                return at
 
     def unless_slower(self, found: Found, floor: float = 0.0) -> Found:
         """What was found on a faster network, if it holds on this one; else the best there is here."""
@@ -265,7 +284,7 @@ class Fleet:
         """Requests/s that bounds without a simulation allow; 0 if even an idle instance misses the objective."""
         target = self.problem.slo.attainment
         pools = self.pools(mode, knob)
-        if mode.moves_kv and Role.MIXED in mode.roles:
+        if mode.is_hybrid:
             # Every instance may take prompts, as a prefill instance at best; only the mixed ones decode.
             counts = (self.num_instances, pools[-1][1])
             kinds = (self.shapes[role, PrefillPolicy.SPLITFUSE] for role in (Role.PREFILL, Role.DECODE))

@@ -1,6 +1,6 @@
 """The map of when disaggregation pays: modes on one fleet, their knobs, and who is said to win."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from benchmarks.goodput.map_report import report
 from benchmarks.goodput.map_rows import Row, judge
 from benchmarks.goodput.when_it_pays import measure_map
 from distserve.core.config import Role
+from placement.goodput import Goodput
+from placement.plan import Interval
 
 SPLITFUSE, WHOLE, DISAGGREGATED, HYBRID = MODES
 SHORT = Pace(residences=1.0, patiences=1.0, least=60, most=80)
@@ -48,6 +50,36 @@ def test_the_climb_ends_at_a_split_as_good_wherever_it_begins(fleet: Fleet) -> N
     assert far.knob > 5
     ratio = far.goodput.interval.estimate / likely.goodput.interval.estimate
     assert 0.9 < ratio < 1.1
+
+
+@dataclass(frozen=True)
+class Terrain(Fleet):
+    """A fleet whose goodput with 1, 2, ... of its instances prefilling is known beforehand."""
+
+    rates: tuple[float, ...] = ()
+
+    def goodput(self, mode: Mode, knob: int, floor: float, likely: float = 0.0) -> Goodput:
+        """What is said of ``knob``; nothing else sees ``mode`` and ``likely``."""
+        rate = self.rates[knob - 1]
+        holds = rate > floor
+        return Goodput(Interval(rate * holds, rate * holds, max(rate, floor)), rate * holds, max(rate, floor), ())
+
+
+def on_terrain(fleet: Fleet, *rates: float) -> Fleet:
+    return Terrain(fleet.problem, fleet.parallel, fleet.num_instances, fleet.patience, rates=rates)
+
+
+@pytest.mark.parametrize("first", range(1, 8))
+def test_a_hybrid_may_have_two_peaks(fleet: Fleet, first: int) -> None:
+    assert on_terrain(fleet, 2.0, 3.0, 6.0, 4.0, 3.0, 4.0, 5.0).best(HYBRID, 1.0, first).knob == 3
+
+
+@pytest.mark.parametrize("mode", [DISAGGREGATED, HYBRID])
+@pytest.mark.parametrize("first", range(1, 8))
+def test_where_nothing_holds_the_floor_at_first_every_split_is_asked(fleet: Fleet, mode: Mode, first: int) -> None:
+    found = on_terrain(fleet, 0.5, 0.6, 0.7, 2.0, 0.4, 0.3, 0.2).best(mode, 1.0, first)
+    assert (found.knob, found.goodput.low) == (4, 2.0)
+    assert on_terrain(fleet, 0.5, 0.6, 0.7, 0.8, 0.4, 0.3, 0.2).best(mode, 1.0, first).goodput.low == 0
 
 
 def test_a_slow_link_costs_goodput_and_a_link_that_is_fast_enough_none(fleet: Fleet) -> None:
