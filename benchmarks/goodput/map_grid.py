@@ -7,7 +7,7 @@ from benchmarks.goodput.fleet import MODES, Fleet, Mode, OneShape, Pace
 from distserve.bench.arrivals import Gamma
 from distserve.bench.lengths import Lognormal
 from distserve.bench.workload import WorkloadSpec
-from distserve.core.config import SLO, ParallelConfig, PrefillPolicy, Role
+from distserve.core.config import SLO, ParallelConfig, PrefillPolicy
 from distserve.core.latency import StepShape
 from distserve.core.topology import ClusterSpec
 from placement.problem import EngineLimits, Problem, SearchLimits
@@ -99,12 +99,6 @@ WHOLE = Grid(
     prompts=(500, 1500, 5000, 15000),
     outputs=(32, 128, 512),
     bandwidths=(50e9, 6.25e9, 1.5625e9),
-)
-# Short runs flatter most what no bound holds down: the hybrid is left out.
-ROUGH = replace(
-    WHOLE,
-    pace=Pace(residences=2.0, patiences=4.0, least=200, most=1500),
-    modes=tuple(mode for mode in MODES if not (mode.moves_kv and Role.MIXED in mode.roles)),
 )
 QUICK = Grid(
     models=(LLAMA_8B,),

@@ -1,7 +1,6 @@
 """When disaggregation pays: a map over prompt and output lengths, objectives and links, of who wins and by how much.
 
-    python -m benchmarks.goodput.when_it_pays            # about an hour of one core after `make fast`
-    python -m benchmarks.goodput.when_it_pays --rough    # the pure modes, runs a quarter as long: about 15 minutes
+    python -m benchmarks.goodput.when_it_pays            # LONG of two cores after `make fast`
     python -m benchmarks.goodput.when_it_pays --quick    # a corner of it, about a minute
 
 A fleet of 8 instances of Llama-3.1-8B (an H100 each), and one of Llama-3.1-70B (TP 4 each), serves the same requests in
@@ -13,16 +12,19 @@ What the table has already is not measured again: an interrupted run goes on, a 
 """
 
 import argparse
+import os
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.common.rows import read_rows, write_rows
 from benchmarks.goodput.fleet import Fleet, Found
-from benchmarks.goodput.map_grid import QUICK, ROUGH, WHOLE, Grid, Point, fleet_at, with_bandwidth
+from benchmarks.goodput.map_grid import QUICK, WHOLE, Grid, Point, fleet_at, with_bandwidth
 from benchmarks.goodput.map_plot import draw
 from benchmarks.goodput.map_report import report
 from benchmarks.goodput.map_rows import Row
@@ -74,8 +76,11 @@ def measure_point(point: Point, grid: Grid, seed: int = 0, known: Sequence[Row] 
     return rows, simulated
 
 
-def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
-    """Measure what the table at ``path`` lacks of the map, keep it up to date, and say how far it is."""
+def measure_map(grid: Grid, path: Path, seed: int = 0, workers: int = 1) -> list[Row]:
+    """Measure what the table at ``path`` lacks of the map, keep it up to date, and say how far it is.
+
+    Every one of ``workers`` processes has a point of the map at a time; rows are in the order of the grid all the same.
+    """
     rows = read_rows(path, Row)
     whole = sum(len(grid.bandwidths) if mode.moves_kv else 1 for mode in grid.modes)
     known: defaultdict[tuple[str, str, int, int], list[Row]] = defaultdict(list)
@@ -84,39 +89,40 @@ def measure_map(grid: Grid, path: Path, seed: int = 0) -> list[Row]:
             known[row.key].append(row)
     points = list(grid.points())
     missing = [point for point in points if len(known[point.key]) < whole]
+    place = {point.key: number for number, point in enumerate(points)}
     began = time.perf_counter()
-    for number, point in enumerate(missing, 1):
-        found, simulated = measure_point(point, grid, seed, known[point.key])
-        rows += found
-        write_rows(path, Row, rows)
-        left = (time.perf_counter() - began) / number * (len(missing) - number) / 60
-        shown = ", ".join(f"{row.mode} {row.goodput:.3g}" for row in found)
-        print(
-            f"[{len(points) - len(missing) + number}/{len(points)}] {point.served.model.name}, {point.objective.name}, "
-            f"{point.prompt} in, {point.output} out: {shown} requests/s/GPU "
-            f"({simulated:,} simulated; {left:.0f} min left)",
-            flush=True,
-        )
+    # Spawned, not forked: the caller may have threads.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        measured = {pool.submit(measure_point, point, grid, seed, known[point.key]): point for point in missing}
+        for number, future in enumerate(as_completed(measured), 1):
+            point, (found, simulated) = measured[future], future.result()
+            rows = sorted(rows + found, key=lambda row: place.get(row.key, len(place)))
+            write_rows(path, Row, rows)
+            left = (time.perf_counter() - began) / number * (len(missing) - number) / 60
+            shown = ", ".join(f"{row.mode} {row.goodput:.3g}" for row in found)
+            print(
+                f"[{len(points) - len(missing) + number}/{len(points)}] {point.served.model.name}, "
+                f"{point.objective.name}, {point.prompt} in, {point.output} out: {shown} requests/s/GPU "
+                f"({simulated:,} simulated; {left:.0f} min left)",
+                flush=True,
+            )
     return rows
 
 
 def main() -> None:
     """Measure, write the tables and draw the map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument(
-        "--rough", action="store_true", help="pure modes, runs a quarter as long; into files of its own"
-    )
-    extent.add_argument("--quick", action="store_true", help="a corner of the map, short runs; into files of its own")
+    parser.add_argument("--quick", action="store_true", help="a corner of the map, short runs; into files of its own")
     parser.add_argument("--fresh", action="store_true", help="measure again what the table has already")
     parser.add_argument(
         "--seed", type=int, default=0, help="of all random numbers; others than 0 into files of their own"
     )
     parser.add_argument("--outputs", type=int, nargs="+", metavar="TOKENS", help="only these output lengths of the map")
     parser.add_argument("--links", type=int, metavar="N", help="only the N fastest links of the map")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="directory of table and picture")
     options = parser.parse_args()
-    grid = QUICK if options.quick else ROUGH if options.rough else WHOLE
+    grid = QUICK if options.quick else WHOLE
     if options.outputs is not None:
         wanted = tuple(length for length in grid.outputs if length in options.outputs)
         if not wanted:
@@ -124,16 +130,11 @@ def main() -> None:
         grid = replace(grid, outputs=wanted)
     grid = replace(grid, bandwidths=grid.bandwidths[: options.links])
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = (
-        "when_it_pays"
-        + "_quick" * options.quick
-        + "_rough" * options.rough
-        + (f"_seed{options.seed}" if options.seed else "")
-    )
+    stem = "when_it_pays" + "_quick" * options.quick + (f"_seed{options.seed}" if options.seed else "")
     table, picture = options.output / f"{stem}.csv", options.output / f"{stem}.png"
     if options.fresh:
         table.unlink(missing_ok=True)
-    rows = measure_map(grid, table, options.seed)
+    rows = measure_map(grid, table, options.seed, options.workers)
     write_atomically(picture, lambda temporary: draw(rows).savefig(temporary, dpi=110))
     figures = table.with_suffix(".md")
     command = " ".join(["python -m benchmarks.goodput.when_it_pays", *sys.argv[1:]])
