@@ -131,7 +131,7 @@ def size_kv(
     if num_blocks < 1:
         raise ConfigError(
             f"{_mib(kv_bytes)} of KV memory hold not a single block of {request.block_size} tokens "
-            f"({_mib(block_bytes)}): give at least --kv-tokens {max_model_len}"
+            f"({_mib(block_bytes)}): give kv_tokens of at least {max_model_len}"
         )
     weights, cache = int(share * weight_bytes), int(share * num_blocks * block_bytes)
     each = weights + cache
@@ -139,10 +139,11 @@ def size_kv(
     if needed > free:
         fit = max(0, free // (each + processes // num_instances))
         process = "its process" if num_ranks == num_instances else "its processes"
+        who = "1 instance needs" if num_instances == 1 else f"{num_instances} instances need"
         raise ConfigError(
-            f"{num_instances} instances need {_mib(needed)}, {_mib(free)} are free: each takes {_mib(weights)} of "
+            f"{who} {_mib(needed)}, {_mib(free)} are free: each takes {_mib(weights)} of "
             f"weights, {_mib(cache)} of KV ({num_blocks * request.block_size} tokens) and "
-            f"{_mib(processes // num_instances)} for {process}. {_advice(fit)}"
+            f"{_mib(processes // num_instances)} for {process}. {_advice(num_instances, fit)}"
         )
     return KvConfig(num_blocks=num_blocks, block_size=request.block_size)
 
@@ -173,9 +174,11 @@ def least_kv(
     return min(found, key=lambda kv: kv.num_blocks)
 
 
-def _advice(fit: int) -> str:
-    fewer = f"{fit} would fit; " if fit else ""
-    return f"{fewer}ask for fewer instances, or less KV by --kv-tokens."
+def _advice(num_instances: int, fit: int) -> str:
+    less = "less KV by kv_tokens."
+    if num_instances == 1:
+        return f"Ask for {less}"
+    return f"{f'{fit} would fit; ask' if fit else 'Ask'} for fewer instances, or {less}"
 
 
 def _mib(num_bytes: int) -> str:

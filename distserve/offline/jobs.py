@@ -35,14 +35,25 @@ def params_for(
     prompts: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[SamplingParams]:
     """The options of each prompt: the same for all, or one each. Raises InvalidRequestError."""
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams()] * len(prompts)
+    if not isinstance(given, Sequence):
+        return [checked_params(given)] * len(prompts)
     if len(given) != len(prompts):
         raise InvalidRequestError(
             f"{len(given)} sampling_params for {len(prompts)} prompts: give one for all, or one for each",
             param="sampling_params",
         )
-    return list(given)
+    return [checked_params(one) for one in given]
+
+
+def checked_params(given: SamplingParams | None) -> SamplingParams:
+    """The options of one prompt, all unset for None. Raises InvalidRequestError for what is none, like a dict."""
+    if given is None:
+        return SamplingParams()
+    if not isinstance(given, SamplingParams):
+        raise InvalidRequestError(
+            f"sampling_params must be a distserve.SamplingParams, not {type(given).__name__}", param="sampling_params"
+        )
+    return given
 
 
 async def make_job(

@@ -28,7 +28,7 @@ from distserve.core.errors import RequestError, UnavailableError
 from distserve.core.router import RouterConfig
 from distserve.demo import model_dir
 from distserve.offline.background import Background
-from distserve.offline.jobs import batch_of, make_job, params_for
+from distserve.offline.jobs import batch_of, checked_params, make_job, params_for
 from distserve.offline.outputs import Delta, RequestOutput, delta_of, whole_choice
 from distserve.offline.params import Prompt, SamplingParams
 from distserve.offline.sizing import size_instance
@@ -176,7 +176,7 @@ class LLM:
 
         async def produce() -> None:
             try:
-                job = await self._job(prompt, sampling_params or SamplingParams(), stream=True)
+                job = await self._job(prompt, checked_params(sampling_params), stream=True)
                 await self._answer(job, lambda index, piece: put(delta_of(index, piece)))
             finally:
                 put(None)

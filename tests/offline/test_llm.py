@@ -300,6 +300,9 @@ async def test_a_stream_raises_what_is_wrong(llm: LLM) -> None:
         await anext(llm.stream(TEXT, SamplingParams(temperature=3.0)))
     with pytest.raises(InvalidRequestError, match="prompt_logprobs cannot be streamed"):
         await anext(llm.stream(TEXT, SamplingParams(prompt_logprobs=1)))
+    no_params: Any = {"temperature": 0.0}
+    with pytest.raises(InvalidRequestError, match=r"must be a distserve\.SamplingParams, not dict"):
+        await anext(llm.stream(TEXT, no_params))
     no_prompt: Any = 7
     with pytest.raises(InvalidRequestError, match="prompt: should be a valid string"):
         await anext(llm.stream(no_prompt))
@@ -335,6 +338,8 @@ async def test_a_stream_raises_what_is_wrong(llm: LLM) -> None:
         ([*QUESTION, "b"], None, r"messages\[1\]: should be a valid dictionary"),
         ([["a", "b"]], None, "one prompt is a text or token ids, not several"),
         ([TEXT, TEXT], [GREEDY], "1 sampling_params for 2 prompts"),
+        (TEXT, {"temperature": 0.0}, "sampling_params must be a distserve.SamplingParams, not dict"),
+        ([TEXT, TEXT], [GREEDY, {}], "must be a distserve.SamplingParams, not dict"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_computed(llm: LLM, prompts: Any, params: Any, message: str) -> None:
@@ -351,7 +356,7 @@ def test_a_mistake_is_named_and_nothing_is_computed(llm: LLM, prompts: Any, para
         ({"max_batch_tokens": 8}, "smaller than a KV block of 16 tokens"),
         ({"max_batch_tokens": 32}, "no room for a token of each of the max_batch_size = 64 sequences"),
         ({"max_model_len": 10**6}, "max_model_len 1000000 is more than the model can take"),
-        ({"kv_tokens": 10**12}, "are free"),
+        ({"kv_tokens": 10**12}, r"1 instance needs .* are free.* Ask for less KV by kv_tokens\."),
         ({"kv_tokens": 4096, "kv_memory": 1e6}, "kv_tokens and kv_memory both say"),
         ({"prefix_cache_tokens": 64}, "the prefix cache, which is off: set prefix_caching"),
         ({"prefix_caching": True, "prefix_cache_tokens": 8}, "a prefix cache of 8 tokens does not fit"),
