@@ -1,8 +1,8 @@
-"""Ways of serving one workload on a fixed fleet, each with its one knob where its goodput is best.
+"""Ways of serving one workload on a fixed fleet, each with its knobs where its goodput is best.
 
-Every way has one knob, and all of them point the same way: turned up it favours TTFT, turned down TPOT. With a pool of
-prefill instances it is how many of the fleet are in that pool, with Dynamic SplitFuse the tokens of a step; whole
-prompts have none. The best setting is climbed to from an estimate, first in the direction of what was missed.
+All knobs point the same way: turned up they favour TTFT, turned down TPOT. With a pool of prefill instances one is how
+many of the fleet are in that pool, with Dynamic SplitFuse one is the tokens of a step; a hybrid has both, whole prompts
+have none. The best setting is climbed to from an estimate, first in the direction of what was missed.
 
 Knows nothing of maps and how they are drawn. Rates, steady states, goodput and bounds are the planner's.
 """
@@ -72,6 +72,17 @@ MODES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """A setting: ``num_prefill`` instances (0: the mode has no such pool), and tokens of a mixed instance's step.
+
+    ``budget`` is 0 where no instance is mixed.
+    """
+
+    num_prefill: int = 0
+    budget: int = 0
+
+
 class OneShape:
     """The step times of one shape alone, built once. ``latency`` is where they are from."""
 
@@ -99,10 +110,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class Found:
-    """The goodput of a mode, the setting of its knob (prefill instances or tokens of a step) and what limits it."""
+    """The goodput of a mode, the setting of its knobs, also in words, and what limits it."""
 
     mode: Mode
-    knob: int
+    knob: Knob
     setting: str
     goodput: Goodput
     binding: str
@@ -149,44 +160,53 @@ class Fleet:
 
     # -- knobs --------------------------------------------------------------------------------------------------------
 
-    def knobs(self, mode: Mode) -> Sequence[int]:
-        """The settings of a mode's knob, ascending."""
+    def knobs(self, mode: Mode, beside: Knob | None = None) -> Sequence[Knob]:
+        """The settings of a mode's knob, ascending; of a hybrid, with the budget of ``beside`` (None: a likely one)."""
+        budget = beside.budget if beside is not None else self._likely_budget(mode)
         if mode.moves_kv:
-            return range(1, self.num_instances)
+            return [Knob(count, budget) for count in range(1, self.num_instances)]
         if mode.policy is PrefillPolicy.SPLITFUSE:
-            return BUDGETS
-        return (self.shapes[Role.MIXED, mode.policy].max_batch_tokens,)
+            return [Knob(budget=tokens) for tokens in BUDGETS]
+        return [Knob(budget=budget)]
 
-    def likely_knob(self, mode: Mode) -> int:
+    def likely_knob(self, mode: Mode) -> Knob:
         """Where to look first: pools whose capacities within the objective are alike; the planner's token budget."""
         if not mode.moves_kv:
-            return self.shapes[Role.MIXED, mode.policy].max_batch_tokens
-        prefill = _CROWDED * self._bound(self.shapes[Role.PREFILL, PrefillPolicy.SPLITFUSE]).capacity
+            return Knob(budget=self._likely_budget(mode))
+        prefill = _CROWDED * self._bound(self._apart(Role.PREFILL)).capacity
         decode = self._decode_rate()
-        return max(self.knobs(mode), key=lambda count: min(count * prefill, (self.num_instances - count) * decode))
 
-    def setting(self, mode: Mode, knob: int) -> str:
-        """The instances of a mode at one setting of its knob, in words."""
-        if mode.moves_kv:
-            letters = [role[0].upper() for role in mode.roles]
-            return f"{knob}{letters[0]} + {self.num_instances - knob}{letters[1]}"
-        return f"{self.num_instances}M, {knob} tokens"
+        def rate(knob: Knob) -> float:
+            return min(knob.num_prefill * prefill, (self.num_instances - knob.num_prefill) * decode)
 
-    def pools(self, mode: Mode, knob: int) -> list[tuple[Shape, int]]:
-        """The instances of a mode at one setting of its knob."""
-        if mode.moves_kv:
-            counts = (knob, self.num_instances - knob)
-            kinds = [self.shapes[role, PrefillPolicy.SPLITFUSE] for role in mode.roles]
-            return list(zip(kinds, counts, strict=True))
+        return max(self.knobs(mode), key=rate)
+
+    def _likely_budget(self, mode: Mode) -> int:
+        return self.shapes[Role.MIXED, mode.policy].max_batch_tokens if Role.MIXED in mode.roles else 0
+
+    def setting(self, mode: Mode, knob: Knob) -> str:
+        """The instances of a mode at one setting of its knobs, in words."""
+        pools = " + ".join(f"{count}{shape.role[0].upper()}" for shape, count in self.pools(mode, knob))
+        return f"{pools}, {knob.budget} tokens" if knob.budget else pools
+
+    def pools(self, mode: Mode, knob: Knob) -> list[tuple[Shape, int]]:
+        """The instances of a mode at one setting of its knobs."""
+        counts = (knob.num_prefill, self.num_instances - knob.num_prefill) if mode.moves_kv else (self.num_instances,)
+        shapes = [self._mixed(mode, knob) if role is Role.MIXED else self._apart(role) for role in mode.roles]
+        return list(zip(shapes, counts, strict=True))
+
+    def _apart(self, role: Role) -> Shape:
+        return self.shapes[role, PrefillPolicy.SPLITFUSE]
+
+    def _mixed(self, mode: Mode, knob: Knob) -> Shape:
         shape = self.shapes[Role.MIXED, mode.policy]
         most = self.problem.limits.max_batch_size
-        kv = self.problem.kv(self.parallel, max(knob, most))
+        kv = self.problem.kv(self.parallel, max(knob.budget, most))
         # A step that prompts share has room for a token of every sequence.
-        size = min(most, knob) if mode.policy is PrefillPolicy.SPLITFUSE else most
-        shape = replace(shape, max_batch_tokens=knob, max_batch_size=size, kv=kv or shape.kv)
-        return [(shape, self.num_instances)]
+        size = min(most, knob.budget) if mode.policy is PrefillPolicy.SPLITFUSE else most
+        return replace(shape, max_batch_tokens=knob.budget, max_batch_size=size, kv=kv or shape.kv)
 
-    def placement(self, mode: Mode, knob: int) -> Placement:
+    def placement(self, mode: Mode, knob: Knob) -> Placement:
         """Every pool on nodes of its own: whatever KV is moved crosses the network cards of both nodes."""
         cluster, tp = self.problem.cluster, self.parallel.tp
         per_node = cluster.gpus_per_node // tp
@@ -204,41 +224,57 @@ class Fleet:
 
     # -- goodput ------------------------------------------------------------------------------------------------------
 
-    def best(self, mode: Mode, floor: float = 0.0, first: int | None = None) -> Found:
-        """``mode`` with its knob at its best; ``first`` is where to look first.
+    def best(self, mode: Mode, floor: float = 0.0, first: Knob | None = None) -> Found:
+        """``mode`` with its knobs at their best; ``first`` is where to look first.
 
-        A goodput below ``floor`` (requests/s) is of no interest: its ``low`` is 0. From where to look first the search
-        climbs. A hybrid may have two peaks, little and much of it prefill, and while nothing holds ``floor`` there is
-        no slope: then every other setting is asked whether it is better.
+        A goodput below ``floor`` (requests/s) is of no interest: its ``low`` is 0.
         """
-        knobs = self.knobs(mode)
-        at = knobs.index(self.likely_knob(mode) if first is None else first)
-        tried = {at: self.goodput(mode, knobs[at], floor)}
-        at = self._climb(mode, at, floor, tried)
-        for place in sorted(range(len(knobs)), key=lambda place: abs(place - at)):
-            if place in tried or not (mode.is_hybrid or tried[at].low == 0):
-                continue
-            reached = tried[at].interval.estimate
-            tried[place] = self.goodput(mode, knobs[place], max(floor, _BETTER * reached), reached)
-            if _rank(tried[place]) > _rank(tried[at]):
-                at = self._climb(mode, place, floor, tried)
-        return self._found(mode, knobs[at], tried[at], sum(goodput.num_simulated for goodput in tried.values()))
+        tried: dict[Knob, Goodput] = {}
+        at = self._along(self.knobs(mode, first), mode, first or self.likely_knob(mode), floor, tried)
+        if mode.is_hybrid and tried[at].low > 0:
+            steps = [replace(at, budget=budget) for budget in BUDGETS]
+            better = self._along(steps, mode, at, floor, tried)
+            at = better if better == at else self._along(self.knobs(mode, better), mode, better, floor, tried)
+        return self._found(mode, at, tried[at], sum(goodput.num_simulated for goodput in tried.values()))
 
-    def _climb(self, mode: Mode, at: int, floor: float, tried: dict[int, Goodput]) -> int:
-        """Where going from ``at`` to a better neighbour leads; those looked at are added to what was ``tried``."""
-        knobs = self.knobs(mode)
+    def _along(self, knobs: Sequence[Knob], mode: Mode, first: Knob, floor: float, tried: dict[Knob, Goodput]) -> Knob:
+        """The best of ``knobs``, from ``first`` on; what is looked at is added to what was ``tried``.
+
+        The search climbs. A hybrid may have two peaks, little and much of it prefill, and while nothing holds ``floor``
+        there is no slope: then every other setting is asked whether it is better.
+        """
+        if first not in tried:
+            tried[first] = self.goodput(mode, first, floor)
+        at = self._climb(knobs, mode, first, floor, tried)
+        start = knobs.index(at)
+        for knob in sorted(knobs, key=lambda knob: abs(knobs.index(knob) - start)):
+            if (
+                knob not in tried
+                and (mode.is_hybrid or tried[at].low == 0)
+                and self._is_better(knob, mode, at, floor, tried)
+            ):
+                at = self._climb(knobs, mode, knob, floor, tried)
+        return at
+
+    def _climb(self, knobs: Sequence[Knob], mode: Mode, at: Knob, floor: float, tried: dict[Knob, Goodput]) -> Knob:
+        """Where going to a better neighbour leads, from ``at`` on."""
         while True:
+            place = knobs.index(at)
             direction = 1 if _misses_ttft(tried[at]) else -1
-            reached = tried[at].interval.estimate
-            for place in (at + direction, at - direction):
-                if place in tried or not 0 <= place < len(knobs):
+            for near in (place + direction, place - direction):
+                if not 0 <= near < len(knobs) or knobs[near] in tried:
                     continue
-                tried[place] = self.goodput(mode, knobs[place], max(floor, _BETTER * reached), reached)
-                if _rank(tried[place]) > _rank(tried[at]):
-                    at = place
+                if self._is_better(knobs[near], mode, at, floor, tried):
+                    at = knobs[near]
                     break
             else:
                 return at
+
+    def _is_better(self, knob: Knob, mode: Mode, best: Knob, floor: float, tried: dict[Knob, Goodput]) -> bool:
+        """Whether ``knob`` is better than the ``best`` of those ``tried``; looked at no closer than it takes to see."""
+        reached = tried[best].interval.estimate
+        tried[knob] = self.goodput(mode, knob, max(floor, _BETTER * reached), reached)
+        return _rank(tried[knob]) > _rank(tried[best])
 
     def unless_slower(self, found: Found, floor: float = 0.0) -> Found:
         """What was found on a faster network, if it holds on this one; else the best there is here."""
@@ -252,14 +288,14 @@ class Fleet:
             return replace(found, num_simulated=point.num_simulated)
         return self.best(found.mode, floor, found.knob)
 
-    def _found(self, mode: Mode, knob: int, goodput: Goodput, num_simulated: int) -> Found:
+    def _found(self, mode: Mode, knob: Knob, goodput: Goodput, num_simulated: int) -> Found:
         if goodput.measured:
             binding = binding_constraint(self.problem, self.placement(mode, knob), goodput)
         else:
             binding = "capacities allow no more" if goodput.high else "an idle instance is too slow"
         return Found(mode, knob, self.setting(mode, knob), goodput, binding, num_simulated)
 
-    def goodput(self, mode: Mode, knob: int, floor: float, likely: float = 0.0) -> Goodput:
+    def goodput(self, mode: Mode, knob: Knob, floor: float, likely: float = 0.0) -> Goodput:
         """Of one setting; one below ``floor`` is of no interest. ``likely`` is where to look first."""
         placement = self.placement(mode, knob)
         ceiling = self._ceiling(mode, knob, placement)
@@ -280,15 +316,14 @@ class Fleet:
     def _runs(self, placement: Placement) -> Runs:
         return one_by_one(Whole(placement).run(self.problem, self.offered))
 
-    def _ceiling(self, mode: Mode, knob: int, placement: Placement) -> float:
+    def _ceiling(self, mode: Mode, knob: Knob, placement: Placement) -> float:
         """Requests/s that bounds without a simulation allow; 0 if even an idle instance misses the objective."""
         target = self.problem.slo.attainment
         pools = self.pools(mode, knob)
         if mode.is_hybrid:
             # Every instance may take prompts, as a prefill instance at best; only the mixed ones decode.
             counts = (self.num_instances, pools[-1][1])
-            kinds = (self.shapes[role, PrefillPolicy.SPLITFUSE] for role in (Role.PREFILL, Role.DECODE))
-            pools = list(zip(kinds, counts, strict=True))
+            pools = list(zip(map(self._apart, (Role.PREFILL, Role.DECODE)), counts, strict=True))
         bounds = [(self._bound(shape), count) for shape, count in pools]
         if any(bound.attainment < target for bound, _ in bounds):
             return 0.0
@@ -310,7 +345,7 @@ class Fleet:
         """Requests/s of one decode instance whose batch is as large as TPOT and memory allow."""
         prompts, outputs = self.offered.sample
         context = float((prompts + outputs / 2).mean())
-        kv = self.shapes[Role.DECODE, PrefillPolicy.SPLITFUSE].kv
+        kv = self._apart(Role.DECODE).kv
         most = max(min(self.problem.limits.max_batch_size, int(kv.num_tokens / context)), 1)
 
         def seconds(batch: int) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.common.rows import read_rows, write_rows
-from benchmarks.goodput.fleet import MODES, Mode, Pace
+from benchmarks.goodput.fleet import MODES, Knob, Mode, Pace
 from benchmarks.goodput.hybrid import RESULTS, local_share
 from benchmarks.goodput.map_grid import (
     BOTH_LOOSE,
@@ -49,7 +49,7 @@ BEHIND = (
     Point(LLAMA_8B, TIGHT_TTFT, 5000, 512),
     Point(LLAMA_8B, BOTH_LOOSE, 5000, 512),
 )
-"""On the map by more than 2%, of what is bracketed to 8%."""
+"""On a map, by more than 2% of what is bracketed to 8%."""
 HYBRID = MODES[-1]
 PURE = (MODES[2], MODES[0], MODES[1])
 """Most often the best one first: the others are measured no closer than it takes to see that they are not."""
@@ -61,8 +61,8 @@ _FLOOR = 0.9
 class Row:
     """One mode in one cell with one seed; rates in requests/s of the whole fleet.
 
-    ``goodput`` 0: less than another pure mode's, and no more is known. ``knob`` is its split or token budget, ``local``
-    the share of the prompts that mixed instances computed at ``low``, the largest rate that held.
+    ``goodput`` 0: less than another pure mode's, and no more is known. ``num_prefill`` and ``budget`` are its knobs,
+    ``local`` the share of the prompts that mixed instances computed at ``low``, the largest rate that held.
     """
 
     model: str
@@ -71,7 +71,8 @@ class Row:
     output: int
     seed: int
     mode: str
-    knob: int
+    num_prefill: int
+    budget: int
     setting: str
     goodput: float
     low: float
@@ -79,12 +80,17 @@ class Row:
     local: float
 
     @property
+    def knob(self) -> Knob:
+        """Where it was measured best with the first seed."""
+        return Knob(self.num_prefill, self.budget)
+
+    @property
     def cell(self) -> tuple[str, str, int, int]:
         """Where it was measured."""
         return self.model, self.objective, self.prompt, self.output
 
 
-def measure(point: Point, seed: int, knobs: dict[str, int], likely: dict[str, float]) -> Iterator[Row]:
+def measure(point: Point, seed: int, knobs: dict[str, Knob], likely: dict[str, float]) -> Iterator[Row]:
     """Every mode in one cell, the hybrid last.
 
     ``knobs`` are where the first seed found the best, empty with that one; ``likely`` is what it found there.
@@ -111,7 +117,8 @@ def measure(point: Point, seed: int, knobs: dict[str, int], likely: dict[str, fl
             point.output,
             seed,
             mode.name,
-            knob,
+            knob.num_prefill,
+            knob.budget,
             setting,
             round(reached, 4),
             round(goodput.low, 4),

@@ -94,18 +94,21 @@ def measure_map(grid: Grid, path: Path, seed: int = 0, workers: int = 1) -> list
     # Spawned, not forked: the caller may have threads.
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         measured = {pool.submit(measure_point, point, grid, seed, known[point.key]): point for point in missing}
-        for number, future in enumerate(as_completed(measured), 1):
-            point, (found, simulated) = measured[future], future.result()
-            rows = sorted(rows + found, key=lambda row: place.get(row.key, len(place)))
-            write_rows(path, Row, rows)
-            left = (time.perf_counter() - began) / number * (len(missing) - number) / 60
-            shown = ", ".join(f"{row.mode} {row.goodput:.3g}" for row in found)
-            print(
-                f"[{len(points) - len(missing) + number}/{len(points)}] {point.served.model.name}, "
-                f"{point.objective.name}, {point.prompt} in, {point.output} out: {shown} requests/s/GPU "
-                f"({simulated:,} simulated; {left:.0f} min left)",
-                flush=True,
-            )
+        try:
+            for number, future in enumerate(as_completed(measured), 1):
+                point, (found, simulated) = measured[future], future.result()
+                rows = sorted(rows + found, key=lambda row: place.get(row.key, len(place)))
+                write_rows(path, Row, rows)
+                left = (time.perf_counter() - began) / number * (len(missing) - number) / 60
+                shown = ", ".join(f"{row.mode} {row.goodput:.3g}" for row in found)
+                print(
+                    f"[{len(points) - len(missing) + number}/{len(points)}] {point.served.model.name}, "
+                    f"{point.objective.name}, {point.prompt} in, {point.output} out: {shown} requests/s/GPU "
+                    f"({simulated:,} simulated; {left:.0f} min left)",
+                    flush=True,
+                )
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     return rows
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.common.rows import read_rows, write_rows
 from benchmarks.goodput import hybrid_fleet
-from benchmarks.goodput.fleet import Pace
+from benchmarks.goodput.fleet import Knob, Pace
 from benchmarks.goodput.hybrid import Composition, compositions, local_share, measure_cell, model_of, offered
 from benchmarks.goodput.hybrid_loads import NAMES, OBJECTIVES, PAPER, find_load
 from benchmarks.goodput.hybrid_report import KINDS, Row, chosen, draw, gains, report, whole_cells
@@ -98,7 +98,12 @@ def test_a_cell_of_the_map_closely(monkeypatch: pytest.MonkeyPatch) -> None:
     short = Pace(residences=1.0, patiences=1.0, least=60, most=80)
     monkeypatch.setattr(hybrid_fleet, "PACE", short)
     point = Point(LLAMA_8B, TIGHT_TPOT, 5000, 32)
-    knobs = {"disaggregated": 6, "SplitFuse": 256, "whole prompts": 2560, "hybrid": 6}
+    knobs = {
+        "disaggregated": Knob(6),
+        "SplitFuse": Knob(budget=256),
+        "whole prompts": Knob(budget=2560),
+        "hybrid": Knob(6, 512),
+    }
     rows = list(hybrid_fleet.measure(point, 1, knobs, {"disaggregated": 40.0, "hybrid": 40.0}))
     assert {row.mode: row.knob for row in rows} == knobs
     assert [row.local for row in rows if row.mode != "hybrid" and row.goodput] == [0.0]

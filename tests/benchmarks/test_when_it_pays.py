@@ -1,12 +1,13 @@
 """The map of when disaggregation pays: modes on one fleet, their knobs, and who is said to win."""
 
 from dataclasses import dataclass, replace
+from math import log2
 from pathlib import Path
 
 import pytest
 
 from benchmarks.common.rows import read_rows, write_rows
-from benchmarks.goodput.fleet import MODES, Fleet, Mode, Pace
+from benchmarks.goodput.fleet import MODES, Fleet, Knob, Mode, Pace
 from benchmarks.goodput.map_grid import LLAMA_8B, QUICK, TIGHT_TPOT, Point, fleet_at, with_bandwidth
 from benchmarks.goodput.map_plot import draw
 from benchmarks.goodput.map_report import report
@@ -18,6 +19,7 @@ from placement.plan import Interval
 
 SPLITFUSE, WHOLE, DISAGGREGATED, HYBRID = MODES
 SHORT = Pace(residences=1.0, patiences=1.0, least=60, most=80)
+BEST_BUDGET = 2048
 ONE = replace(QUICK, objectives=(TIGHT_TPOT,), prompts=(5000,), outputs=(32,), pace=SHORT)
 
 
@@ -46,21 +48,23 @@ def test_every_mode_has_the_whole_fleet_and_pools_share_no_node(fleet: Fleet, mo
 
 def test_the_climb_ends_at_a_split_as_good_wherever_it_begins(fleet: Fleet) -> None:
     fast = with_bandwidth(fleet, 50e9)
-    likely, far = fast.best(DISAGGREGATED), fast.best(DISAGGREGATED, first=5)
-    assert far.knob > 5
+    likely, far = fast.best(DISAGGREGATED), fast.best(DISAGGREGATED, first=Knob(5))
+    assert far.knob.num_prefill > 5
     ratio = far.goodput.interval.estimate / likely.goodput.interval.estimate
     assert 0.9 < ratio < 1.1
 
 
 @dataclass(frozen=True)
 class Terrain(Fleet):
-    """A fleet whose goodput with 1, 2, ... of its instances prefilling is known beforehand."""
+    """A fleet whose goodput with 1, 2, ... of its instances prefilling is known beforehand, at its best budget."""
 
     rates: tuple[float, ...] = ()
 
-    def goodput(self, mode: Mode, knob: int, floor: float, likely: float = 0.0) -> Goodput:
+    def goodput(self, mode: Mode, knob: Knob, floor: float, likely: float = 0.0) -> Goodput:
         """What is said of ``knob``; nothing else sees ``mode`` and ``likely``."""
-        rate = self.rates[knob - 1]
+        rate = self.rates[knob.num_prefill - 1]
+        if knob.budget:
+            rate *= 1 - 0.05 * abs(log2(knob.budget / BEST_BUDGET))
         holds = rate > floor
         return Goodput(Interval(rate * holds, rate * holds, max(rate, floor)), rate * holds, max(rate, floor), ())
 
@@ -71,15 +75,18 @@ def on_terrain(fleet: Fleet, *rates: float) -> Fleet:
 
 @pytest.mark.parametrize("first", range(1, 8))
 def test_a_hybrid_may_have_two_peaks(fleet: Fleet, first: int) -> None:
-    assert on_terrain(fleet, 2.0, 3.0, 6.0, 4.0, 3.0, 4.0, 5.0).best(HYBRID, 1.0, first).knob == 3
+    found = on_terrain(fleet, 2.0, 3.0, 6.0, 4.0, 3.0, 4.0, 5.0).best(HYBRID, 1.0, Knob(first, 256))
+    assert found.knob == Knob(3, BEST_BUDGET)
+    assert found.setting == f"3P + 5M, {BEST_BUDGET} tokens"
 
 
 @pytest.mark.parametrize("mode", [DISAGGREGATED, HYBRID])
 @pytest.mark.parametrize("first", range(1, 8))
 def test_where_nothing_holds_the_floor_at_first_every_split_is_asked(fleet: Fleet, mode: Mode, first: int) -> None:
-    found = on_terrain(fleet, 0.5, 0.6, 0.7, 2.0, 0.4, 0.3, 0.2).best(mode, 1.0, first)
-    assert (found.knob, found.goodput.low) == (4, 2.0)
-    assert on_terrain(fleet, 0.5, 0.6, 0.7, 0.8, 0.4, 0.3, 0.2).best(mode, 1.0, first).goodput.low == 0
+    knob = replace(fleet.likely_knob(mode), num_prefill=first)
+    found = on_terrain(fleet, 0.5, 0.6, 0.7, 2.0, 0.4, 0.3, 0.2).best(mode, 1.0, knob)
+    assert (found.knob.num_prefill, found.goodput.low) == (4, 2.0)
+    assert on_terrain(fleet, 0.5, 0.6, 0.7, 0.8, 0.4, 0.3, 0.2).best(mode, 1.0, knob).goodput.low == 0
 
 
 def test_a_slow_link_costs_goodput_and_a_link_that_is_fast_enough_none(fleet: Fleet) -> None:
