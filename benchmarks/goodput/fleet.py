@@ -27,15 +27,13 @@ from placement.shapes import Shape, find_shapes
 from simulator.latency.interface import LatencyModel
 
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-TOLERANCE = 0.08
-"""Of a goodput, see :class:`Fleet`."""
+TOLERANCE, BETTER = 0.08, 1.03
+"""See :class:`Fleet`."""
 
 _SLACK = 1.02
 """On capacities, which are of mean lengths: a run may have seen shorter requests."""
 _LIKELY = 0.75
 """Of a capacity: where a goodput is looked for first."""
-_BETTER = 1.03
-"""A setting of the knob that is not better by so much than the best one is not looked at closely."""
 _CROWDED = 0.85
 """Share of its capacity at which a prefill pool is expected to meet its TTFT."""
 
@@ -125,7 +123,8 @@ class Fleet:
     """``num_instances`` equal instances of ``parallel`` that serve ``problem``'s workload within its objective.
 
     ``patience`` (seconds) is at least the TTFT limit: a queue that grows must have the time to become too long.
-    ``tolerance`` is how far apart the rate that held and the one that failed may stay, as a share of the latter.
+    ``tolerance`` is how far apart the rate that held and the one that failed may stay, as a share of the latter. A
+    setting that is not ``better`` than the best one by this factor is not looked at closely.
     """
 
     problem: Problem
@@ -134,6 +133,7 @@ class Fleet:
     patience: float
     pace: Pace = Pace()
     tolerance: float = TOLERANCE
+    better: float = BETTER
 
     @property
     def num_gpus(self) -> int:
@@ -273,7 +273,7 @@ class Fleet:
     def _is_better(self, knob: Knob, mode: Mode, best: Knob, floor: float, tried: dict[Knob, Goodput]) -> bool:
         """Whether ``knob`` is better than the ``best`` of those ``tried``; looked at no closer than it takes to see."""
         reached = tried[best].interval.estimate
-        tried[knob] = self.goodput(mode, knob, max(floor, _BETTER * reached), reached)
+        tried[knob] = self.goodput(mode, knob, max(floor, self.better * reached), reached)
         return _rank(tried[knob]) > _rank(tried[best])
 
     def unless_slower(self, found: Found, floor: float = 0.0) -> Found:

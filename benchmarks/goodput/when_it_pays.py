@@ -1,6 +1,6 @@
 """When disaggregation pays: a map over prompt and output lengths, objectives and links, of who wins and by how much.
 
-    python -m benchmarks.goodput.when_it_pays            # LONG of two cores after `make fast`
+    python -m benchmarks.goodput.when_it_pays            # about 40 minutes of two cores after `make fast`
     python -m benchmarks.goodput.when_it_pays --quick    # a corner of it, about a minute
 
 A fleet of 8 instances of Llama-3.1-8B (an H100 each), and one of Llama-3.1-70B (TP 4 each), serves the same requests in
