@@ -1,10 +1,10 @@
 """The hybrid on a fleet of eight instances: cells of the map of when_it_pays, looked at closely.
 
-    python -m benchmarks.goodput.hybrid_fleet            # an hour of one core after `make fast`
+    python -m benchmarks.goodput.hybrid_fleet            # 40 minutes of one core after `make fast`
 
 The map brackets goodputs to 8%, too wide to say whether the hybrid is a few per cent behind the best pure mode. Here it
 is 1.5%, in runs up to twice as long, with several seeds: other arrivals and other lengths. The cells are a line of the
-map through two objectives, and all those on the fastest link where a map had the hybrid more than 2% behind. The first
+map through two objectives, and those on the fastest link where a map had the hybrid more than 2% behind. The first
 seed chooses every mode's split or token budget, as the map does; the others are measured with those. What was measured
 is kept.
 """
