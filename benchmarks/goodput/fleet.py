@@ -40,16 +40,12 @@ _CROWDED = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A way of serving: the ``roles`` of its pools, ``letter`` for short.
-
-    A goodput below the share ``floor`` of that of the modes before it is of no interest.
-    """
+    """A way of serving: the ``roles`` of its pools, ``letter`` for short."""
 
     name: str
     letter: str
     roles: tuple[Role, ...]
     policy: PrefillPolicy = PrefillPolicy.SPLITFUSE
-    floor: float = 0.5
 
     @property
     def moves_kv(self) -> bool:

@@ -184,7 +184,6 @@ def report(rows: Sequence[Row]) -> str:
 def main() -> None:
     """Measure what is not there yet; then the table of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--outputs", type=int, nargs="+", help="only cells with these mean lengths in tokens")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -192,8 +191,6 @@ def main() -> None:
     file = options.output / "fleet.csv"
     rows = read_rows(file, Row)
     for point in (*LINE, *BEHIND):
-        if options.outputs and point.output not in options.outputs:
-            continue
         cell = point.key
         for seed in range(options.seeds):
             here = [row for row in rows if row.cell == cell]

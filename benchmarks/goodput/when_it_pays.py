@@ -31,6 +31,8 @@ from benchmarks.goodput.map_rows import Row
 from distserve.bench.files import write_atomically
 
 HERE = Path(__file__).parent
+_FLOOR = 0.5
+"""Of the best goodput among the modes before it: with less a mode is not looked at any closer."""
 
 
 def measure_modes(fleet: Fleet, grid: Grid, known: Sequence[Row] = ()) -> Iterator[tuple[float, Found]]:
@@ -45,7 +47,7 @@ def measure_modes(fleet: Fleet, grid: Grid, known: Sequence[Row] = ()) -> Iterat
             if (mode.name, bandwidth) in done:
                 continue
             there = with_bandwidth(fleet, bandwidth) if mode.moves_kv else fleet
-            floor = mode.floor * max(best[0.0], best[bandwidth])
+            floor = _FLOOR * max(best[0.0], best[bandwidth])
             last = there.best(mode, floor) if last is None else there.unless_slower(last, floor)
             best[bandwidth] = max(best[bandwidth], last.goodput.interval.estimate)
             yield bandwidth, last

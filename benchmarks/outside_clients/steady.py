@@ -47,8 +47,8 @@ class SteadyWorker(Worker):
 
 async def serve(model: Path, port: int) -> None:
     """Serve ``model`` until a signal comes."""
-    # No cluster lets its user choose what its instances compute with.
-    setattr(rank, "Worker", SteadyWorker)  # noqa: B010
+    # No cluster lets its user choose what its instances compute with; the module does not export the name.
+    setattr(rank, "Worker", SteadyWorker)  # noqa: B010  mypy refuses the assignment
     scheduler = SchedulerConfig(max_batch_tokens=512, max_batch_size=64, max_model_len=2048)
     async with LocalCluster(model, kv=KvConfig(num_blocks=2048), scheduler=scheduler) as backend:
         app = create_app(backend, load_served_model(model), ApiSettings(), clock=cluster_time)
